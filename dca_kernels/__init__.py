@@ -1,0 +1,7 @@
+"""Fused kernels for Dual Cross-Attention (Ates et al., arXiv 2303.17696)."""
+
+from dca_kernels.backends import use_backend
+from dca_kernels.module import DCA
+
+__all__ = ["DCA", "use_backend"]
+__version__ = "0.1.0"

@@ -1,0 +1,664 @@
+"""The `torch` backend: the four stages of Dual Cross-Attention by exact algebra, in PyTorch calls.
+
+Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours and are
+never materialised (docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i), in
+float32, or in float64 for float64 maps; only the merge writes the maps' own dtype again.
+
+Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
+N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TILE_BYTES = 2**20  # scores in memory at a time: they stay in the cores' level-2 caches
+PLANE_BYTES = 2**22  # full-resolution values in flight at a time while a skip map is merged
+NEGLIGIBLE = 1e-18  # smaller attention weights are zero: far below rounding, and subnormal products cost 50x on a CPU
+MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_SpatialAttention`
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Stage 1: patch embedding
+
+
+def patch_embed(maps: Sequence[Tensor], avg_map: Sequence[nn.Module], grid: tuple[int, int]) -> list[Tensor]:
+    """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
+
+    Args:
+        maps: S tensors (B, C_i, H_i, W_i).
+        avg_map: S depthwise projections.
+        grid: (P_h, P_w).
+
+    Returns:
+        S tensors (B, N, C_i).
+    """
+    tokens = []
+    for x, projection in zip(maps, avg_map, strict=True):
+        pooled = _adaptive_avg_pool(x, grid).flatten(2).transpose(1, 2).contiguous()  # (B, N, C_i)
+        weight, bias = _affine(projection, pooled.dtype)
+        tokens.append(torch.addcmul(bias, pooled, weight))
+    return tokens
+
+
+def _adaptive_avg_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`adaptive_avg_pool2d` with a deterministic backward, accumulated in float32: (B, C, H, W) -> (B, C, P_h, P_w)."""
+    dtype = accumulation_dtype(x.dtype)
+    height, width = x.shape[2:]
+    if (height, width) == grid:
+        return x.to(dtype)
+    if height % grid[0] == 0:
+        rows = x.unflatten(2, (grid[0], -1)).sum(3, dtype=dtype)  # (B, C, P_h, W), divided below
+    else:
+        rows = _window_matrix(height, grid[0], x.device, dtype) @ x.to(dtype)  # (B, C, P_h, W)
+    divisor = height // grid[0] if height % grid[0] == 0 else 1
+    return rows @ (_window_matrix(width, grid[1], x.device, dtype) / divisor).mT  # (B, C, P_h, P_w)
+
+
+def _window_matrix(size: int, windows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The averages of `adaptive_avg_pool1d` as a matrix (windows, size)."""
+    window = torch.arange(windows, device=device)[:, None]
+    position = torch.arange(size, device=device)
+    inside = (position >= window * size // windows) & (position * windows < (window + 1) * size)
+    return inside.to(dtype) / inside.sum(1, keepdim=True)
+
+
+# Stage 2: channel cross-attention
+
+
+def channel_attention(
+    tokens: Sequence[Tensor],
+    norms: Sequence[nn.LayerNorm],
+    attentions: Sequence[nn.Module],
+    removed: Sequence[bool],
+) -> list[Tensor]:
+    """Attend across channels, with its LayerNorms and its residual (paper, eq. 3).
+
+    One Gram matrix of the centred tokens serves every scale, and the attention, the value map and the projection become
+    one matrix that mixes channels: docs/algebra.md, "Channel cross-attention".
+
+    Args:
+        tokens: S tensors (B, N, C_i).
+        norms: S LayerNorms over C_i.
+        attentions: S modules with `q_map`, `k_map`, `v_map`, `projection` and `heads`.
+        removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+
+    Returns:
+        S tensors (B, N, C_i).
+    """
+    every = torch.cat(_layer_norm(tokens, norms), dim=2)  # (B, N, C)
+    n_tokens, total = every.shape[1:]
+    mean = every.mean(1)  # (B, C)
+    gram = _Gram.apply(every - mean[:, None], [t.shape[2] for t in tokens])  # (B, C, C)
+    out, begin = [], 0
+    for t, attention, no_shift in zip(tokens, attentions, removed, strict=True):
+        own, heads = slice(begin, begin + t.shape[2]), attention.heads
+        begin = own.stop
+        q_weight, q_bias = _affine(attention.q_map, t.dtype)
+        k_weight, k_bias = _affine(attention.k_map, t.dtype)
+        v_weight, v_bias = _affine(attention.v_map, t.dtype)
+        p_weight, p_bias = _affine(attention.projection, t.dtype)
+        if no_shift:
+            p_bias = _with_zero_grad(p_bias.detach(), p_bias)
+        q_weight, q_mean = q_weight * total**-0.5, (mean[:, own] * q_weight + q_bias) * total**-0.5
+        k_mean = mean * k_weight + k_bias
+        covariance = q_weight[:, None] * k_weight * gram[:, own]  # (B, C_i, C)
+        logits = _head_blocks(covariance, heads) + n_tokens * (
+            q_mean.unflatten(1, (heads, -1, 1)) * k_mean.unflatten(1, (heads, 1, -1))
+        )  # (B, h, C_i / h, C / h)
+        weights = _cut(torch.softmax(logits, -1))
+        shift = p_weight * (weights @ v_bias.unflatten(0, (heads, -1, 1))).flatten(1) + p_bias  # (B, C_i)
+        mixing = p_weight.unflatten(0, (heads, -1, 1)) * weights * v_weight.unflatten(0, (heads, 1, -1))
+        mixed = torch.baddbmm(
+            _heads(t, heads).flatten(0, 1), _heads(every, heads).flatten(0, 1), mixing.flatten(0, 1).mT
+        )  # (B h, N, C_i / h), the residual added
+        out.append(mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2).add_(shift[:, None]))
+    return out
+
+
+class _Gram(torch.autograd.Function):
+    """x^T x over the tokens: (B, N, C) -> (B, C, C).
+
+    Symmetric, so each row block stops at its diagonal; the backward is one product, not the two of a general one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row_blocks: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x)
+        gram = x.new_empty(x.shape[0], x.shape[2], x.shape[2])
+        end = 0
+        for size in row_blocks:
+            begin, end = end, end + size
+            gram[:, begin:end, :end] = x[:, :, begin:end].mT @ x[:, :, :end]
+            gram[:, :begin, begin:end] = gram[:, begin:end, :begin].mT
+        return gram
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (dgram,) = ctx.saved_tensors, grads
+        with _no_autocast(x):
+            return x @ (dgram + dgram.mT), None
+
+
+def _head_blocks(matrix: Tensor, heads: int) -> Tensor:
+    """The diagonal blocks of a matrix whose rows and columns are split into heads: (B, R, C) -> (B, h, R / h, C / h)."""
+    blocks = matrix.unflatten(2, (heads, -1)).unflatten(1, (heads, -1))  # (B, h, R / h, h, C / h)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+# Stage 3: spatial cross-attention
+
+
+def spatial_attention(
+    tokens: Sequence[Tensor],
+    norms: Sequence[nn.LayerNorm],
+    attentions: Sequence[nn.Module],
+    removed: Sequence[bool],
+) -> list[Tensor]:
+    """Attend across tokens, with its LayerNorms and its residual (paper, eq. 4).
+
+    Keys are the plain normalised tokens for every scale, values one scale's plain tokens; the value map and the projection
+    are applied to the result, since attention weights sum to one. The key map's bias drops out of the softmax, whatever
+    its value: its gradient is exactly zero. docs/algebra.md, "Spatial cross-attention".
+
+    Args, returns: as `channel_attention`.
+    """
+    normed = _layer_norm(tokens, norms)
+    every = torch.cat(normed, dim=2)  # (B, N, C)
+    heads = [attention.heads for attention in attentions]
+    pairs, keys = [], []  # S of (C)
+    for attention, h in zip(attentions, heads, strict=True):
+        q_weight, q_bias = _affine(attention.q_map, every.dtype)
+        k_weight, k_bias = _affine(attention.k_map, every.dtype)
+        scale = (every.shape[2] // h) ** -0.5 * math.log2(math.e)  # attention weights are powers of two
+        pairs.append(_with_zero_grad(scale * q_weight * k_weight, k_bias))
+        keys.append(scale * q_bias * k_weight)
+    key_scores = _head_sums(every, keys, heads)  # S of (B, h, N)
+    out = []
+    for i, (t, attention, no_shift) in enumerate(zip(tokens, attentions, removed, strict=True)):
+        attended = _attend(every, normed[i], pairs[i], key_scores[i])  # (B, N, C_i)
+        v_weight, v_bias = _affine(attention.v_map, t.dtype)
+        p_weight, p_bias = _affine(attention.projection, t.dtype)
+        shift = p_weight * v_bias + p_bias  # (C_i)
+        if no_shift:
+            shift = _with_zero_grad(shift.detach(), v_bias, p_bias)
+        out.append(torch.addcmul(t, attended, p_weight * v_weight).add_(shift))
+    return out
+
+
+def _head_sums(tokens: Tensor, vectors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
+    """Sums of tokens * vector over each head's channels: (B, N, C), S of (C) -> S of (B, h, N)."""
+    columns = [torch.block_diag(*v.unflatten(0, (h, -1, 1))) for v, h in zip(vectors, heads, strict=True)]  # (C, h)
+    return list((tokens @ torch.cat(columns, 1)).mT.split(list(heads), 1))
+
+
+def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
+    """softmax over m of log(2) * (y_n diag(pair) y_m + key_scores_m), applied to the values: y = every, values = own.
+
+    every (B, N, C), own (B, N, C_i), pair (C), key_scores (B, h, N) -> (B, N, C_i).
+    """
+    if every.is_cuda and every.dtype == torch.float32:
+        return _attend_flash(every, own, pair, key_scores)
+    return _SpatialAttention.apply(every, own, pair, key_scores)
+
+
+def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
+    """`_attend` by the flash attention that PyTorch has for GPUs, the key scores as one more channel."""
+    heads = key_scores.shape[1]
+    query = F.pad(_heads(every * pair, heads), (0, 1), value=1.0)  # (B, h, N, dk + 1)
+    keys = torch.cat([_heads(every, heads), key_scores[..., None]], -1)
+    out = F.scaled_dot_product_attention(query, keys, _heads(own, heads), scale=math.log(2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def _attend_rows(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, rows: slice) -> Tensor:
+    """`_attend` for some of the queries, with their scores in memory; differentiable any number of times."""
+    heads = key_scores.shape[-2]
+    scores = _heads(every[..., rows, :] * pair, heads) @ _heads(every, heads).mT + key_scores[..., None, :]
+    weights = _cut(torch.softmax(scores * math.log(2), -1))  # (.., h, rows, N)
+    return (weights @ _heads(own, heads)).transpose(-3, -2).flatten(-2)
+
+
+class _SpatialAttention(torch.autograd.Function):
+    """`_attend` by cache-sized tiles of scores, which are never saved.
+
+    The scores are sym[n, m] + r[m], where sym = y diag(pair) y^T is symmetric and r are the key scores. So is E = 2^sym,
+    and with w = 2^(r - max r) the attention is E [v w, w]: its last column is the normaliser. A tile of E serves the
+    queries of its rows and, transposed, those of its columns: half of the products and of the exponentials.
+
+    The backward needs dS + dS^T only, the symmetric part of the scores' gradient, which is E times a product of thin
+    matrices. docs/algebra.md derives both.
+
+    Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT. An image for which one
+    does not (rare: the tokens are normalised) is done again with a row-wise softmax.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
+        weights = torch.exp2(key_scores - key_scores.amax(2, keepdim=True))[:, :, None]  # (B, h, 1, N)
+        values = _weighted_values(own, weights)  # (B, h, dv + 1, N)
+        total = torch.empty_like(values)
+        tiles = _Tiles(every, key_scores.shape[1], every.shape[1])
+        for b in range(every.shape[0]):
+            total[b] = _symmetric_product(every[b], pair, values[b], tiles)
+        normaliser = total[:, :, -1:]
+        out = (total[:, :, :-1] / normaliser).flatten(1, 2).mT.contiguous()
+        ctx.in_range = (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1).tolist()
+        for b in (b for b, in_range in enumerate(ctx.in_range) if not in_range):
+            for rows in _row_spans(key_scores):
+                out[b, rows] = _attend_rows(every[b], own[b], pair, key_scores[b], rows)
+        ctx.save_for_backward(every, own, pair, key_scores, out, weights, normaliser)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        every, own, pair, key_scores, out, weights, normaliser = ctx.saved_tensors
+        (dout,) = grads
+        with _no_autocast(every):
+            if torch.is_grad_enabled():  # a graph of the backward is asked for
+                inputs = [every, own, pair, key_scores]
+                again = _attend_rows(*inputs, slice(None))
+                return tuple(_differentiable_grad(again, inputs, dout, ctx.needs_input_grad))
+            devery, down, dkey_scores = (torch.empty_like(t) for t in (every, own, key_scores))
+            dpair = torch.zeros_like(pair)
+            tiles = _Tiles(every, key_scores.shape[1], every.shape[1])
+            for b, in_range in enumerate(ctx.in_range):
+                image = every[b], own[b], pair, key_scores[b]
+                if in_range:
+                    parts = _symmetric_backward(*image[:3], out[b], weights[b], normaliser[b], dout[b], tiles)
+                else:
+                    parts = _rows_backward(*image, dout[b])
+                devery[b], down[b], dkey_scores[b] = parts[0], parts[1], parts[3]
+                dpair += parts[2]
+        return devery, down, dpair, dkey_scores
+
+
+class _Tiles:
+    """The tiles of one image's symmetric score matrix on and above its diagonal, and the memory that they share."""
+
+    def __init__(self, like: Tensor, heads: int, length: int) -> None:
+        side = math.isqrt(TILE_BYTES // (heads * like.element_size()))
+        self.spans = _spans(length, side)
+        sizes = [span.stop - span.start for span in self.spans]
+        scratch = like.new_empty(2, heads * sizes[0] ** 2)
+        self.upper = [
+            (i, j, *(part[: heads * sizes[i] * sizes[j]].view(heads, sizes[i], sizes[j]) for part in scratch))
+            for i in range(len(sizes))
+            for j in range(i, len(sizes))
+        ]  # row block, column block, the tile, a second one of its shape
+
+    def rows(self, tokens: Tensor) -> list[Tensor]:
+        """(h, N, d) -> blocks (h, n, d)."""
+        return [tokens[:, span] for span in self.spans]
+
+    def columns(self, tokens: Tensor) -> list[Tensor]:
+        """(h, d, N) -> blocks (h, d, n)."""
+        return [tokens[:, :, span] for span in self.spans]
+
+
+def _zeros(blocks: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(block, memory_format=torch.contiguous_format) for block in blocks]
+
+
+def _symmetric_product(every: Tensor, pair: Tensor, values: Tensor, tiles: _Tiles) -> Tensor:
+    """values E for one image, E = 2^(y diag(pair) y^T): every (N, C), values (h, d, N) -> (h, d, N)."""
+    heads = len(values)
+    queries = tiles.rows(_heads(every * pair, heads))
+    keys = tiles.columns(_heads(every, heads).mT)
+    blocks = tiles.columns(values)
+    product = _zeros(blocks)
+    for i, j, tile, _ in tiles.upper:
+        torch.bmm(queries[i], keys[j], out=tile).exp2_()  # E: (h, rows, columns)
+        product[i].baddbmm_(blocks[j], tile.mT)
+        if i != j:
+            product[j].baddbmm_(blocks[i], tile)
+    return torch.cat(product, 2)
+
+
+def _symmetric_backward(
+    every: Tensor,
+    own: Tensor,
+    pair: Tensor,
+    out: Tensor,
+    weights: Tensor,
+    normaliser: Tensor,
+    dout: Tensor,
+    tiles: _Tiles,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of one image's every (N, C), own (N, C_i), pair (C) and key scores (h, N)."""
+    heads = len(weights)
+    values = _weighted_values(own, weights)  # (h, dv + 1, N)
+    upstream = _columns(dout, heads) / normaliser  # (h, dv, N)
+    upstream = torch.cat([upstream, -(upstream * _columns(out, heads)).sum(1, keepdim=True)], 1)  # (h, dv + 1, N)
+    of_scores = upstream * math.log(2)
+    left = tiles.rows(torch.cat([of_scores, values], 1).mT.contiguous())
+    right = tiles.columns(torch.cat([values, of_scores], 1))
+    queries = tiles.rows(_heads(every * pair, heads))
+    plain = tiles.rows(_heads(every, heads))
+    keys = [block.mT for block in plain]
+    blocks = tiles.columns(upstream)
+    received = _zeros(blocks)  # upstream E: (h, dv + 1, n)
+    dscores = _zeros(plain)  # (dS + dS^T) y: (h, n, dk)
+    for i, j, tile, thin in tiles.upper:
+        torch.bmm(queries[i], keys[j], out=tile).exp2_()  # E: (h, rows, columns)
+        received[i].baddbmm_(blocks[j], tile.mT)
+        if i != j:
+            received[j].baddbmm_(blocks[i], tile)
+        tile.mul_(torch.bmm(left[i], right[j], out=thin))  # dS + dS^T
+        dscores[i].baddbmm_(tile, plain[j])
+        if i != j:
+            dscores[j].baddbmm_(tile.mT, plain[i])
+    received_all = torch.cat(received, 2)
+    dsym = torch.cat([block.transpose(0, 1) for block in dscores]).flatten(1)  # (N, C)
+    dkey_scores = (values * received_all).sum(1) * math.log(2)  # (h, N)
+    down = (received_all[:, :-1] * weights).flatten(0, 1).mT  # (N, C_i)
+    dpair = 0.5 * (dsym * every).sum(0)
+    return dsym.mul_(pair), down, dpair, dkey_scores
+
+
+def _rows_backward(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dout: Tensor) -> list[Tensor]:
+    """As `_symmetric_backward`, by row-wise softmax."""
+    inputs = [t.detach().requires_grad_() for t in (every, own, pair, key_scores)]
+    totals = [torch.zeros_like(t) for t in inputs]
+    for rows in _row_spans(key_scores):
+        with torch.enable_grad():
+            out = _attend_rows(*inputs, rows)
+        for total, part in zip(totals, torch.autograd.grad(out, inputs, dout[rows]), strict=True):
+            total += part
+    return totals
+
+
+def _weighted_values(own: Tensor, weights: Tensor) -> Tensor:
+    """[v w, w]: own (.., N, C_i), weights (.., h, 1, N) -> (.., h, dv + 1, N)."""
+    return torch.cat([_columns(own, weights.shape[-3]) * weights, weights], -2)
+
+
+def _columns(tokens: Tensor, heads: int) -> Tensor:
+    """(.., N, C) -> (.., h, C / h, N), a view."""
+    return tokens.mT.unflatten(-2, (heads, -1))
+
+
+def _heads(tokens: Tensor, heads: int) -> Tensor:
+    """(.., N, C) -> (.., h, N, C / h), a view."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _row_spans(key_scores: Tensor) -> list[slice]:
+    """Spans of queries such that their scores with all keys, of every head, take at most `TILE_BYTES`."""
+    heads, length = key_scores.shape[-2:]
+    return _spans(length, TILE_BYTES // (heads * length * key_scores.element_size()))
+
+
+def _spans(length: int, most: int) -> list[slice]:
+    """0 .. length in equal spans of at most `most` (at least one) each."""
+    step = math.ceil(length / math.ceil(length / max(1, most)))
+    return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
+
+
+# Stage 4: upsample and merge
+
+
+def upsample(
+    tokens: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    upconvs: Sequence[nn.Module],
+    bn_relu: Sequence[nn.Module],
+    grid: tuple[int, int],
+    dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor, ...]:
+    """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
+
+    The convolution commutes with the interpolation; its bias is added after it, in float32. BatchNorm's running buffers
+    are updated when every map is done.
+
+    Args:
+        tokens: S tensors (B, N, C_i).
+        maps: S tensors (B, C_i, H_i, W_i).
+        upconvs: S modules with `conv.conv`, a dense 1x1 convolution.
+        bn_relu: S Sequential(BatchNorm2d, ReLU); any other module, or one with hooks, is called as it is.
+        grid: (P_h, P_w).
+        dtypes: dtype of each output.
+
+    Returns:
+        S tensors (B, C_i, H_i, W_i), channels_last where the map is.
+    """
+    outs, updates = [], []
+    for t, x, upconv, head, dtype in zip(tokens, maps, upconvs, bn_relu, dtypes, strict=True):
+        conv = upconv.conv.conv
+        z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
+        bias = conv.bias.to(t.dtype)
+        if not fuses(head):
+            summed = _interpolate(z, x) + bias[:, None, None] + x
+            outs.append(head(summed.to(dtype)))
+            continue
+        norm = head[0]
+        gamma, beta = (p.to(t.dtype) if p is not None else None for p in (norm.weight, norm.bias))
+        if gamma is None:
+            gamma, beta = t.new_ones(t.shape[2]), t.new_zeros(t.shape[2])
+        if uses_batch_statistics(norm):
+            z = _with_zero_grad(z, bias)
+            out, mean, variance = _Merge.apply(x, z, gamma, beta, None, None, norm.eps, dtype)
+            updates.append((norm, mean + bias, variance, x.numel() // x.shape[1]))
+        else:
+            mean, variance = (buffer.to(t.dtype) for buffer in (norm.running_mean, norm.running_var))
+            out, _, _ = _Merge.apply(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
+        outs.append(out)
+    for update in updates:
+        _update_running_buffers(*update)
+    return tuple(outs)
+
+
+def fuses(head: nn.Module) -> bool:
+    """Whether a `bn_relu` is a plain BatchNorm2d and ReLU with nothing hooked in, so that `_Merge` may stand for it."""
+    if type(head) is not nn.Sequential or [type(m) for m in head] != [nn.BatchNorm2d, nn.ReLU]:
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(m, name) for m in head.modules() for name in hooks)
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether BatchNorm normalises by the batch's mean and variance rather than by its buffers."""
+    return norm.training or norm.running_mean is None
+
+
+def _update_running_buffers(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """What BatchNorm2d does to its buffers in a forward in train mode; `count` values a channel."""
+    if not norm.training or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    if count == 0:
+        return
+    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    unbiased = variance * (count / (count - 1))
+    for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        buffer.copy_(torch.lerp(buffer.to(value.dtype), value.detach(), momentum))
+
+
+class _Merge(torch.autograd.Function):
+    """relu(gamma * (up(z) + x - mean) / sqrt(variance + eps) + beta), a few planes at a time.
+
+    x (B, C, H, W) in any floating dtype, z (B, C, P_h, P_w) and gamma, beta, mean, variance (C) in the accumulation dtype.
+    Where mean is None, mean and variance are the batch's (`variance` biased), by a first pass over x. Returns the merged
+    map, the mean and the variance. Nothing of full resolution is saved but x: the backward interpolates again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.from_batch = mean is None
+        if mean is None or variance is None:
+            mean, variance = _batch_statistics(x, z)
+            ctx.mark_non_differentiable(mean, variance)
+        inv_std = torch.rsqrt(variance + eps)
+        out = torch.empty_like(x, dtype=dtype, memory_format=_memory_format(x))
+        scale = gamma * inv_std
+        for b, c, y in _summed_planes(x, z, -mean):
+            torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
+        ctx.save_for_backward(x, z, gamma, beta, mean, inv_std)
+        ctx.eps = eps
+        return out, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, gamma, beta, mean, inv_std = ctx.saved_tensors
+        dout = grads[0]
+        with _no_autocast(x):
+            if torch.is_grad_enabled():  # a graph of the backward is asked for
+                inputs = [x, z, gamma, beta, mean]
+                y = _interpolate(z, x) + x
+                if ctx.from_batch:
+                    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+                    inv_std = torch.rsqrt(variance + ctx.eps)
+                again = torch.relu((y - _plane(mean)) * _plane(gamma * inv_std) + _plane(beta)).to(dout.dtype)
+                return *_differentiable_grad(again, inputs, dout, ctx.needs_input_grad), None, None, None
+            scale = gamma * inv_std
+            count = x.numel() // x.shape[1]
+            sum_g = x.new_zeros(x.shape[:2], dtype=z.dtype)  # (B, C)
+            sum_gy = torch.zeros_like(sum_g)
+            for b, c, y, g in _masked_planes(x, z, mean, scale, beta, dout):
+                sum_g[b, c] = g.sum((1, 2))
+                sum_gy[b, c] = g.mul_(y).sum((1, 2))
+            dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
+            from_mean = scale * dbeta / count if ctx.from_batch else torch.zeros_like(dbeta)
+            from_variance = scale * inv_std * dgamma / count if ctx.from_batch else torch.zeros_like(dgamma)
+            dx, dz = torch.empty_like(x, memory_format=_memory_format(x)), torch.empty_like(z)
+            rows, columns = _interpolation_matrices(z, x)
+            for b, c, y, g in _masked_planes(x, z, mean, scale, beta, dout):
+                dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
+                dx[b, c] = dy
+                dz[b, c] = torch.bmm(rows.mT.expand(len(dy), -1, -1), dy) @ columns
+        return dx, dz, dgamma, dbeta, -scale * dbeta if not ctx.from_batch else None, None, None, None
+
+
+def _batch_statistics(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of up(z) + x a channel, centred a plane at a time and merged in float64."""
+    means, squares = (torch.empty(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))  # (B, C)
+    for b, c, y in _summed_planes(x, z, torch.zeros_like(z[0, :, 0, 0])):
+        mean = y.mean((1, 2), keepdim=True)
+        means[b, c] = mean.flatten().double()
+        squares[b, c] = y.sub_(mean).square_().sum((1, 2)).double()
+    mean = means.mean(0)
+    variance = squares.mean(0) / (x.shape[2] * x.shape[3]) + (means - mean).square().mean(0)
+    return mean.to(z.dtype), variance.to(z.dtype)
+
+
+def _summed_planes(x: Tensor, z: Tensor, shift: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """up(z) + x + shift, some channels of one image at a time: (b, channels, (c, H, W) of the accumulation dtype)."""
+    rows, columns = _interpolation_matrices(z, x)
+    wide = z @ columns.mT  # (B, C, P_h, W)
+    planes = PLANE_BYTES // (x.shape[2] * x.shape[3] * z.element_size())
+    spans = _spans(x.shape[1], planes)
+    scratch = z.new_empty(spans[0].stop, *x.shape[2:])
+    for b in range(x.shape[0]):
+        for c in spans:
+            y = torch.add(x[b, c], _plane(shift[c]), out=scratch[: c.stop - c.start])
+            if z.shape == x.shape:
+                yield b, c, y.add_(z[b, c])
+            else:
+                yield b, c, y.baddbmm_(rows.expand(len(y), -1, -1), wide[b, c])
+
+
+def _masked_planes(
+    x: Tensor, z: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """y = up(z) + x - mean as the forward has it, and dout where the ReLU let y * scale + beta through."""
+    scratch = None
+    for b, c, y in _summed_planes(x, z, -mean):
+        scratch = torch.empty_like(y) if scratch is None else scratch
+        before_relu = torch.mul(y, _plane(scale[c]), out=scratch[: len(y)]).add_(_plane(beta[c]))
+        upstream = dout[b, c].to(y.dtype)
+        yield b, c, y, torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
+
+
+def _interpolate(z: Tensor, x: Tensor) -> Tensor:
+    """z upsampled to the size of x."""
+    rows, columns = _interpolation_matrices(z, x)
+    return rows @ (z @ columns.mT)
+
+
+def _interpolation_matrices(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation (align_corners=True) as rows @ z @ columns^T: (H, P_h) and (W, P_w), PyTorch's own weights."""
+    return tuple(
+        F.interpolate(
+            torch.eye(low, device=z.device, dtype=z.dtype)[None], size=high, mode="linear", align_corners=True
+        )[0].mT.contiguous()
+        for low, high in zip(z.shape[2:], x.shape[2:], strict=True)
+    )  # type: ignore[return-value]
+
+
+def _plane(vector: Tensor) -> Tensor:
+    """(C) -> (C, 1, 1)."""
+    return vector[:, None, None]
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for a channels_last map, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+# Shared by the stages
+
+
+def _affine(projection: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight (C) and bias (C) of a depthwise projection."""
+    conv = projection.proj.depthwise
+    return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
+
+
+def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
+    return [
+        F.layer_norm(t, norm.normalized_shape, norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
+        for t, norm in zip(tokens, norms, strict=True)
+    ]
+
+
+def _cut(weights: Tensor) -> Tensor:
+    """Attention weights with the negligible ones at zero."""
+    return F.threshold(weights, NEGLIGIBLE, 0.0)
+
+
+class _ZeroGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _with_zero_grad(value: Tensor, *parameters: Tensor) -> Tensor:
+    """`value`, with gradients of exactly zero (not None) for parameters that it does not depend on."""
+    return _ZeroGrad.apply(value, *parameters)
+
+
+def _differentiable_grad(
+    out: Tensor, inputs: Sequence[Tensor], dout: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of `out` for the inputs that need one, with a graph of their own."""
+    wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
+    grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
+    return [next(grads) if need else None for need in needed[: len(inputs)]]
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)

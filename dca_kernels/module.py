@@ -1,0 +1,234 @@
+"""The swap-in module: parameters, buffers and checks. The stages hold the maths."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dca_kernels import backends
+from dca_kernels.fused import fuses, uses_batch_statistics
+
+
+class _Depthwise(nn.Module):
+    """Holds a depthwise 1x1 convolution under the official name, `proj.depthwise`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Module()
+        self.proj.depthwise = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
+
+
+class _ChannelAttention(nn.Module):
+    """Holds one scale's maps of the channel cross-attention."""
+
+    def __init__(self, total: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_map = _Depthwise(channels)
+        self.k_map = _Depthwise(total)
+        self.v_map = _Depthwise(total)
+        self.projection = _Depthwise(channels)
+
+
+class _SpatialAttention(nn.Module):
+    """Holds one scale's maps of the spatial cross-attention."""
+
+    def __init__(self, total: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_map = _Depthwise(total)
+        self.k_map = _Depthwise(total)
+        self.v_map = _Depthwise(channels)
+        self.projection = _Depthwise(channels)
+
+
+class _Block(nn.Module):
+    """Holds one channel and one spatial cross-attention, with their LayerNorms."""
+
+    def __init__(self, dca: "DCA") -> None:
+        super().__init__()
+        features, total = dca.features, sum(dca.features)
+        if dca.channel_att:
+            self.channel_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.c_attention = nn.ModuleList(
+                _ChannelAttention(total, c, heads) for c, heads in zip(features, dca.channel_head, strict=True)
+            )
+        if dca.spatial_att:
+            self.spatial_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.s_attention = nn.ModuleList(
+                _SpatialAttention(total, c, heads) for c, heads in zip(features, dca.spatial_head, strict=True)
+            )
+
+
+class _UpsampleConv(nn.Module):
+    """Holds a dense 1x1 convolution under the official name, `conv.conv`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Module()
+        self.conv.conv = nn.Conv2d(channels, channels, kernel_size=1)
+
+
+class DCA(nn.Module):
+    """Dual Cross-Attention over the skip maps of an encoder-decoder network (Ates et al., arXiv 2303.17696).
+
+    Parameters, buffers, their names and their initial values are the official module's: state dicts load strictly both
+    ways, and the same seed gives the same weights.
+
+    Args:
+        features: channels C_i of each skip map.
+        strides: accepted for the official signature, and only its length is checked: each map is upsampled to its own
+            size.
+        patch: token grid, P for P x P or (P_h, P_w).
+        channel_att: whether a block has channel cross-attention.
+        spatial_att: whether a block has spatial cross-attention.
+        n: number of blocks in sequence.
+        channel_head: heads of each scale's channel cross-attention; 1 each where None.
+        spatial_head: heads of each scale's spatial cross-attention; 4 each where None.
+        backend: "auto", "torch" or "triton" (see `dca_kernels.backends`).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[int],
+        strides: Sequence[int] | None = None,
+        patch: int | tuple[int, int] = 28,
+        channel_att: bool = True,
+        spatial_att: bool = True,
+        n: int = 1,
+        channel_head: Sequence[int] | None = None,
+        spatial_head: Sequence[int] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.features = _positive_ints("features", features)
+        scales = len(self.features)
+        if strides is not None and len(strides) != scales:
+            raise ValueError(f"strides: expected {scales} values, one for each of features, got {len(strides)}")
+        self.patch = patch
+        self.grid = _grid(patch)
+        self.channel_att, self.spatial_att = channel_att, spatial_att
+        self.n = _positive_ints("n", [n])[0]
+        self.channel_head = [1] * scales if channel_head is None else channel_head
+        self.spatial_head = [4] * scales if spatial_head is None else spatial_head
+        if channel_att:
+            self.channel_head = _heads("channel_head", self.channel_head, self.features)
+        if spatial_att:
+            self.spatial_head = _heads("spatial_head", self.spatial_head, self.features)
+        self.backend = backends.check_name(backend, "backend")
+        self.avg_map = nn.ModuleList(_Depthwise(c) for c in self.features)
+        self.attention = nn.ModuleList(_Block(self) for _ in range(self.n))
+        self.upconvs = nn.ModuleList(_UpsampleConv(c) for c in self.features)
+        self.bn_relu = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()) for c in self.features)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Refine the skip maps.
+
+        Args:
+            maps: list or tuple of S tensors (B, C_i, H_i, W_i) of one floating dtype, the parameters', on one device.
+                Under autocast their dtypes may differ. Any H_i x W_i and any B, also 0.
+
+        Returns:
+            S tensors of the same shapes. Their dtype is the maps'; under autocast it is the one that the map's and the
+            autocast dtype promote to, as for the official module. channels_last where the map is.
+
+        Raises:
+            TypeError, ValueError: `maps` is not as above; nothing is changed.
+            RuntimeError: the backend asked for cannot run; the message says why.
+        """
+        dtypes = self._check(maps)
+        stages = backends.load(backends.choose(self.backend, maps[0].device))
+        # BatchNorm with batch statistics removes the constants that the last attention adds to a channel.
+        removed = [fuses(head) and uses_batch_statistics(head[0]) for head in self.bn_relu]
+        kept = [False] * len(removed)
+        attentions = [
+            attention
+            for block in self.attention
+            for attention in (
+                (stages.channel_attention, block.channel_norm, block.c_attention) if self.channel_att else None,
+                (stages.spatial_attention, block.spatial_norm, block.s_attention) if self.spatial_att else None,
+            )
+            if attention
+        ]
+        with torch.autocast(maps[0].device.type, enabled=False):
+            tokens = stages.patch_embed(maps, self.avg_map, self.grid)
+            for i, (attend, norms, attention) in enumerate(attentions):
+                tokens = attend(tokens, norms, attention, removed if i == len(attentions) - 1 else kept)
+            return stages.upsample(tokens, maps, self.upconvs, self.bn_relu, self.grid, dtypes)
+
+    def extra_repr(self) -> str:
+        names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _check(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
+        """Raise for maps that `forward` does not take; return the dtype of each output."""
+        if not isinstance(maps, (list, tuple)):
+            raise TypeError(f"maps: expected a list or tuple of {len(self.features)} tensors, got {type(maps).__name__}")
+        if len(maps) != len(self.features):
+            raise ValueError(f"maps: expected {len(self.features)} tensors, one for each of features, got {len(maps)}")
+        for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"maps[{i}]: expected a tensor, got {type(x).__name__}")
+            if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
+                raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
+            if not x.is_floating_point():
+                raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
+            if x.shape[0] != maps[0].shape[0]:
+                raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
+        own = self.avg_map[0].proj.depthwise.weight
+        for i, x in enumerate(maps):
+            if x.device != own.device:
+                raise ValueError(f"maps[{i}]: expected device {own.device}, as the parameters, got {x.device}")
+        dtypes = self._output_dtypes(maps, own.dtype)
+        for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
+            if fuses(head) and uses_batch_statistics(head[0]) and x.numel() == x.shape[1]:
+                raise ValueError(
+                    f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+                )
+        return dtypes
+
+    @staticmethod
+    def _output_dtypes(maps: Sequence[Tensor], own: torch.dtype) -> list[torch.dtype]:
+        device_type = maps[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            for i, x in enumerate(maps):
+                if x.dtype != own:
+                    raise TypeError(f"maps[{i}]: expected dtype {own}, as the parameters, got {x.dtype}")
+            return [x.dtype for x in maps]
+        for i, x in enumerate(maps):
+            if (x.dtype == torch.float64) != (own == torch.float64):  # autocast leaves float64 alone
+                raise TypeError(f"maps[{i}]: expected a dtype that autocast brings to that of {own}, got {x.dtype}")
+        if own == torch.float64:
+            return [own] * len(maps)
+        autocast = torch.get_autocast_dtype(device_type)
+        return [torch.promote_types(x.dtype, autocast) for x in maps]
+
+
+def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
+    if isinstance(values, (int, str)) or not all(type(v) is int for v in values):
+        raise TypeError(f"{name}: expected integers, got {values!r}")
+    if len(values) == 0 or min(values) < 1:
+        raise ValueError(f"{name}: expected integers of at least 1, got {list(values)!r}")
+    return list(values)
+
+
+def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:
+    sides = _positive_ints("patch", [patch, patch] if isinstance(patch, int) else patch)
+    if len(sides) != 2:
+        raise ValueError(f"patch: expected one integer or (P_h, P_w), got {patch!r}")
+    return sides[0], sides[1]
+
+
+def _heads(name: str, heads: Sequence[int], features: Sequence[int]) -> list[int]:
+    heads = _positive_ints(name, heads)
+    if len(heads) != len(features):
+        raise ValueError(f"{name}: expected {len(features)} values, one for each of features, got {len(heads)}")
+    for i, (h, channels) in enumerate(zip(heads, features, strict=True)):
+        if channels % h or sum(features) % h:
+            raise ValueError(
+                f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {sum(features)}, got {h}"
+            )
+    return heads
