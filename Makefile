@@ -1,0 +1,35 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test lint wheel clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+bench: .venv/bench  ## Run the main job: reference and fused module on a real image (ARGS="--help": its options)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+test: .venv/test  ## Run the tests (ARGS="-k NAME": some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/test  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/test  ## Build the wheel and check that it holds dca_kernels only
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m zipfile --list dist/*.whl
+	! $(BIN)/python -m zipfile --list dist/*.whl | tail -n +2 | grep -vE '^dca_kernels(-[0-9.]+\.dist-info)?/'
+
+clean:  ## Remove what the other commands made
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One stamp file for each extra that is installed.
+.venv/bench .venv/test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(@F)]"
+	touch $@

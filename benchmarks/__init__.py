@@ -1,0 +1,1 @@
+"""Benchmarks of the fused module beside the reference: `python -m benchmarks --help`."""
