@@ -1,15 +1,19 @@
 """The main job: reference and fused Dual Cross-Attention on the skip maps of a real image."""
 
 import argparse
+import functools
 import sys
-import warnings
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks import cases, measure, parity, report
 
+COMPILED = "reference compiled"
 RESULTS = Path(__file__).parent / "results" / "latest"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -17,15 +21,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Runs a U-Net encoder over tiles of a real image and feeds its four skip maps to the reference and to "
-        "the fused Dual Cross-Attention, with the same weights. Checks both against float64, then measures latency and "
-        "peak memory. Exit status 1 means that the fused module is not within its error budget.",
+        description="Runs a U-Net encoder over tiles of a real image and feeds its four skip maps to the reference and "
+        "to the fused Dual Cross-Attention, with the same weights. Checks both against float64, then measures latency "
+        "and peak memory. Exit status 1 means that the fused module is not within its error budget.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of maps and weights")
     parser.add_argument("--image", type=Path, metavar="FILE", help="your own image instead of the bundled tissue slide")
-    parser.add_argument("--patch", type=int, default=28, metavar="P", help="side of the token grid; tiles have 8 P pixels")
+    parser.add_argument(
+        "--patch", type=int, default=28, metavar="P", help="side of the token grid; a tile has 8 P pixels a side"
+    )
     parser.add_argument("--mode", nargs="+", choices=["eval", "train"], default=["eval", "train"], help="what to run")
     parser.add_argument("--quick", action="store_true", help="few rounds, one batch, no compiled reference")
     parser.add_argument("--json", type=Path, default=RESULTS / "main.json", metavar="FILE", help="where the rows go")
@@ -38,6 +44,52 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
+def run_case(
+    chosen: argparse.Namespace, image: np.ndarray, modules: dict[str, nn.Module], mode: str, batch: int
+) -> list[report.Row]:
+    """The rows of one mode and batch size: parity first, and nothing else where it is red."""
+    dtype, training = DTYPES[chosen.dtype], mode == "train"
+    rounds = 5 if chosen.quick else 9 if training else 21
+    maps = cases.skip_maps(image, batch, chosen.patch, dtype, measure.device())
+    gradients = cases.upstream(maps) if training else None
+    for module in modules.values():
+        module.train(training)
+    timed = {name: module for name, module in modules.items() if name != COMPILED or not training}
+    weighed = [name for name in timed if name != COMPILED]
+    with tqdm(total=1 + rounds + len(weighed), desc=f"{mode}, batch {batch}", leave=False) as progress:
+        progress.set_postfix_str("parity")
+        errors, well = parity.check({name: modules[name] for name in weighed}, maps, training)
+        progress.update()
+        times: dict[str, list[float]] = {}
+        peaks: dict[str, float] = {}
+        if well:
+            progress.set_postfix_str("latency")
+            calls = {name: functools.partial(cases.step, module, maps, gradients) for name, module in timed.items()}
+            for times in measure.latency(calls, rounds):  # noqa: B007  the last round has them all
+                progress.update()
+            progress.set_postfix_str("memory")
+            for name in weighed:
+                peaks[name] = measure.peak_memory(name, image, batch, chosen.patch, dtype, training)
+                progress.update()
+    return [
+        {
+            "case": "dca",
+            "provider": name,
+            "mode": mode,
+            "batch": batch,
+            "patch": chosen.patch,
+            "dtype": chosen.dtype,
+            "parity": well,
+            "max_error": errors[name].largest if name in errors else None,
+            "rms_error": errors[name].rms if name in errors else None,
+            "rounds": rounds if well else 0,
+            **(measure.percentiles(times[name]) if well else dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"))),
+            "peak_mb": peaks.get(name),
+        }
+        for name in timed
+    ]
+
+
 def main() -> int:
     chosen = arguments()
     try:
@@ -45,65 +97,27 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"--image: {error}", file=sys.stderr)
         return 2
-    dtype, device, environment = DTYPES[chosen.dtype], measure.device(), measure.environment()
+    environment = measure.environment()
     print(f"image: {chosen.image or 'immunohistochemistry slide of scikit-image'}, {image.shape[0]} x {image.shape[1]}")
     print("environment: " + ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
 
-    modules = cases.modules(chosen.patch, dtype, device)
-    compiled, reason = None, None
+    modules = cases.modules(chosen.patch, DTYPES[chosen.dtype], measure.device())
     if chosen.quick:
-        reason = "--quick"
-    elif device.type == "cpu" and measure.compiler() is None:
-        reason = "torch.compile needs a C++ compiler"
+        print(f"{COMPILED}: not run, --quick")
+    elif measure.device().type == "cpu" and measure.compiler() is None:
+        print(f"{COMPILED}: not run, torch.compile needs a C++ compiler")
     else:
-        compiled = torch.compile(modules["reference"])
-    rows: list[report.Row] = []
-    every_parity = True
-    runs = [(mode, batch) for mode in chosen.mode for batch in chosen.batch]
-    for mode, batch in runs:
-        training = mode == "train"
-        rounds = 5 if chosen.quick else 9 if training else 21
-        calls = {name: module.train(training) for name, module in modules.items()}
-        if compiled is not None and not training:
-            calls["reference compiled"] = compiled
-        progress = tqdm(total=1 + rounds + len(modules), desc=f"{mode}, batch {batch}: parity", leave=False)
-        maps = cases.skip_maps(image, batch, chosen.patch, dtype, device)
-        gradients = cases.upstream(maps) if training else None
-        errors, well = parity.check(modules, maps, training)
-        every_parity = every_parity and well
-        progress.update()
+        modules[COMPILED] = cast(nn.Module, torch.compile(modules["reference"]))
+    rows = []
+    for mode in chosen.mode:
+        for batch in chosen.batch:
+            rows += [row | {"environment": environment} for row in run_case(chosen, image, modules, mode, batch)]
 
-        times: dict[str, list[float]] = {}
-        if well:
-            progress.set_description(f"{mode}, batch {batch}: latency")
-            thunks = {name: (lambda m=module: cases.step(m, maps, gradients)) for name, module in calls.items()}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the compiler's hints about its own speed
-                for times in measure.latency(thunks, rounds):
-                    progress.update()
-        for name in calls:
-            progress.set_description(f"{mode}, batch {batch}: memory of {name}")
-            error = errors.get(name)
-            row: report.Row = {"case": "dca", "provider": name, "mode": mode, "batch": batch, "patch": chosen.patch}
-            row |= {"dtype": chosen.dtype, "parity": well, "rounds": rounds}
-            row |= {"max_error": error.largest if error else None, "rms_error": error.rms if error else None}
-            row |= measure.percentiles(times[name]) if well else dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"))
-            row["peak_mb"] = None
-            if well and name in modules:
-                row["peak_mb"] = measure.peak_memory(name, image, batch, chosen.patch, dtype, training)
-                progress.update()
-            rows.append(row | {"environment": environment})
-        progress.close()
-
-    print()
-    print(report.table(rows))
-    print()
-    if reason:
-        print(f"reference compiled: not run ({reason})")
+    print(f"\n{report.table(rows)}\n")
     report.save(rows, chosen.json)
     report.plot(rows, chosen.plot)
     print(f"rows: {chosen.json}\nfigure: {chosen.plot}")
-    if not every_parity:
+    if not all(row["parity"] for row in rows):
         print("parity: FAILED. The fused module is outside its error budget; nothing was timed where it is.")
         return 1
     print("parity: within the error budget everywhere")

@@ -17,7 +17,7 @@ SEED = 0
 
 
 def load_image(path: Path | None) -> np.ndarray:
-    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or scikit-image's immunohistochemistry slide (512 x 512)."""
+    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or scikit-image's tissue slide (512 x 512)."""
     image = data.immunohistochemistry() if path is None else io.imread(path)
     if image.ndim == 2:
         image = color.gray2rgb(image)
@@ -28,7 +28,7 @@ def load_image(path: Path | None) -> np.ndarray:
 
 
 def cut_tiles(image: np.ndarray, count: int, side: int) -> Tensor:
-    """`count` tiles (count, 3, side, side) on a regular grid over the image, which is enlarged where it is too small."""
+    """`count` tiles (count, 3, side, side) on a regular grid over the image, which is enlarged if it is too small."""
     if min(image.shape[:2]) < side:
         scale = side / min(image.shape[:2])
         image = transform.resize(image, [math.ceil(n * scale) for n in image.shape[:2]], anti_aliasing=True)
@@ -47,7 +47,9 @@ class Encoder(nn.Module):
         for before, after in zip((3, *FEATURES[:-1]), FEATURES, strict=True):
             first = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
             self.levels.append(nn.Sequential(first, nn.Conv2d(after, after, 3, padding=1)))
-        self.between = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)) for c in FEATURES[:-1])
+        self.between = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)) for c in FEATURES[:-1]
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, side, side) -> the four skip maps, of side, side / 2, side / 4, side / 8."""

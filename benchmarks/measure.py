@@ -46,7 +46,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def peak_memory(provider: str, image: np.ndarray, batch: int, patch: int, dtype: torch.dtype, training: bool) -> float:
     """Megabytes that one call holds at its peak above what it was given (maps, weights, upstream gradients).
 
-    On a GPU: of the allocator. On a CPU: resident memory of a fresh process, whose libraries a small call has warmed up.
+    On a GPU: of the allocator. On a CPU: resident memory of a fresh process, after a small call that warms it up.
     """
     if torch.cuda.is_available():
         return _peak_memory(provider, image, batch, patch, dtype, training)
@@ -111,8 +111,6 @@ def environment() -> dict[str, str | int | None]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -121,9 +119,18 @@ def environment() -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": commit or None,
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str | None:
+    """The commit that was measured; "-dirty" behind it where files differ from it."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    describe = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def _cpu_name() -> str:

@@ -35,9 +35,7 @@ def within_budget(ours: Error, baseline: Error, exact: Sequence[Tensor], dtype: 
     return ours.largest <= MAX_RATIO * baseline.largest + step and ours.rms <= RMS_RATIO * baseline.rms + step
 
 
-def check(
-    modules: dict[str, nn.Module], maps: list[Tensor], training: bool
-) -> tuple[dict[str, Error], bool]:
+def check(modules: dict[str, nn.Module], maps: list[Tensor], training: bool) -> tuple[dict[str, Error], bool]:
     """The error of the reference and of the fused module against the reference in float64, and whether all is well.
 
     In training the errors are those of the outputs; the gradients of the maps are held to the same budget.

@@ -8,7 +8,7 @@ import matplotlib
 from tabulate import tabulate
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first: there may be no screen
+from matplotlib import pyplot as plt  # the backend above comes first: there may be no screen
 
 Row = dict[str, Any]
 
@@ -32,7 +32,16 @@ def table(rows: list[Row]) -> str:
                 f"{row['peak_mb'] / base['peak_mb']:.2f}" if row["peak_mb"] and base["peak_mb"] else "",
             ]
         )
-    headers = ["case", "provider", "max error", "RMS error", "p20 / p50 / p80 ms", "speed-up", "peak MB", "of the reference"]
+    headers = [
+        "case",
+        "provider",
+        "max error",
+        "RMS error",
+        "p20 / p50 / p80 ms",
+        "speed-up",
+        "peak MB",
+        "of reference",
+    ]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -61,7 +70,8 @@ def plot(rows: list[Row], path: Path) -> None:
                 times.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
             if row["peak_mb"] is not None:
                 memory.bar_label(memory.bar(position, row["peak_mb"], **style), fmt="%.0f", fontsize=8, padding=2)
-    for axis, name in ((times, "latency, ms (median; whiskers p20 to p80)"), (memory, "peak memory above the inputs, MB")):
+    names = "latency, ms (median; whiskers p20 to p80)", "peak memory above the inputs, MB"
+    for axis, name in zip((times, memory), names, strict=True):
         axis.set_title(name, fontsize=10)
         axis.set_xticks(range(len(titles)), [t.replace(", ", "\n") for t in titles], fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,8 @@
 """The `torch` backend: the four stages of Dual Cross-Attention by exact algebra, in PyTorch calls.
 
-Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours and are
-never materialised (docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i), in
-float32, or in float64 for float64 maps; only the merge writes the maps' own dtype again.
+Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours and
+are never materialised (docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i),
+in float32, or in float64 for float64 maps; only the merge writes the maps' own dtype again. Autocast is off meanwhile.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 TILE_BYTES = 2**20  # scores in memory at a time: they stay in the cores' level-2 caches
 PLANE_BYTES = 2**22  # full-resolution values in flight at a time while a skip map is merged
 NEGLIGIBLE = 1e-18  # smaller attention weights are zero: far below rounding, and subnormal products cost 50x on a CPU
 MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_SpatialAttention`
+
+Holder = Any  # a module that holds parameters under the official module's names
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +32,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 # Stage 1: patch embedding
 
 
-def patch_embed(maps: Sequence[Tensor], avg_map: Sequence[nn.Module], grid: tuple[int, int]) -> list[Tensor]:
+def patch_embed(
+    maps: Sequence[Tensor], avg_map: Sequence[Holder], grid: tuple[int, int]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
 
     Args:
@@ -39,28 +43,52 @@ def patch_embed(maps: Sequence[Tensor], avg_map: Sequence[nn.Module], grid: tupl
         grid: (P_h, P_w).
 
     Returns:
-        S tensors (B, N, C_i).
+        S tensors (B, N, C_i), and the maps as `upsample` takes them: the gradients of both meet in one pass.
     """
-    tokens = []
+    tokens, passed = [], []
     for x, projection in zip(maps, avg_map, strict=True):
-        pooled = _adaptive_avg_pool(x, grid).flatten(2).transpose(1, 2).contiguous()  # (B, N, C_i)
+        pooled, same = _AdaptiveAvgPool.apply(x, grid)
+        pooled = pooled.flatten(2).transpose(1, 2).contiguous()  # (B, N, C_i)
         weight, bias = _affine(projection, pooled.dtype)
         tokens.append(torch.addcmul(bias, pooled, weight))
-    return tokens
+        passed.append(same)
+    return tokens, passed
 
 
-def _adaptive_avg_pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """`adaptive_avg_pool2d` with a deterministic backward, accumulated in float32: (B, C, H, W) -> (B, C, P_h, P_w)."""
-    dtype = accumulation_dtype(x.dtype)
-    height, width = x.shape[2:]
-    if (height, width) == grid:
-        return x.to(dtype)
-    if height % grid[0] == 0:
-        rows = x.unflatten(2, (grid[0], -1)).sum(3, dtype=dtype)  # (B, C, P_h, W), divided below
-    else:
-        rows = _window_matrix(height, grid[0], x.device, dtype) @ x.to(dtype)  # (B, C, P_h, W)
-    divisor = height // grid[0] if height % grid[0] == 0 else 1
-    return rows @ (_window_matrix(width, grid[1], x.device, dtype) / divisor).mT  # (B, C, P_h, P_w)
+class _AdaptiveAvgPool(torch.autograd.Function):
+    """`adaptive_avg_pool2d`, accumulated in float32, beside the map itself: (B, C, P_h, P_w) and (B, C, H, W).
+
+    Deterministic, also backward. The map's gradient passes through here, and the average's is added to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        ctx.size = x.shape[2:]
+        dtype = accumulation_dtype(x.dtype)
+        if ctx.size == grid:
+            return x.to(dtype, copy=True), x.view_as(x)
+        columns = _window_matrix(x.shape[3], grid[1], x.device, dtype)
+        if x.shape[2] % grid[0] == 0:  # equal windows: a plain sum over their rows
+            rows = x.unflatten(2, (grid[0], -1)).sum(3, dtype=dtype)  # (B, C, P_h, W)
+            pooled = rows @ (columns * (grid[0] / x.shape[2])).mT
+        else:
+            rows = _window_matrix(x.shape[2], grid[0], x.device, dtype) @ x.to(dtype)  # (B, C, P_h, W)
+            pooled = rows @ columns.mT
+        return pooled, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dpooled, dx = grads
+        (height, width), grid = ctx.size, dpooled.shape[2:]
+        if ctx.size == grid:
+            return dx + dpooled.to(dx.dtype), None
+        with _no_autocast(dx):
+            rows = dpooled @ _window_matrix(width, grid[1], dx.device, dpooled.dtype)  # (B, C, P_h, W)
+            if height % grid[0] == 0:
+                rows = (rows * (grid[0] / height)).to(dx.dtype)
+                return (dx.unflatten(2, (grid[0], -1)) + rows[:, :, :, None]).flatten(2, 3), None
+            windows = _window_matrix(height, grid[0], dx.device, dpooled.dtype)
+            return dx + (windows.mT @ rows).to(dx.dtype), None
 
 
 def _window_matrix(size: int, windows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -76,8 +104,8 @@ def _window_matrix(size: int, windows: int, device: torch.device, dtype: torch.d
 
 def channel_attention(
     tokens: Sequence[Tensor],
-    norms: Sequence[nn.LayerNorm],
-    attentions: Sequence[nn.Module],
+    norms: Sequence[Holder],
+    attentions: Sequence[Holder],
     removed: Sequence[bool],
 ) -> list[Tensor]:
     """Attend across channels, with its LayerNorms and its residual (paper, eq. 3).
@@ -149,7 +177,7 @@ class _Gram(torch.autograd.Function):
 
 
 def _head_blocks(matrix: Tensor, heads: int) -> Tensor:
-    """The diagonal blocks of a matrix whose rows and columns are split into heads: (B, R, C) -> (B, h, R / h, C / h)."""
+    """The diagonal blocks of a matrix with rows and columns split into heads: (B, R, C) -> (B, h, R / h, C / h)."""
     blocks = matrix.unflatten(2, (heads, -1)).unflatten(1, (heads, -1))  # (B, h, R / h, h, C / h)
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
@@ -159,15 +187,15 @@ def _head_blocks(matrix: Tensor, heads: int) -> Tensor:
 
 def spatial_attention(
     tokens: Sequence[Tensor],
-    norms: Sequence[nn.LayerNorm],
-    attentions: Sequence[nn.Module],
+    norms: Sequence[Holder],
+    attentions: Sequence[Holder],
     removed: Sequence[bool],
 ) -> list[Tensor]:
     """Attend across tokens, with its LayerNorms and its residual (paper, eq. 4).
 
-    Keys are the plain normalised tokens for every scale, values one scale's plain tokens; the value map and the projection
-    are applied to the result, since attention weights sum to one. The key map's bias drops out of the softmax, whatever
-    its value: its gradient is exactly zero. docs/algebra.md, "Spatial cross-attention".
+    Keys are the plain normalised tokens for every scale, values one scale's plain tokens; the value map and the
+    projection are applied to the result, since attention weights sum to one. The key map's bias drops out of the
+    softmax, whatever its value: its gradient is exactly zero. docs/algebra.md, "Spatial cross-attention".
 
     Args, returns: as `channel_attention`.
     """
@@ -219,7 +247,7 @@ def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) 
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend_rows(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, rows: slice) -> Tensor:
+def _attend_rows(rows: slice, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
     """`_attend` for some of the queries, with their scores in memory; differentiable any number of times."""
     heads = key_scores.shape[-2]
     scores = _heads(every[..., rows, :] * pair, heads) @ _heads(every, heads).mT + key_scores[..., None, :]
@@ -230,15 +258,15 @@ def _attend_rows(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, r
 class _SpatialAttention(torch.autograd.Function):
     """`_attend` by cache-sized tiles of scores, which are never saved.
 
-    The scores are sym[n, m] + r[m], where sym = y diag(pair) y^T is symmetric and r are the key scores. So is E = 2^sym,
-    and with w = 2^(r - max r) the attention is E [v w, w]: its last column is the normaliser. A tile of E serves the
-    queries of its rows and, transposed, those of its columns: half of the products and of the exponentials.
+    The scores are sym[n, m] + r[m], where sym = y diag(pair) y^T is symmetric and r are the key scores. So is
+    E = 2^sym, and with w = 2^(r - max r) the attention is E [v w, w]: its last column is the normaliser. A tile of E
+    serves the queries of its rows and, transposed, those of its columns: half of the products and of the exponentials.
 
     The backward needs dS + dS^T only, the symmetric part of the scores' gradient, which is E times a product of thin
     matrices. docs/algebra.md derives both.
 
-    Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT. An image for which one
-    does not (rare: the tokens are normalised) is done again with a row-wise softmax.
+    Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT. An image for which
+    one does not (rare: the tokens are normalised) is done again with a row-wise softmax.
     """
 
     @staticmethod
@@ -246,7 +274,7 @@ class _SpatialAttention(torch.autograd.Function):
         weights = torch.exp2(key_scores - key_scores.amax(2, keepdim=True))[:, :, None]  # (B, h, 1, N)
         values = _weighted_values(own, weights)  # (B, h, dv + 1, N)
         total = torch.empty_like(values)
-        tiles = _Tiles(every, key_scores.shape[1], every.shape[1])
+        tiles = _Tiles(key_scores)
         for b in range(every.shape[0]):
             total[b] = _symmetric_product(every[b], pair, values[b], tiles)
         normaliser = total[:, :, -1:]
@@ -254,7 +282,7 @@ class _SpatialAttention(torch.autograd.Function):
         ctx.in_range = (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1).tolist()
         for b in (b for b, in_range in enumerate(ctx.in_range) if not in_range):
             for rows in _row_spans(key_scores):
-                out[b, rows] = _attend_rows(every[b], own[b], pair, key_scores[b], rows)
+                out[b, rows] = _attend_rows(rows, every[b], own[b], pair, key_scores[b])
         ctx.save_for_backward(every, own, pair, key_scores, out, weights, normaliser)
         return out
 
@@ -265,30 +293,31 @@ class _SpatialAttention(torch.autograd.Function):
         with _no_autocast(every):
             if torch.is_grad_enabled():  # a graph of the backward is asked for
                 inputs = [every, own, pair, key_scores]
-                again = _attend_rows(*inputs, slice(None))
+                again = _attend_rows(slice(None), *inputs)
                 return tuple(_differentiable_grad(again, inputs, dout, ctx.needs_input_grad))
             devery, down, dkey_scores = (torch.empty_like(t) for t in (every, own, key_scores))
             dpair = torch.zeros_like(pair)
-            tiles = _Tiles(every, key_scores.shape[1], every.shape[1])
+            tiles = _Tiles(key_scores)
             for b, in_range in enumerate(ctx.in_range):
-                image = every[b], own[b], pair, key_scores[b]
                 if in_range:
-                    parts = _symmetric_backward(*image[:3], out[b], weights[b], normaliser[b], dout[b], tiles)
+                    of_image = out[b], weights[b], normaliser[b], dout[b], tiles, devery[b]
+                    down[b], of_pair, dkey_scores[b] = _symmetric_backward(every[b], own[b], pair, *of_image)
                 else:
-                    parts = _rows_backward(*image, dout[b])
-                devery[b], down[b], dkey_scores[b] = parts[0], parts[1], parts[3]
-                dpair += parts[2]
+                    devery[b], down[b], of_pair, dkey_scores[b] = _rows_backward(
+                        every[b], own[b], pair, key_scores[b], dout[b]
+                    )
+                dpair += of_pair
         return devery, down, dpair, dkey_scores
 
 
 class _Tiles:
     """The tiles of one image's symmetric score matrix on and above its diagonal, and the memory that they share."""
 
-    def __init__(self, like: Tensor, heads: int, length: int) -> None:
-        side = math.isqrt(TILE_BYTES // (heads * like.element_size()))
-        self.spans = _spans(length, side)
+    def __init__(self, key_scores: Tensor) -> None:
+        heads, length = key_scores.shape[1:]
+        self.spans = _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())))
         sizes = [span.stop - span.start for span in self.spans]
-        scratch = like.new_empty(2, heads * sizes[0] ** 2)
+        scratch = key_scores.new_empty(2, heads * sizes[0] ** 2)
         self.upper = [
             (i, j, *(part[: heads * sizes[i] * sizes[j]].view(heads, sizes[i], sizes[j]) for part in scratch))
             for i in range(len(sizes))
@@ -332,8 +361,9 @@ def _symmetric_backward(
     normaliser: Tensor,
     dout: Tensor,
     tiles: _Tiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of one image's every (N, C), own (N, C_i), pair (C) and key scores (h, N)."""
+    devery: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of one image's own (N, C_i), pair (C) and key scores (h, N); that of every (N, C) into `devery`."""
     heads = len(weights)
     values = _weighted_values(own, weights)  # (h, dv + 1, N)
     upstream = _columns(dout, heads) / normaliser  # (h, dv, N)
@@ -357,23 +387,24 @@ def _symmetric_backward(
         if i != j:
             dscores[j].baddbmm_(tile.mT, plain[i])
     received_all = torch.cat(received, 2)
-    dsym = torch.cat([block.transpose(0, 1) for block in dscores]).flatten(1)  # (N, C)
+    torch.cat([block.transpose(0, 1) for block in dscores], out=devery.unflatten(1, (heads, -1)))
     dkey_scores = (values * received_all).sum(1) * math.log(2)  # (h, N)
     down = (received_all[:, :-1] * weights).flatten(0, 1).mT  # (N, C_i)
-    dpair = 0.5 * (dsym * every).sum(0)
-    return dsym.mul_(pair), down, dpair, dkey_scores
+    dpair = 0.5 * (devery * every).sum(0)
+    devery.mul_(pair)
+    return down, dpair, dkey_scores
 
 
-def _rows_backward(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dout: Tensor) -> list[Tensor]:
-    """As `_symmetric_backward`, by row-wise softmax."""
+def _rows_backward(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of one image's every, own, pair and key scores, by row-wise softmax."""
     inputs = [t.detach().requires_grad_() for t in (every, own, pair, key_scores)]
     totals = [torch.zeros_like(t) for t in inputs]
     for rows in _row_spans(key_scores):
         with torch.enable_grad():
-            out = _attend_rows(*inputs, rows)
+            out = _attend_rows(rows, *inputs)
         for total, part in zip(totals, torch.autograd.grad(out, inputs, dout[rows]), strict=True):
             total += part
-    return totals
+    return tuple(totals)
 
 
 def _weighted_values(own: Tensor, weights: Tensor) -> Tensor:
@@ -409,11 +440,11 @@ def _spans(length: int, most: int) -> list[slice]:
 def upsample(
     tokens: Sequence[Tensor],
     maps: Sequence[Tensor],
-    upconvs: Sequence[nn.Module],
-    bn_relu: Sequence[nn.Module],
+    upconvs: Sequence[Holder],
+    norms: Sequence[Holder | None],
     grid: tuple[int, int],
     dtypes: Sequence[torch.dtype],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
 
     The convolution commutes with the interpolation; its bias is added after it, in float32. BatchNorm's running buffers
@@ -423,53 +454,43 @@ def upsample(
         tokens: S tensors (B, N, C_i).
         maps: S tensors (B, C_i, H_i, W_i).
         upconvs: S modules with `conv.conv`, a dense 1x1 convolution.
-        bn_relu: S Sequential(BatchNorm2d, ReLU); any other module, or one with hooks, is called as it is.
+        norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
         grid: (P_h, P_w).
         dtypes: dtype of each output.
 
     Returns:
         S tensors (B, C_i, H_i, W_i), channels_last where the map is.
     """
-    outs, updates = [], []
-    for t, x, upconv, head, dtype in zip(tokens, maps, upconvs, bn_relu, dtypes, strict=True):
+    outs: list[Tensor] = []
+    updates = []
+    for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
         conv = upconv.conv.conv
         z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
-        if not fuses(head):
-            summed = _interpolate(z, x) + bias[:, None, None] + x
-            outs.append(head(summed.to(dtype)))
+        if norm is None:
+            outs.append((_interpolate(z, x) + _plane(bias) + x).to(dtype))
             continue
-        norm = head[0]
-        gamma, beta = (p.to(t.dtype) if p is not None else None for p in (norm.weight, norm.bias))
-        if gamma is None:
-            gamma, beta = t.new_ones(t.shape[2]), t.new_zeros(t.shape[2])
+        gamma = t.new_ones(t.shape[2]) if norm.weight is None else norm.weight.to(t.dtype)
+        beta = t.new_zeros(t.shape[2]) if norm.bias is None else norm.bias.to(t.dtype)
         if uses_batch_statistics(norm):
             z = _with_zero_grad(z, bias)
             out, mean, variance = _Merge.apply(x, z, gamma, beta, None, None, norm.eps, dtype)
-            updates.append((norm, mean + bias, variance, x.numel() // x.shape[1]))
+            updates.append((norm, mean + bias.detach(), variance, x.numel() // x.shape[1]))
         else:
-            mean, variance = (buffer.to(t.dtype) for buffer in (norm.running_mean, norm.running_var))
+            mean, variance = norm.running_mean.to(t.dtype), norm.running_var.to(t.dtype)
             out, _, _ = _Merge.apply(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
         outs.append(out)
     for update in updates:
         _update_running_buffers(*update)
-    return tuple(outs)
+    return outs
 
 
-def fuses(head: nn.Module) -> bool:
-    """Whether a `bn_relu` is a plain BatchNorm2d and ReLU with nothing hooked in, so that `_Merge` may stand for it."""
-    if type(head) is not nn.Sequential or [type(m) for m in head] != [nn.BatchNorm2d, nn.ReLU]:
-        return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(m, name) for m in head.modules() for name in hooks)
-
-
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+def uses_batch_statistics(norm: Holder) -> bool:
     """Whether BatchNorm normalises by the batch's mean and variance rather than by its buffers."""
     return norm.training or norm.running_mean is None
 
 
-def _update_running_buffers(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
     """What BatchNorm2d does to its buffers in a forward in train mode; `count` values a channel."""
     if not norm.training or norm.running_mean is None:
         return
@@ -479,15 +500,15 @@ def _update_running_buffers(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor
     momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     unbiased = variance * (count / (count - 1))
     for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        buffer.copy_(torch.lerp(buffer.to(value.dtype), value.detach(), momentum))
+        buffer.copy_(torch.lerp(buffer.to(value.dtype), value, momentum))
 
 
 class _Merge(torch.autograd.Function):
     """relu(gamma * (up(z) + x - mean) / sqrt(variance + eps) + beta), a few planes at a time.
 
-    x (B, C, H, W) in any floating dtype, z (B, C, P_h, P_w) and gamma, beta, mean, variance (C) in the accumulation dtype.
-    Where mean is None, mean and variance are the batch's (`variance` biased), by a first pass over x. Returns the merged
-    map, the mean and the variance. Nothing of full resolution is saved but x: the backward interpolates again.
+    x (B, C, H, W) in any floating dtype, z (B, C, P_h, P_w) and gamma, beta, mean, variance (C) in the accumulation
+    dtype. Where mean is None, mean and variance are the batch's (the variance biased), by a first pass over x. Returns
+    the merged map, the mean and the variance. Of full resolution only x is saved: the backward interpolates again.
     """
 
     @staticmethod
@@ -579,7 +600,7 @@ def _masked_planes(
     x: Tensor, z: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor
 ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """y = up(z) + x - mean as the forward has it, and dout where the ReLU let y * scale + beta through."""
-    scratch = None
+    scratch: Tensor | None = None
     for b, c, y in _summed_planes(x, z, -mean):
         scratch = torch.empty_like(y) if scratch is None else scratch
         before_relu = torch.mul(y, _plane(scale[c]), out=scratch[: len(y)]).add_(_plane(beta[c]))
@@ -594,13 +615,13 @@ def _interpolate(z: Tensor, x: Tensor) -> Tensor:
 
 
 def _interpolation_matrices(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear interpolation (align_corners=True) as rows @ z @ columns^T: (H, P_h) and (W, P_w), PyTorch's own weights."""
-    return tuple(
-        F.interpolate(
-            torch.eye(low, device=z.device, dtype=z.dtype)[None], size=high, mode="linear", align_corners=True
-        )[0].mT.contiguous()
-        for low, high in zip(z.shape[2:], x.shape[2:], strict=True)
-    )  # type: ignore[return-value]
+    """Bilinear interpolation as rows @ z @ columns^T: (H, P_h) and (W, P_w), with PyTorch's own weights."""
+
+    def matrix(low: int, high: int) -> Tensor:
+        identity = torch.eye(low, device=z.device, dtype=z.dtype)[None]
+        return F.interpolate(identity, size=high, mode="linear", align_corners=True)[0].mT.contiguous()
+
+    return matrix(z.shape[2], x.shape[2]), matrix(z.shape[3], x.shape[3])
 
 
 def _plane(vector: Tensor) -> Tensor:
@@ -617,13 +638,13 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 # Shared by the stages
 
 
-def _affine(projection: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _affine(projection: Holder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight (C) and bias (C) of a depthwise projection."""
     conv = projection.proj.depthwise
     return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
 
 
-def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
+def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[Holder]) -> list[Tensor]:
     return [
         F.layer_norm(t, norm.normalized_shape, norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
         for t, norm in zip(tokens, norms, strict=True)

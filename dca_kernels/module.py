@@ -1,12 +1,13 @@
 """The swap-in module: parameters, buffers and checks. The stages hold the maths."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dca_kernels import backends
-from dca_kernels.fused import fuses, uses_batch_statistics
+from dca_kernels.fused import uses_batch_statistics
 
 
 class _Depthwise(nn.Module):
@@ -141,23 +142,22 @@ class DCA(nn.Module):
         """
         dtypes = self._check(maps)
         stages = backends.load(backends.choose(self.backend, maps[0].device))
+        norms = [_plain_norm(head) for head in self.bn_relu]
         # BatchNorm with batch statistics removes the constants that the last attention adds to a channel.
-        removed = [fuses(head) and uses_batch_statistics(head[0]) for head in self.bn_relu]
+        removed = [norm is not None and uses_batch_statistics(norm) for norm in norms]
         kept = [False] * len(removed)
-        attentions = [
-            attention
-            for block in self.attention
-            for attention in (
-                (stages.channel_attention, block.channel_norm, block.c_attention) if self.channel_att else None,
-                (stages.spatial_attention, block.spatial_norm, block.s_attention) if self.spatial_att else None,
-            )
-            if attention
-        ]
+        attentions: list[tuple[Any, ...]] = []
+        for block in self.attention:
+            if self.channel_att:
+                attentions.append((stages.channel_attention, block.channel_norm, block.c_attention))
+            if self.spatial_att:
+                attentions.append((stages.spatial_attention, block.spatial_norm, block.s_attention))
         with torch.autocast(maps[0].device.type, enabled=False):
-            tokens = stages.patch_embed(maps, self.avg_map, self.grid)
-            for i, (attend, norms, attention) in enumerate(attentions):
-                tokens = attend(tokens, norms, attention, removed if i == len(attentions) - 1 else kept)
-            return stages.upsample(tokens, maps, self.upconvs, self.bn_relu, self.grid, dtypes)
+            tokens, maps = stages.patch_embed(maps, self.avg_map, self.grid)
+            for i, (attend, *modules) in enumerate(attentions, start=1):
+                tokens = attend(tokens, *modules, removed if i == len(attentions) else kept)
+            outs = stages.upsample(tokens, maps, self.upconvs, norms, self.grid, dtypes)
+        return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
 
     def extra_repr(self) -> str:
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
@@ -166,7 +166,7 @@ class DCA(nn.Module):
     def _check(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
         """Raise for maps that `forward` does not take; return the dtype of each output."""
         if not isinstance(maps, (list, tuple)):
-            raise TypeError(f"maps: expected a list or tuple of {len(self.features)} tensors, got {type(maps).__name__}")
+            raise TypeError(f"maps: expected a list or tuple of tensors, got {type(maps).__name__}")
         if len(maps) != len(self.features):
             raise ValueError(f"maps: expected {len(self.features)} tensors, one for each of features, got {len(maps)}")
         for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
@@ -178,13 +178,14 @@ class DCA(nn.Module):
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
             if x.shape[0] != maps[0].shape[0]:
                 raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
-        own = self.avg_map[0].proj.depthwise.weight
+        own: Tensor = next(self.parameters())
         for i, x in enumerate(maps):
             if x.device != own.device:
                 raise ValueError(f"maps[{i}]: expected device {own.device}, as the parameters, got {x.device}")
         dtypes = self._output_dtypes(maps, own.dtype)
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
-            if fuses(head) and uses_batch_statistics(head[0]) and x.numel() == x.shape[1]:
+            norm = _plain_norm(head)
+            if norm is not None and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
                 )
@@ -205,6 +206,20 @@ class DCA(nn.Module):
             return [own] * len(maps)
         autocast = torch.get_autocast_dtype(device_type)
         return [torch.promote_types(x.dtype, autocast) for x in maps]
+
+
+def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
+    """The BatchNorm of a `bn_relu` that is a plain BatchNorm2d and ReLU with nothing hooked in, else None.
+
+    Only such a one may be fused; any other is called as it is.
+    """
+    modules: list[Any] = [head, *head.children()]
+    if [type(m) for m in modules] != [nn.Sequential, nn.BatchNorm2d, nn.ReLU]:
+        return None
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(m, name) for m in modules for name in hooks):
+        return None
+    return modules[1]
 
 
 def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
@@ -229,6 +244,7 @@ def _heads(name: str, heads: Sequence[int], features: Sequence[int]) -> list[int
     for i, (h, channels) in enumerate(zip(heads, features, strict=True)):
         if channels % h or sum(features) % h:
             raise ValueError(
-                f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {sum(features)}, got {h}"
+                f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {sum(features)}, "
+                f"got {h}"
             )
     return heads
