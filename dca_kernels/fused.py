@@ -193,39 +193,47 @@ def spatial_attention(
 ) -> list[Tensor]:
     """Attend across tokens, with its LayerNorms and its residual (paper, eq. 4).
 
-    Keys are the plain normalised tokens for every scale, values one scale's plain tokens; the value map and the
-    projection are applied to the result, since attention weights sum to one. The key map's bias drops out of the
-    softmax, whatever its value: its gradient is exactly zero. docs/algebra.md, "Spatial cross-attention".
+    Keys are the normalised tokens, the same for every scale, and values one scale's of them; the value map and the
+    projection are applied to the result, since attention weights sum to one. Tokens are centred over the grid first:
+    their mean moves into the keys' own scores and the result. The key map's bias drops out of the softmax, whatever its
+    value: its gradient is exactly zero. docs/algebra.md, "Spatial cross-attention".
 
     Args, returns: as `channel_attention`.
     """
-    normed = _layer_norm(tokens, norms)
-    every = torch.cat(normed, dim=2)  # (B, N, C)
+    every = torch.cat(_layer_norm(tokens, norms), dim=2)  # (B, N, C)
+    mean = every.mean(1)  # (B, C)
+    every = every - mean[:, None]
     heads = [attention.heads for attention in attentions]
-    pairs, keys = [], []  # S of (C)
+    pairs, keys = [], []  # S of (C) and of (B, C)
     for attention, h in zip(attentions, heads, strict=True):
         q_weight, q_bias = _affine(attention.q_map, every.dtype)
         k_weight, k_bias = _affine(attention.k_map, every.dtype)
         scale = (every.shape[2] // h) ** -0.5 * math.log2(math.e)  # attention weights are powers of two
         pairs.append(_with_zero_grad(scale * q_weight * k_weight, k_bias))
-        keys.append(scale * q_bias * k_weight)
+        keys.append(scale * (mean * q_weight + q_bias) * k_weight)
     key_scores = _head_sums(every, keys, heads)  # S of (B, h, N)
-    out = []
+    out, begin = [], 0
     for i, (t, attention, no_shift) in enumerate(zip(tokens, attentions, removed, strict=True)):
-        attended = _attend(every, normed[i], pairs[i], key_scores[i])  # (B, N, C_i)
+        own = slice(begin, begin + t.shape[2])
+        begin = own.stop
+        attended = _attend(every, every[:, :, own], pairs[i], key_scores[i])  # (B, N, C_i)
         v_weight, v_bias = _affine(attention.v_map, t.dtype)
         p_weight, p_bias = _affine(attention.projection, t.dtype)
-        shift = p_weight * v_bias + p_bias  # (C_i)
+        weight, bias = p_weight * v_weight, p_weight * v_bias + p_bias  # (C_i)
         if no_shift:
-            shift = _with_zero_grad(shift.detach(), v_bias, p_bias)
-        out.append(torch.addcmul(t, attended, p_weight * v_weight).add_(shift))
+            bias = _with_zero_grad(bias.detach(), v_bias, p_bias)
+        shift = mean[:, own] * weight + bias  # (B, C_i)
+        out.append(torch.addcmul(t, attended, weight).add_(shift[:, None]))
     return out
 
 
 def _head_sums(tokens: Tensor, vectors: Sequence[Tensor], heads: Sequence[int]) -> list[Tensor]:
-    """Sums of tokens * vector over each head's channels: (B, N, C), S of (C) -> S of (B, h, N)."""
-    columns = [torch.block_diag(*v.unflatten(0, (h, -1, 1))) for v, h in zip(vectors, heads, strict=True)]  # (C, h)
-    return list((tokens @ torch.cat(columns, 1)).mT.split(list(heads), 1))
+    """Sums of tokens * vector over each head's channels: (B, N, C), S of (B, C) -> S of (B, h, N)."""
+    columns = []  # S of (B, C, h)
+    for vector, h in zip(vectors, heads, strict=True):
+        head_of = torch.eye(h, device=vector.device, dtype=vector.dtype).repeat_interleave(vector.shape[1] // h, 0)
+        columns.append(vector[:, :, None] * head_of)
+    return list((tokens @ torch.cat(columns, 2)).mT.split(list(heads), 1))
 
 
 def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
@@ -473,9 +481,10 @@ def upsample(
         gamma = t.new_ones(t.shape[2]) if norm.weight is None else norm.weight.to(t.dtype)
         beta = t.new_zeros(t.shape[2]) if norm.bias is None else norm.bias.to(t.dtype)
         if uses_batch_statistics(norm):
-            z = _with_zero_grad(z, bias)
+            z_mean = z.mean((0, 2, 3))  # BatchNorm removes it: gone before it is rounded into every pixel
+            z = _with_zero_grad(z - _plane(z_mean), bias)
             out, mean, variance = _Merge.apply(x, z, gamma, beta, None, None, norm.eps, dtype)
-            updates.append((norm, mean + bias.detach(), variance, x.numel() // x.shape[1]))
+            updates.append((norm, mean + z_mean.detach() + bias.detach(), variance, x.numel() // x.shape[1]))
         else:
             mean, variance = norm.running_mean.to(t.dtype), norm.running_var.to(t.dtype)
             out, _, _ = _Merge.apply(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
@@ -570,8 +579,10 @@ class _Merge(torch.autograd.Function):
 
 def _batch_statistics(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of up(z) + x a channel, centred a plane at a time and merged in float64."""
+    if x.shape[0] == 0:
+        return z.new_zeros(x.shape[1]), z.new_zeros(x.shape[1])
     means, squares = (torch.empty(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))  # (B, C)
-    for b, c, y in _summed_planes(x, z, torch.zeros_like(z[0, :, 0, 0])):
+    for b, c, y in _summed_planes(x, z, z.new_zeros(x.shape[1])):
         mean = y.mean((1, 2), keepdim=True)
         means[b, c] = mean.flatten().double()
         squares[b, c] = y.sub_(mean).square_().sum((1, 2)).double()

@@ -1,0 +1,86 @@
+"""Autocast on the CPU, with float32 parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.oracle import (
+    Config,
+    assert_identical,
+    assert_same,
+    assert_within_budget,
+    both_modes,
+    each_backend,
+    evaluate,
+    pair,
+    promoted,
+    random_maps,
+)
+
+CONFIG = Config()
+MAPS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+each_map_dtype = pytest.mark.parametrize("dtype", MAPS.values(), ids=[f"{name}_maps" for name in MAPS])
+each_autocast = pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["to_bfloat16", "to_float16"])
+
+
+def under(autocast: torch.dtype, module: nn.Module) -> nn.Module:
+    """The module with its forward under autocast; a backward is then outside of it, as PyTorch advises."""
+    module.forward = torch.autocast("cpu", autocast)(module.forward)
+    return module
+
+
+@each_map_dtype
+@each_autocast
+@both_modes
+@each_backend
+def test_dtypes_and_error_budget(dtype: torch.dtype, autocast: torch.dtype, train: bool, backend: str) -> None:
+    modules = pair(CONFIG, backend, torch.float32, train)
+    exact = promoted(modules[1], CONFIG)
+    maps = random_maps(CONFIG, dtype)
+    ours, theirs = (evaluate(under(autocast, module), maps) for module in modules)
+    expected = evaluate(exact, [x.double() for x in maps])
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        if name.startswith("output"):
+            assert_within_budget(ours[name], theirs[name], expected[name], ours[name].dtype, name)
+        assert ours[name].isfinite().all(), name
+
+
+@each_autocast
+@both_modes
+@each_backend
+def test_float32_maps_lose_nothing(autocast: torch.dtype, train: bool, backend: str) -> None:
+    maps = random_maps(CONFIG, torch.float32)
+    plain, cast = (pair(CONFIG, backend, torch.float32, train)[0] for _ in range(2))
+    assert_identical(evaluate(under(autocast, cast), maps), evaluate(plain, maps))
+
+
+@both_modes
+@each_backend
+def test_float64_is_left_alone(train: bool, backend: str) -> None:
+    ours, theirs = (under(torch.bfloat16, module) for module in pair(CONFIG, backend, train=train))
+    maps = random_maps(CONFIG)
+    assert_same(evaluate(ours, maps), evaluate(theirs, maps))
+
+
+@each_backend
+def test_maps_of_unequal_dtypes(backend: str) -> None:
+    ours, theirs = (under(torch.bfloat16, module) for module in pair(CONFIG, backend, torch.float32))
+    maps = [x.to(dtype) for x, dtype in zip(random_maps(CONFIG), (torch.float32, torch.bfloat16), strict=True)]
+    assert [y.dtype for y in ours(maps)] == [y.dtype for y in theirs(maps)] == [torch.float32, torch.bfloat16]
+
+
+@both_modes
+@each_backend
+def test_backward_under_autocast(train: bool, backend: str) -> None:
+    # PyTorch's own part of the backward is in bfloat16 then, for the reference too.
+    modules = pair(CONFIG, backend, torch.float32, train)
+    exact = promoted(modules[1], CONFIG)
+    maps = random_maps(CONFIG, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (evaluate(module, maps) for module in modules)
+    expected = evaluate(exact, [x.double() for x in maps])
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        if name.startswith("grad"):
+            assert_within_budget(ours[name], theirs[name], expected[name], torch.bfloat16, name)

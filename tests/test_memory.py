@@ -1,0 +1,107 @@
+"""What is never in memory: all scores at once, full-resolution tensors for the backward, anything unwritten."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dca_kernels import fused
+from tests.oracle import Config, both_modes, build, each_backend, evaluate, pair, random_maps
+
+MANY_TOKENS = Config((4, 4), 32, sizes=((32, 32), (64, 64)), batch=1)
+TOKENS = 32**2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest storage, in bytes, that an operation gave back."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+def largest_tensor(implementation: str, train: bool) -> int:
+    torch.manual_seed(0)
+    module = build(implementation, **MANY_TOKENS.arguments).train(train)
+    with LargestTensor() as largest:
+        evaluate(module, random_maps(MANY_TOKENS, torch.float32))
+    return largest.nbytes
+
+
+@both_modes
+@each_backend
+def test_scores_are_never_all_in_memory(train: bool, backend: str) -> None:
+    one_head = TOKENS**2 * torch.float32.itemsize
+    assert largest_tensor("reference", train) >= one_head  # the recorder sees scores where there are some
+    assert largest_tensor(backend, train) < one_head
+
+
+def test_rows_are_a_bounded_block_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MAX_EXPONENT", -1.0)
+    assert largest_tensor("torch", train=True) < TOKENS**2 * torch.float32.itemsize
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """The tensors that a forward saves for its backward."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        yield saved
+
+
+SIZES = {"divisible": ((64, 64), (32, 32)), "odd": ((63, 61), (31, 33))}
+each_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+def full_resolution(tensors: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
+    """Those with at least as many elements as one channel of the smallest map has, but for the maps themselves."""
+    smallest = min(x[:, 0].numel() for x in maps)
+    own = {x.untyped_storage().data_ptr() for x in maps}
+    return [t for t in tensors if t.numel() >= smallest and t.untyped_storage().data_ptr() not in own]
+
+
+@each_size
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_backend
+def test_only_the_maps_are_saved_at_full_resolution(
+    sizes: tuple, train: bool, dtype: torch.dtype, backend: str
+) -> None:
+    config = Config((4, 4), 2, sizes=sizes)
+    ours, theirs = pair(config, backend, dtype, train)
+    maps = [x.requires_grad_() for x in random_maps(config, dtype)]
+    with saved_tensors() as saved:
+        theirs(maps)
+    assert full_resolution(saved, maps)  # the reference saves others
+    with saved_tensors() as saved:
+        ours(maps)
+    assert saved
+    assert not full_resolution(saved, maps)
+
+
+@both_modes
+@each_backend
+def test_nothing_is_saved_without_gradients(train: bool, backend: str) -> None:
+    module, _ = pair(Config(), backend, train=train)
+    with saved_tensors() as saved, torch.no_grad():
+        module(random_maps(Config()))
+    assert not saved
+
+
+# The fixture of conftest.py
+
+
+def test_fresh_memory_is_poisoned_for_the_package() -> None:
+    inside = {"torch": torch, "__name__": "dca_kernels.somewhere"}
+    fresh = eval("[torch.empty(3), torch.zeros(3).new_empty(3), torch.empty_like(torch.zeros(3))]", inside)
+    assert all(t.isnan().all() for t in fresh)
+    assert eval("torch.empty(3, dtype=torch.int64)", inside).dtype == torch.int64

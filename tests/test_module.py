@@ -1,0 +1,194 @@
+"""The swap-in contract: names, initial weights, exact zeros, BatchNorm in every form, copies."""
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import dca_kernels
+import reference
+from tests.oracle import (
+    Config,
+    assert_identical,
+    assert_same,
+    both_modes,
+    build,
+    each_backend,
+    evaluate,
+    pair,
+    random_maps,
+)
+
+CONFIGS = {
+    "default": Config(),
+    "two_blocks": Config(n=2),
+    "channel_only": Config(spatial_att=False),
+    "spatial_only": Config(channel_att=False),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@each_config
+def test_same_seed_gives_the_reference_weights_in_order(config: Config) -> None:
+    torch.manual_seed(0)
+    ours = build("torch", **config.arguments).state_dict()
+    torch.manual_seed(0)
+    theirs = build("reference", **config.arguments).state_dict()
+    assert list(ours) == list(theirs)
+    assert_identical(ours, theirs)
+
+
+@each_config
+def test_state_dicts_load_strictly_both_ways(config: Config) -> None:
+    ours, theirs = build("torch", **config.arguments), build("reference", **config.arguments)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert_identical(ours.state_dict(), theirs.state_dict())
+
+
+def test_constructors_take_the_same_arguments() -> None:
+    ours = dict(inspect.signature(dca_kernels.DCA).parameters)
+    theirs = inspect.signature(reference.DCA).parameters
+    assert ours.pop("backend").default == "auto"
+    assert [(name, p.default) for name, p in ours.items()] == [(name, p.default) for name, p in theirs.items()]
+
+
+def test_defaults() -> None:
+    module = dca_kernels.DCA([8, 16])
+    assert module.grid == (28, 28)
+    assert (module.channel_head, module.spatial_head, module.n) == ([1, 1], [4, 4], 1)
+    assert module.channel_att and module.spatial_att
+
+
+def test_strides_change_nothing() -> None:
+    torch.manual_seed(0)
+    without = dca_kernels.DCA([8, 16], None, 4).double()
+    torch.manual_seed(0)
+    with_strides = dca_kernels.DCA([8, 16], [4, 2], 4).double()
+    maps = random_maps(Config())
+    assert_identical(evaluate(with_strides, maps), evaluate(without, maps))
+
+
+def zero_gradients(config: Config, train: bool) -> set[str]:
+    """Parameters that the outputs do not depend on: see `test_zero_gradients_are_exact`."""
+    scales = range(len(config.features))
+    names = set()
+    if config.spatial_att:  # one value for all keys drops out of a softmax over keys
+        names |= {f"attention.{block}.s_attention.{i}.k_map" for block in range(config.n) for i in scales}
+    if train:  # BatchNorm removes what is constant over a channel
+        last = f"attention.{config.n - 1}"
+        names |= {f"upconvs.{i}.conv" for i in scales}
+        if config.spatial_att:
+            names |= {f"{last}.s_attention.{i}.{map_}" for i in scales for map_ in ("v_map", "projection")}
+        else:
+            names |= {f"{last}.c_attention.{i}.projection" for i in scales}
+    return {f"{name}.conv.bias" if name.startswith("upconvs") else f"{name}.proj.depthwise.bias" for name in names}
+
+
+@each_config
+@both_modes
+@each_backend
+def test_zero_gradients_are_exact(config: Config, train: bool, backend: str) -> None:
+    # Zero and not None: with None an optimiser would skip these parameters' weight decay.
+    module, _ = pair(config, backend, torch.float32, train)
+    results = evaluate(module, random_maps(config, torch.float32))
+    gradients = {name.removeprefix("grad."): g for name, g in results.items() if name.startswith("grad.")}
+    assert all(g is not None for g in gradients.values())
+    assert {name for name, g in gradients.items() if not g.any()} == zero_gradients(config, train)
+
+
+def test_bn_relu_stays_replaceable() -> None:
+    for head in dca_kernels.DCA([8, 16]).bn_relu:
+        assert type(head) is nn.Sequential
+        assert [type(module) for module in head] == [nn.BatchNorm2d, nn.ReLU]
+
+
+class DoublingBatchNorm(nn.BatchNorm2d):
+    """Stands for SyncBatchNorm: another class in BatchNorm's place, with results of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def _replace_norm(**kwargs) -> Callable[[nn.Sequential], None]:
+    def change(head: nn.Sequential) -> None:
+        head[0] = nn.BatchNorm2d(head[0].num_features, dtype=torch.float64, **kwargs).train(head.training)
+
+    return change
+
+
+def _subclass_norm(head: nn.Sequential) -> None:
+    head[0].__class__ = DoublingBatchNorm
+
+
+HEADS = {
+    "subclass": _subclass_norm,
+    "norm_hook": lambda head: head[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "norm_pre_hook": lambda head: head[0].register_forward_pre_hook(lambda module, args: (args[0] * args[0],)),
+    "relu_hook": lambda head: head[1].register_forward_hook(lambda module, args, out: out + 1),
+    "head_hook": lambda head: head.register_forward_hook(lambda module, args, out: out + 1),
+    "backward_hook": lambda head: head[0].register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],)),
+    "frozen": lambda head: head.eval(),
+    "no_momentum": lambda head: setattr(head[0], "momentum", None),
+    "large_momentum": lambda head: setattr(head[0], "momentum", 0.7),
+    "large_eps": lambda head: setattr(head[0], "eps", 0.5),
+    "no_running_stats": _replace_norm(track_running_stats=False),
+    "no_affine": _replace_norm(affine=False),
+    "other_activation": lambda head: head.__setitem__(1, nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("change", HEADS.values(), ids=HEADS)
+@both_modes
+@each_backend
+def test_any_head(change: Callable[[nn.Sequential], None], train: bool, backend: str) -> None:
+    modules = pair(Config(), backend, train=train)
+    for module in modules:
+        for head in module.bn_relu:
+            change(head)
+    results = [evaluate(module, random_maps(Config())) for module in modules]
+    assert_same(*results)
+
+
+@each_backend
+def test_one_changed_head_of_two(backend: str) -> None:
+    # Each scale decides for itself whether BatchNorm removes what the last attention adds to its channels.
+    modules = pair(Config(), backend)
+    for module in modules:
+        module.bn_relu[1] = nn.Identity()
+    results = [evaluate(module, random_maps(Config())) for module in modules]
+    assert_same(*results)
+
+
+def _pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def _saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(module)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved], ids=["deepcopy", "pickle", "state_dict"])
+@each_backend
+def test_copies_compute_the_same(duplicate: Callable[[nn.Module], nn.Module], backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    maps = random_maps(Config())
+    evaluate(module, maps)  # a copy after use, as a checkpoint is
+    other = duplicate(module)
+    assert_identical(evaluate(other, maps), evaluate(module, maps))
+
+
+def test_repr_names_the_arguments() -> None:
+    text = repr(dca_kernels.DCA([8, 16], patch=(4, 7), spatial_head=[2, 4], backend="torch"))
+    assert "features=[8, 16], patch=(4, 7)" in text
+    assert "spatial_head=[2, 4], backend='torch'" in text

@@ -1,0 +1,213 @@
+"""Errors against float64, within the budget that plain PyTorch sets in the same dtype."""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dca_kernels import fused
+from tests.oracle import (
+    Config,
+    Results,
+    assert_same,
+    assert_within_budget,
+    both_modes,
+    each_backend,
+    evaluate,
+    pair,
+    promoted,
+    random_like,
+    random_maps,
+)
+
+CONFIG = Config((8, 16, 24), 4, sizes=((32, 32), (16, 16), (8, 8)))
+SEEDS = range(8)  # a ratio of two maxima is luck with one draw
+KINK = 0.1  # low precision puts values this close to zero on the other side of the ReLU
+
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+
+
+def runs(backend: str, dtype: torch.dtype, train: bool, case: str = "random", seed: int = 0) -> list[Results]:
+    """Ours and the reference in `dtype`, and the reference in float64 with the same inputs and weights.
+
+    The upstream gradient is zero where float64 has a value near the ReLU's kink: there, one rounding decides between
+    a gradient and none, and the error says nothing.
+    """
+    ours, theirs = pair(CONFIG, backend, dtype, train, seed)
+    maps = random_maps(CONFIG, dtype, seed)
+    CASES[case](maps, ours)
+    theirs.load_state_dict(ours.state_dict())
+    exact = promoted(theirs, CONFIG)
+    exact_maps = [x.double() for x in maps]
+    before_relu = _before_relu(promoted(theirs, CONFIG), exact_maps)
+    upstream = [
+        (g * (y.abs() > KINK)).to(dtype) for g, y in zip(random_like(before_relu, seed), before_relu, strict=True)
+    ]
+    return [
+        evaluate(ours, maps, upstream),
+        evaluate(theirs, maps, upstream),
+        evaluate(exact, exact_maps, [g.double() for g in upstream]),
+    ]
+
+
+@torch.no_grad()
+def _before_relu(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    values: list[Tensor] = []
+    for head in module.bn_relu:
+        head[0].register_forward_hook(lambda module, args, out: values.append(out))
+    module(maps)
+    return values
+
+
+@functools.cache
+def pooled_runs(backend: str, dtype: torch.dtype, train: bool, case: str = "random") -> dict[str, list[Tensor]]:
+    """Ours, the reference's and the exact values of each quantity, all seeds together.
+
+    A parameter's gradient is pooled over scales and blocks too: alone it has too few elements for a ratio of errors.
+    """
+    pooled = defaultdict(list)
+    for seed in SEEDS:
+        results = runs(backend, dtype, train, case, seed)
+        for name in results[0]:
+            if not name.endswith("num_batches_tracked"):
+                quantity = re.sub(r"\.\d+", "", name) if name.startswith("grad.") else name
+                pooled[quantity].append([result[name].double().flatten() for result in results])
+    return {quantity: [torch.cat(parts) for parts in zip(*draws, strict=True)] for quantity, draws in pooled.items()}
+
+
+@pytest.mark.parametrize("kind", ["output", "after", "grad_input", "grad"])
+@both_modes
+@each_dtype
+@each_backend
+def test_error_budget(kind: str, train: bool, dtype: torch.dtype, backend: str) -> None:
+    for quantity, values in pooled_runs(backend, dtype, train).items():
+        if quantity.startswith(f"{kind}."):
+            assert_within_budget(*values, dtype, quantity)
+
+
+@torch.no_grad()
+def _large_affine(maps: list[Tensor], module: nn.Module) -> None:
+    for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm)):
+        norm.weight.mul_(8)
+
+
+def _change_maps(change: Callable[[Tensor], object]) -> Callable[[list[Tensor], nn.Module], None]:
+    def change_all(maps: list[Tensor], module: nn.Module) -> None:
+        for x in maps:
+            change(x)
+
+    return change_all
+
+
+@torch.no_grad()
+def _zero_gamma(maps: list[Tensor], module: nn.Module) -> None:
+    for head in module.bn_relu:
+        head[0].weight.zero_()
+
+
+CASES: dict[str, Callable[[list[Tensor], nn.Module], None]] = {
+    "random": _change_maps(lambda x: None),
+    "large_mean": _change_maps(lambda x: x.add_(1000)),
+    "constant_channel": _change_maps(lambda x: x[:, 0].fill_(3.14159)),
+    "hot_pixel": _change_maps(lambda x: x[0, 0, 0, 0].fill_(1e4)),
+    "zero_maps": _change_maps(lambda x: x.zero_()),
+    "zero_gamma": _zero_gamma,
+    "large_affine": _large_affine,
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
+@both_modes
+@each_dtype
+@each_backend
+def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend: str) -> None:
+    largest = torch.finfo(dtype).max
+    for quantity, (ours, theirs, exact) in pooled_runs(backend, dtype, train, case).items():
+        assert ours[exact.abs() < largest].isfinite().all(), quantity
+        if quantity.startswith("output."):
+            assert_within_budget(ours, theirs, exact, dtype, quantity)
+
+
+def test_zero_gamma_stops_the_gradient_of_the_maps() -> None:
+    results = runs("torch", torch.float32, True, "zero_gamma")[0]
+    assert all(not results[f"grad_input.{i}"].any() for i in range(len(CONFIG.features)))
+    assert results["grad.bn_relu.0.0.weight"].any()
+
+
+# The ways in which the torch backend computes spatial attention
+
+
+@pytest.fixture
+def row_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each call of the row-wise softmax."""
+    calls: list[int] = []
+    rows = fused._attend_rows
+    monkeypatch.setattr(fused, "_attend_rows", lambda *args: calls.append(1) or rows(*args))
+    return calls
+
+
+@pytest.mark.parametrize("case, taken", [("random", False), ("large_affine", True)])
+def test_rows_are_taken_only_out_of_range(case: str, taken: bool, row_calls: list[int]) -> None:
+    runs("torch", torch.float32, True, case)
+    assert bool(row_calls) == taken
+
+
+def test_one_image_out_of_range_leaves_the_other(row_calls: list[int]) -> None:
+    config = Config((8,), 4, channel_att=False, sizes=((4, 4),))
+    modules = pair(config)
+    for module in modules:
+        norm = module.attention[0].spatial_norm[0]
+        nn.init.constant_(norm.weight, 8.0)
+        for zeroed in (norm.bias, module.avg_map[0].proj.depthwise.bias):
+            nn.init.zeros_(zeroed)
+    maps = random_maps(config)
+    maps[0][1] = 0  # with those biases, every score of this image is zero
+    ours, theirs = (evaluate(module, maps) for module in modules)
+    assert_same(ours, theirs)
+    assert len(row_calls) == 2  # of the first image: forward and backward
+
+
+RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)))  # 35 tokens
+
+
+def with_settings(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Results:
+    """Results of the torch backend in float64 with some of its module's names replaced."""
+    module, _ = pair(RAGGED)
+    with monkeypatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(fused, name, value)
+        return evaluate(module, random_maps(RAGGED))
+
+
+ROWS = {"MAX_EXPONENT": -1.0}  # no normaliser is in range
+PATHS: dict[str, dict[str, object]] = {
+    "rows": ROWS,
+    "rows_ragged": ROWS | {"TILE_BYTES": 4 * 35 * 8 * 4},
+    "rows_one_by_one": ROWS | {"TILE_BYTES": 1},
+    "flash": {"_attend": fused._attend_flash},
+    "tiles_ragged": {"TILE_BYTES": 4 * 8 * 10**2},  # 9, 9, 9 and 8 tokens with 4 heads
+    "tiles_of_one": {"TILE_BYTES": 1},
+    "planes_ragged": {"PLANE_BYTES": 11 * 15 * 8 * 3},  # 3, 3 and 2 channels of the first map
+    "planes_of_one": {"PLANE_BYTES": 1},
+}
+
+
+@pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
+def test_paths_agree(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_same(with_settings(monkeypatch, **settings), with_settings(monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "length, most, sizes",
+    [(35, 10, [9, 9, 9, 8]), (35, 35, [35]), (35, 100, [35]), (3, 0, [1, 1, 1]), (8, 3, [3, 3, 2])],
+)
+def test_spans_cover_all(length: int, most: int, sizes: list[int]) -> None:
+    spans = fused._spans(length, most)
+    assert [span.stop - span.start for span in spans] == sizes
+    assert [i for span in spans for i in range(span.start, span.stop)] == list(range(length))
