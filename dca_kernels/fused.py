@@ -395,7 +395,8 @@ def _symmetric_backward(
         if i != j:
             dscores[j].baddbmm_(tile.mT, plain[i])
     received_all = torch.cat(received, 2)
-    torch.cat([block.transpose(0, 1) for block in dscores], out=devery.unflatten(1, (heads, -1)))
+    for span, block in zip(tiles.spans, dscores, strict=True):
+        devery[span].unflatten(1, (heads, -1)).copy_(block.transpose(0, 1))
     dkey_scores = (values * received_all).sum(1) * math.log(2)  # (h, N)
     down = (received_all[:, :-1] * weights).flatten(0, 1).mT  # (N, C_i)
     dpair = 0.5 * (devery * every).sum(0)
@@ -532,14 +533,15 @@ class _Merge(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        planes = _Planes(x, z)
         ctx.from_batch = mean is None
         if mean is None or variance is None:
-            mean, variance = _batch_statistics(x, z)
+            mean, variance = _batch_statistics(planes)
             ctx.mark_non_differentiable(mean, variance)
         inv_std = torch.rsqrt(variance + eps)
         out = torch.empty_like(x, dtype=dtype, memory_format=_memory_format(x))
         scale = gamma * inv_std
-        for b, c, y in _summed_planes(x, z, -mean):
+        for b, c, y in planes.shifted(-mean):
             torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
         ctx.save_for_backward(x, z, gamma, beta, mean, inv_std)
         ctx.eps = eps
@@ -558,65 +560,73 @@ class _Merge(torch.autograd.Function):
                     inv_std = torch.rsqrt(variance + ctx.eps)
                 again = torch.relu((y - _plane(mean)) * _plane(gamma * inv_std) + _plane(beta)).to(dout.dtype)
                 return *_differentiable_grad(again, inputs, dout, ctx.needs_input_grad), None, None, None
+            planes = _Planes(x, z)
             scale = gamma * inv_std
             count = x.numel() // x.shape[1]
             sum_g = x.new_zeros(x.shape[:2], dtype=z.dtype)  # (B, C)
             sum_gy = torch.zeros_like(sum_g)
-            for b, c, y, g in _masked_planes(x, z, mean, scale, beta, dout):
+            for b, c, y, g in planes.masked(mean, scale, beta, dout):
                 sum_g[b, c] = g.sum((1, 2))
                 sum_gy[b, c] = g.mul_(y).sum((1, 2))
             dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
             from_mean = scale * dbeta / count if ctx.from_batch else torch.zeros_like(dbeta)
             from_variance = scale * inv_std * dgamma / count if ctx.from_batch else torch.zeros_like(dgamma)
             dx, dz = torch.empty_like(x, memory_format=_memory_format(x)), torch.empty_like(z)
-            rows, columns = _interpolation_matrices(z, x)
-            for b, c, y, g in _masked_planes(x, z, mean, scale, beta, dout):
+            for b, c, y, g in planes.masked(mean, scale, beta, dout):
                 dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
                 dx[b, c] = dy
-                dz[b, c] = torch.bmm(rows.mT.expand(len(dy), -1, -1), dy) @ columns
+                dz[b, c] = planes.adjoint(dy)
         return dx, dz, dgamma, dbeta, -scale * dbeta if not ctx.from_batch else None, None, None, None
 
 
-def _batch_statistics(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of up(z) + x a channel, centred a plane at a time and merged in float64."""
+class _Planes:
+    """up(z) + x, some channels of one image at a time: what is done to them happens in the cache."""
+
+    def __init__(self, x: Tensor, z: Tensor) -> None:
+        self.x, self.z = x, z
+        self.rows, self.columns = _interpolation_matrices(z, x)
+        self.wide = z @ self.columns.mT  # (B, C, P_h, W)
+        self.channels = _spans(x.shape[1], PLANE_BYTES // (x.shape[2] * x.shape[3] * z.element_size()))
+        self.scratch = z.new_empty(2, self.channels[0].stop, *x.shape[2:])
+
+    def shifted(self, shift: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """Image, channels, and up(z) + x + shift in the accumulation dtype (c, H, W); shift (C)."""
+        for b in range(self.x.shape[0]):
+            for c in self.channels:
+                y = torch.add(self.x[b, c], _plane(shift[c]), out=self.scratch[0, : c.stop - c.start])
+                if self.z.shape == self.x.shape:
+                    yield b, c, y.add_(self.z[b, c])
+                else:
+                    yield b, c, y.baddbmm_(self.rows.expand(len(y), -1, -1), self.wide[b, c])
+
+    def masked(
+        self, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor
+    ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """As `shifted` by -mean, and dout where the ReLU let y * scale + beta through, as the forward computes it."""
+        for b, c, y in self.shifted(-mean):
+            before_relu = torch.mul(y, _plane(scale[c]), out=self.scratch[1, : len(y)]).add_(_plane(beta[c]))
+            upstream = dout[b, c].to(y.dtype)
+            g = torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
+            yield b, c, y, g
+
+    def adjoint(self, dy: Tensor) -> Tensor:
+        """The transposed interpolation: (c, H, W) -> (c, P_h, P_w)."""
+        return torch.bmm(self.rows.mT.expand(len(dy), -1, -1), dy) @ self.columns
+
+
+def _batch_statistics(planes: _Planes) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a channel, centred a plane at a time and merged in float64."""
+    x, z = planes.x, planes.z
     if x.shape[0] == 0:
         return z.new_zeros(x.shape[1]), z.new_zeros(x.shape[1])
     means, squares = (torch.empty(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))  # (B, C)
-    for b, c, y in _summed_planes(x, z, z.new_zeros(x.shape[1])):
+    for b, c, y in planes.shifted(z.new_zeros(x.shape[1])):
         mean = y.mean((1, 2), keepdim=True)
         means[b, c] = mean.flatten().double()
         squares[b, c] = y.sub_(mean).square_().sum((1, 2)).double()
     mean = means.mean(0)
     variance = squares.mean(0) / (x.shape[2] * x.shape[3]) + (means - mean).square().mean(0)
     return mean.to(z.dtype), variance.to(z.dtype)
-
-
-def _summed_planes(x: Tensor, z: Tensor, shift: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-    """up(z) + x + shift, some channels of one image at a time: (b, channels, (c, H, W) of the accumulation dtype)."""
-    rows, columns = _interpolation_matrices(z, x)
-    wide = z @ columns.mT  # (B, C, P_h, W)
-    planes = PLANE_BYTES // (x.shape[2] * x.shape[3] * z.element_size())
-    spans = _spans(x.shape[1], planes)
-    scratch = z.new_empty(spans[0].stop, *x.shape[2:])
-    for b in range(x.shape[0]):
-        for c in spans:
-            y = torch.add(x[b, c], _plane(shift[c]), out=scratch[: c.stop - c.start])
-            if z.shape == x.shape:
-                yield b, c, y.add_(z[b, c])
-            else:
-                yield b, c, y.baddbmm_(rows.expand(len(y), -1, -1), wide[b, c])
-
-
-def _masked_planes(
-    x: Tensor, z: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor
-) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """y = up(z) + x - mean as the forward has it, and dout where the ReLU let y * scale + beta through."""
-    scratch: Tensor | None = None
-    for b, c, y in _summed_planes(x, z, -mean):
-        scratch = torch.empty_like(y) if scratch is None else scratch
-        before_relu = torch.mul(y, _plane(scale[c]), out=scratch[: len(y)]).add_(_plane(beta[c]))
-        upstream = dout[b, c].to(y.dtype)
-        yield b, c, y, torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
 
 
 def _interpolate(z: Tensor, x: Tensor) -> Tensor:
