@@ -249,10 +249,13 @@ def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Ten
 def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
     """`_attend` by the flash attention that PyTorch has for GPUs, the key scores as one more channel."""
     heads = key_scores.shape[1]
+    values = _heads(own, heads)  # (B, h, N, dv)
     query = F.pad(_heads(every * pair, heads), (0, 1), value=1.0)  # (B, h, N, dk + 1)
     keys = torch.cat([_heads(every, heads), key_scores[..., None]], -1)
-    out = F.scaled_dot_product_attention(query, keys, _heads(own, heads), scale=math.log(2))
-    return out.transpose(1, 2).flatten(2)
+    # Its kernels take multiples of eight channels; for others it would hold all scores in memory.
+    query, keys, padded = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, keys, values))
+    out = F.scaled_dot_product_attention(query, keys, padded, scale=math.log(2))
+    return out[..., : values.shape[-1]].transpose(1, 2).flatten(2)
 
 
 def _attend_rows(rows: slice, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
@@ -325,12 +328,12 @@ class _Tiles:
         heads, length = key_scores.shape[1:]
         self.spans = _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())))
         sizes = [span.stop - span.start for span in self.spans]
-        scratch = key_scores.new_empty(2, heads * sizes[0] ** 2)
-        self.upper = [
-            (i, j, *(part[: heads * sizes[i] * sizes[j]].view(heads, sizes[i], sizes[j]) for part in scratch))
-            for i in range(len(sizes))
-            for j in range(i, len(sizes))
-        ]  # row block, column block, the tile, a second one of its shape
+        memory = key_scores.new_empty(2, heads * sizes[0] ** 2).unbind()
+        self.upper = []  # row block, column block, memory for the tile, memory for a second one of its shape
+        for i, rows in enumerate(sizes):
+            for j, columns in enumerate(sizes[i:], start=i):
+                tile, second = (part[: heads * rows * columns].view(heads, rows, columns) for part in memory)
+                self.upper.append((i, j, tile, second))
 
     def rows(self, tokens: Tensor) -> list[Tensor]:
         """(h, N, d) -> blocks (h, n, d)."""
