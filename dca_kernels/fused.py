@@ -1,7 +1,7 @@
 """The `torch` backend: the four stages of Dual Cross-Attention by exact algebra, in PyTorch calls.
 
-Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours and
-are never materialised (docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i),
+Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours
+(docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i),
 in float32, or in float64 for float64 maps; only the merge writes the maps' own dtype again. Autocast is off meanwhile.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 TILE_BYTES = 2**20  # scores in memory at a time: they stay in the cores' level-2 caches
@@ -303,7 +303,7 @@ class _SpatialAttention(torch.autograd.Function):
         (dout,) = grads
         with _no_autocast(every):
             if torch.is_grad_enabled():  # a graph of the backward is asked for
-                inputs = [every, own, pair, key_scores]
+                inputs = _partial(every, own, pair, key_scores)
                 again = _attend_rows(slice(None), *inputs)
                 return tuple(_differentiable_grad(again, inputs, dout, ctx.needs_input_grad))
             devery, down, dkey_scores = (torch.empty_like(t) for t in (every, own, key_scores))
@@ -476,7 +476,7 @@ def upsample(
     outs: list[Tensor] = []
     updates = []
     for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
-        conv = upconv.conv.conv
+        conv = _checked(upconv.conv.conv, nn.Conv2d)
         z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
@@ -505,12 +505,15 @@ def uses_batch_statistics(norm: Holder) -> bool:
 
 def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
     """What BatchNorm2d does to its buffers in a forward in train mode; `count` values a channel."""
-    if not norm.training or norm.running_mean is None:
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return
-    norm.num_batches_tracked.add_(1)
-    if count == 0:
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    if count == 0 or momentum is None:
         return
-    momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     unbiased = variance * (count / (count - 1))
     for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         buffer.copy_(torch.lerp(buffer.to(value.dtype), value, momentum))
@@ -556,7 +559,7 @@ class _Merge(torch.autograd.Function):
         dout = grads[0]
         with _no_autocast(x):
             if torch.is_grad_enabled():  # a graph of the backward is asked for
-                inputs = [x, z, gamma, beta, mean]
+                inputs = x, z, gamma, beta, mean = _partial(x, z, gamma, beta, mean)
                 y = _interpolate(z, x) + x
                 if ctx.from_batch:
                     variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
@@ -664,15 +667,27 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 def _affine(projection: Holder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight (C) and bias (C) of a depthwise projection."""
-    conv = projection.proj.depthwise
+    conv = _checked(projection.proj.depthwise, nn.Conv2d)
     return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
 
 
 def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[Holder]) -> list[Tensor]:
     return [
         F.layer_norm(t, norm.normalized_shape, norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
-        for t, norm in zip(tokens, norms, strict=True)
+        for t, norm in ((t, _checked(norm, nn.LayerNorm)) for t, norm in zip(tokens, norms, strict=True))
     ]
+
+
+def _checked(module: Holder, kind: type[nn.Module]) -> Holder:
+    """`module`, where its parameters say all that its forward does; an error where they do not."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        raise TypeError(f"expected an nn.{kind.__name__}, whose parameters are used, got {type(module).__name__}")
+    if {"weight", "bias"} & vars(module).keys():  # torch.nn.utils.weight_norm, spectral_norm, prune
+        raise TypeError(
+            f"expected nn.{kind.__name__} parameters, or torch.nn.utils.parametrizations of them, got a tensor that a "
+            "forward pre-hook computes, and that hook would not run"
+        )
+    return module
 
 
 def _cut(weights: Tensor) -> Tensor:
@@ -694,6 +709,11 @@ class _ZeroGrad(torch.autograd.Function):
 def _with_zero_grad(value: Tensor, *parameters: Tensor) -> Tensor:
     """`value`, with gradients of exactly zero (not None) for parameters that it does not depend on."""
     return _ZeroGrad.apply(value, *parameters)
+
+
+def _partial(*inputs: Tensor) -> list[Tensor]:
+    """The inputs as independent variables: a derivative for one must not reach it through another as well."""
+    return [t.view_as(t) for t in inputs]
 
 
 def _differentiable_grad(

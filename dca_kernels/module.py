@@ -1,10 +1,12 @@
 """The swap-in module: parameters, buffers and checks. The stages hold the maths."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dca_kernels import backends
 from dca_kernels.fused import uses_batch_statistics
@@ -107,7 +109,7 @@ class DCA(nn.Module):
         super().__init__()
         self.features = _positive_ints("features", features)
         scales = len(self.features)
-        if strides is not None and len(strides) != scales:
+        if strides is not None and len(_positive_ints("strides", strides)) != scales:
             raise ValueError(f"strides: expected {scales} values, one for each of features, got {len(strides)}")
         self.patch = patch
         self.grid = _grid(patch)
@@ -141,6 +143,8 @@ class DCA(nn.Module):
             RuntimeError: the backend asked for cannot run; the message says why.
         """
         dtypes = self._check(maps)
+        if torch.is_grad_enabled():  # a frozen encoder's maps may be inference tensors, which no backward can keep
+            maps = [x.clone() if x.is_inference() else x for x in maps]
         stages = backends.load(backends.choose(self.backend, maps[0].device))
         norms = [_plain_norm(head) for head in self.bn_relu]
         # BatchNorm with batch statistics removes the constants that the last attention adds to a channel.
@@ -178,14 +182,15 @@ class DCA(nn.Module):
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
             if x.shape[0] != maps[0].shape[0]:
                 raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
-        own: Tensor = next(self.parameters())
+        first: Any = self.avg_map[0]  # not `parameters()`: replicas of nn.DataParallel have none
+        own: Tensor = first.proj.depthwise.weight
         for i, x in enumerate(maps):
             if x.device != own.device:
                 raise ValueError(f"maps[{i}]: expected device {own.device}, as the parameters, got {x.device}")
         dtypes = self._output_dtypes(maps, own.dtype)
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
-            norm = _plain_norm(head)
-            if norm is not None and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
+            norm = next(head.children(), None)
+            if isinstance(norm, nn.BatchNorm2d) and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
                 )
@@ -217,17 +222,19 @@ def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
     if [type(m) for m in modules] != [nn.Sequential, nn.BatchNorm2d, nn.ReLU]:
         return None
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(m, name) for m in modules for name in hooks):
+    if _has_any_global_hook() or any("forward" in vars(m) or any(getattr(m, name) for name in hooks) for m in modules):
         return None
     return modules[1]
 
 
 def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
-    if isinstance(values, (int, str)) or not all(type(v) is int for v in values):
-        raise TypeError(f"{name}: expected integers, got {values!r}")
-    if len(values) == 0 or min(values) < 1:
+    try:
+        integers = [operator.index(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got {values!r}") from None
+    if not integers or min(integers) < 1:
         raise ValueError(f"{name}: expected integers of at least 1, got {list(values)!r}")
-    return list(values)
+    return integers
 
 
 def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:

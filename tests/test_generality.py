@@ -1,12 +1,13 @@
 """Shapes, layouts, batch sizes, autograd: everything that the reference can do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.oracle import (
@@ -188,6 +189,26 @@ def test_gradcheck_of_parameters(train: bool, backend: str) -> None:
 
     assert torch.autograd.gradcheck(outputs, parameters)
     assert torch.autograd.gradgradcheck(outputs, parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, replace(TINY, channel_att=False), replace(TINY, n=2)], ids=["both", "spatial", "n"]
+)
+@both_modes
+@each_backend
+def test_second_order(config: Config, train: bool, backend: str) -> None:
+    # gradgradcheck compares second with first derivatives, which could be wrong together: so to the reference.
+    def derivatives(module: nn.Module) -> dict[str, Tensor]:
+        maps = [x.requires_grad_() for x in random_maps(config)]
+        leaves = {f"map.{i}": x for i, x in enumerate(maps)} | dict(module.named_parameters())
+        first = torch.autograd.grad(module(maps), leaves.values(), random_like(maps), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves.values())
+        return {
+            f"grad.{k}.{name}": g for k, gs in enumerate((first, second)) for name, g in zip(leaves, gs, strict=True)
+        }
+
+    ours, theirs = (derivatives(module) for module in pair(config, backend, train=train))
+    assert_same(ours, theirs)
 
 
 def _is_shift(name: str) -> bool:

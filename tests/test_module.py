@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import dca_kernels
 import reference
@@ -126,6 +127,11 @@ def _subclass_norm(head: nn.Sequential) -> None:
     head[0].__class__ = DoublingBatchNorm
 
 
+def _patch_forward(head: nn.Sequential) -> None:
+    original = head[0].forward
+    head[0].forward = lambda x: 2 * original(x)
+
+
 HEADS = {
     "subclass": _subclass_norm,
     "norm_hook": lambda head: head[0].register_forward_hook(lambda module, args, out: 2 * out),
@@ -139,6 +145,9 @@ HEADS = {
     "large_eps": lambda head: setattr(head[0], "eps", 0.5),
     "no_running_stats": _replace_norm(track_running_stats=False),
     "no_affine": _replace_norm(affine=False),
+    "stats_no_longer_tracked": lambda head: setattr(head[0], "track_running_stats", False),
+    "no_counter": lambda head: setattr(head[0], "num_batches_tracked", None),
+    "patched_forward": _patch_forward,
     "other_activation": lambda head: head.__setitem__(1, nn.GELU()),
 }
 
@@ -153,6 +162,85 @@ def test_any_head(change: Callable[[nn.Sequential], None], train: bool, backend:
             change(head)
     results = [evaluate(module, random_maps(Config())) for module in modules]
     assert_same(*results)
+
+
+@each_backend
+def test_global_hooks_are_called(backend: str) -> None:
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 2 * out if isinstance(module, nn.BatchNorm2d) else None
+    )
+    try:
+        results = [evaluate(module, random_maps(Config())) for module in pair(Config(), backend)]
+    finally:
+        hook.remove()
+    assert_same(*results)
+
+
+# The other modules hold parameters: what would need their own forward is refused
+
+
+def _old_weight_norm(module: nn.Module) -> None:
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(module.upconvs[0].conv.conv)
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+HELD = {
+    "weight_norm": _old_weight_norm,
+    "spectral_norm": lambda module: torch.nn.utils.spectral_norm(module.avg_map[1].proj.depthwise),
+    "pruned": lambda module: prune.random_unstructured(module.attention[0].spatial_norm[0], "weight", 0.5),
+    "subclass": lambda module: setattr(module.avg_map[0].proj.depthwise, "__class__", ScaledConv),
+    "patched_forward": lambda module: setattr(module.upconvs[0].conv.conv, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", HELD.values(), ids=HELD)
+@each_backend
+def test_modules_whose_forward_would_not_run_are_refused(change: Callable[[nn.Module], None], backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    change(module)
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    with pytest.raises(TypeError, match=r"^expected (an )?nn\.(Conv2d|LayerNorm)"):
+        module(random_maps(Config()))
+    assert_identical(dict(module.named_buffers()), before)
+
+
+@each_backend
+def test_parametrizations(backend: str) -> None:
+    modules = pair(Config(), backend)
+    for module in modules:
+        for conv in (module.upconvs[0].conv.conv, module.avg_map[1].proj.depthwise):
+            torch.nn.utils.parametrizations.weight_norm(conv)
+            conv.parametrizations.weight.original0.data.mul_(3)
+    assert_same(*(evaluate(module, random_maps(Config())) for module in modules))
+
+
+@each_backend
+def test_replicas_of_data_parallel(backend: str) -> None:
+    results = []
+    for module in pair(Config(), backend, train=False):
+        replicas = [m._replicate_for_data_parallel() for m in module.modules()]  # what nn.DataParallel makes of each
+        names = {m: replica for m, replica in zip(module.modules(), replicas, strict=True)}
+        for original, replica in names.items():
+            for name, child in original.named_children():
+                setattr(replica, name, names[child])
+            for name, tensor in [*original._parameters.items(), *original._buffers.items()]:
+                setattr(replica, name, tensor)
+        results.append({f"output.{i}": y for i, y in enumerate(replicas[0](random_maps(Config())))})
+    assert_same(*results)
+
+
+@each_backend
+def test_maps_of_a_frozen_encoder(backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    with torch.inference_mode():
+        maps = random_maps(Config())
+    sum(y.sum() for y in module(maps)).backward()
+    assert module.upconvs[0].conv.conv.weight.grad.any()
 
 
 @each_backend
