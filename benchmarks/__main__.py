@@ -123,10 +123,8 @@ def main() -> int:
     print("parity: within the error budget everywhere")
     for row in (row for row in rows if row["provider"] == "fused"):
         base = report.baseline(rows, row)
-        print(
-            f"{report.title(row)}: {base['p50_ms'] / row['p50_ms']:.2f}x the reference's speed, "
-            f"{row['peak_mb'] / base['peak_mb']:.2f} of its memory"
-        )
+        speed, memory = report.ratio(base["p50_ms"], row["p50_ms"], "x"), report.ratio(row["peak_mb"], base["peak_mb"])
+        print(f"{report.title(row)}: {speed} the reference's speed, {memory or '?'} of its memory")
     return 0
 
 

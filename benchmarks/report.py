@@ -27,9 +27,9 @@ def table(rows: list[Row]) -> str:
                 _number(row["max_error"], ".1e"),
                 _number(row["rms_error"], ".1e"),
                 " / ".join(_number(row[key], ".0f") for key in ("p20_ms", "p50_ms", "p80_ms")),
-                f"{base['p50_ms'] / row['p50_ms']:.2f}x" if row["p50_ms"] and base["p50_ms"] else "",
+                ratio(base["p50_ms"], row["p50_ms"], "x"),
                 _number(row["peak_mb"], ".0f"),
-                f"{row['peak_mb'] / base['peak_mb']:.2f}" if row["peak_mb"] and base["peak_mb"] else "",
+                ratio(row["peak_mb"], base["peak_mb"]),
             ]
         )
     headers = [
@@ -90,6 +90,11 @@ def save(rows: list[Row], path: Path) -> None:
     """The rows as JSON, each with the environment that it was measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def ratio(a: float | None, b: float | None, unit: str = "") -> str:
+    """a / b, or nothing where one was not measured or is too small to measure."""
+    return f"{a / b:.2f}{unit}" if a and b else ""
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -1,8 +1,8 @@
 """The `torch` backend: the four stages of Dual Cross-Attention by exact algebra, in PyTorch calls.
 
 Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours
-(docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i),
-in float32, or in float64 for float64 maps; only the merge writes the maps' own dtype again. Autocast is off meanwhile.
+(docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i), in float32, or in
+float64 for float64 maps; only the merge writes the maps' own dtype again. Autocast is off meanwhile.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
@@ -480,7 +480,7 @@ def upsample(
         z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
-            outs.append((_interpolate(z, x) + _plane(bias) + x).to(dtype))
+            outs.append((x + (_interpolate(z, x) + _plane(bias))).to(dtype))  # x first: the sum has its layout
             continue
         gamma = t.new_ones(t.shape[2]) if norm.weight is None else norm.weight.to(t.dtype)
         beta = t.new_zeros(t.shape[2]) if norm.bias is None else norm.bias.to(t.dtype)

@@ -165,6 +165,17 @@ def test_any_head(change: Callable[[nn.Sequential], None], train: bool, backend:
 
 
 @each_backend
+def test_layout_before_a_changed_head(backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    seen = []
+    for head in module.bn_relu:
+        head[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    module([x.to(memory_format=torch.channels_last) for x in random_maps(Config())])
+    assert all(y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous() for y in seen)
+    assert len(seen) == 2
+
+
+@each_backend
 def test_global_hooks_are_called(backend: str) -> None:
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, out: 2 * out if isinstance(module, nn.BatchNorm2d) else None
