@@ -7,6 +7,7 @@ An argument of "auto" leaves the choice to the next in line. A backend asked for
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -26,7 +27,17 @@ def why_not(name: str, device: torch.device) -> str | None:
     """The reason why a backend cannot run on a device, or None where it can."""
     if name == "torch":
         return None
-    return "its kernels are not part of this version"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "its kernels run on GPUs (for tests: TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return "its kernels run on CUDA and ROCm devices"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"it needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
 
 
 @contextlib.contextmanager
@@ -70,13 +81,13 @@ def choose(argument: str, device: torch.device) -> str:
 
 @functools.cache  # one log line a device type
 def _automatic(device_type: str) -> str:
-    reason = why_not("triton", torch.device(device_type))
-    name = "torch" if reason else "triton"
-    _logger.info("backend 'auto' runs %r on %s%s", name, device_type, f" ('triton': {reason})" if reason else "")
-    return name
+    reason = why_not("triton", torch.device(device_type)) or "forward only, not yet run on a GPU; runs when named"
+    _logger.info("backend 'auto' runs 'torch' on %s ('triton': %s)", device_type, reason)
+    return "torch"
 
 
 def load(name: str) -> ModuleType:
-    """The module that holds a backend's stages."""
-    assert name == "torch"
-    return fused
+    """The module that holds a backend's `refine`."""
+    if name == "torch":
+        return fused
+    return importlib.import_module("dca_kernels.pipeline")  # imports triton

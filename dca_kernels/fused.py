@@ -29,6 +29,34 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def refine(dca: Holder, maps: Sequence[Tensor], norms: Sequence[Holder], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The skip maps refined by a DCA's blocks.
+
+    Args:
+        dca: the module that holds the parameters.
+        maps: S tensors (B, C_i, H_i, W_i).
+        norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
+        dtypes: dtype of each output.
+
+    Returns:
+        S tensors (B, C_i, H_i, W_i).
+    """
+    # BatchNorm with batch statistics removes the constants that the last attention adds to a channel.
+    removed = [norm is not None and uses_batch_statistics(norm) for norm in norms]
+    kept = [False] * len(removed)
+    attentions: list[tuple[Any, ...]] = []
+    for block in dca.attention:
+        if dca.channel_att:
+            attentions.append((channel_attention, block.channel_norm, block.c_attention))
+        if dca.spatial_att:
+            attentions.append((spatial_attention, block.spatial_norm, block.s_attention))
+    with _no_autocast(maps[0]):
+        tokens, maps = patch_embed(maps, dca.avg_map, dca.grid)
+        for i, (attend, *modules) in enumerate(attentions, start=1):
+            tokens = attend(tokens, *modules, removed if i == len(attentions) else kept)
+        return upsample(tokens, maps, dca.upconvs, norms, dca.grid, dtypes)
+
+
 # Stage 1: patch embedding
 
 
@@ -476,7 +504,7 @@ def upsample(
     outs: list[Tensor] = []
     updates = []
     for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
-        conv = _checked(upconv.conv.conv, nn.Conv2d)
+        conv = checked(upconv.conv.conv, nn.Conv2d)
         z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
@@ -545,7 +573,7 @@ class _Merge(torch.autograd.Function):
             mean, variance = _batch_statistics(planes)
             ctx.mark_non_differentiable(mean, variance)
         inv_std = torch.rsqrt(variance + eps)
-        out = torch.empty_like(x, dtype=dtype, memory_format=_memory_format(x))
+        out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
         scale = gamma * inv_std
         for b, c, y in planes.shifted(-mean):
             torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
@@ -577,7 +605,7 @@ class _Merge(torch.autograd.Function):
             dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
             from_mean = scale * dbeta / count if ctx.from_batch else torch.zeros_like(dbeta)
             from_variance = scale * inv_std * dgamma / count if ctx.from_batch else torch.zeros_like(dgamma)
-            dx, dz = torch.empty_like(x, memory_format=_memory_format(x)), torch.empty_like(z)
+            dx, dz = torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(z)
             for b, c, y, g in planes.masked(mean, scale, beta, dout):
                 dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
                 dx[b, c] = dy
@@ -656,7 +684,7 @@ def _plane(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last for a channels_last map, else contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -667,18 +695,18 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 def _affine(projection: Holder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight (C) and bias (C) of a depthwise projection."""
-    conv = _checked(projection.proj.depthwise, nn.Conv2d)
+    conv = checked(projection.proj.depthwise, nn.Conv2d)
     return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
 
 
 def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[Holder]) -> list[Tensor]:
     return [
         F.layer_norm(t, norm.normalized_shape, norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
-        for t, norm in ((t, _checked(norm, nn.LayerNorm)) for t, norm in zip(tokens, norms, strict=True))
+        for t, norm in ((t, checked(norm, nn.LayerNorm)) for t, norm in zip(tokens, norms, strict=True))
     ]
 
 
-def _checked(module: Holder, kind: type[nn.Module]) -> Holder:
+def checked(module: Holder, kind: type[nn.Module]) -> Holder:
     """`module`, where its parameters say all that its forward does; an error where they do not."""
     if type(module).forward is not kind.forward or "forward" in vars(module):
         raise TypeError(f"expected an nn.{kind.__name__}, whose parameters are used, got {type(module).__name__}")

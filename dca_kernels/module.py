@@ -1,5 +1,7 @@
 """The swap-in module: parameters, buffers and checks. The stages hold the maths."""
 
+import functools
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dca_kernels import backends
 from dca_kernels.fused import uses_batch_statistics
+
+_logger = logging.getLogger("dca_kernels")
 
 
 class _Depthwise(nn.Module):
@@ -145,22 +149,11 @@ class DCA(nn.Module):
         dtypes = self._check(maps)
         if torch.is_grad_enabled():  # a frozen encoder's maps may be inference tensors, which no backward can keep
             maps = [x.clone() if x.is_inference() else x for x in maps]
-        stages = backends.load(backends.choose(self.backend, maps[0].device))
         norms = [_plain_norm(head) for head in self.bn_relu]
-        # BatchNorm with batch statistics removes the constants that the last attention adds to a channel.
-        removed = [norm is not None and uses_batch_statistics(norm) for norm in norms]
-        kept = [False] * len(removed)
-        attentions: list[tuple[Any, ...]] = []
-        for block in self.attention:
-            if self.channel_att:
-                attentions.append((stages.channel_attention, block.channel_norm, block.c_attention))
-            if self.spatial_att:
-                attentions.append((stages.spatial_attention, block.spatial_norm, block.s_attention))
-        with torch.autocast(maps[0].device.type, enabled=False):
-            tokens, maps = stages.patch_embed(maps, self.avg_map, self.grid)
-            for i, (attend, *modules) in enumerate(attentions, start=1):
-                tokens = attend(tokens, *modules, removed if i == len(attentions) else kept)
-            outs = stages.upsample(tokens, maps, self.upconvs, norms, self.grid, dtypes)
+        for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
+            if norm is None:
+                _say_called(i, type(next(head.children(), head)).__name__)
+        outs = backends.load(backends.choose(self.backend, maps[0].device)).refine(self, maps, norms, dtypes)
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
 
     def extra_repr(self) -> str:
@@ -225,6 +218,11 @@ def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
     if _has_any_global_hook() or any("forward" in vars(m) or any(getattr(m, name) for name in hooks) for m in modules):
         return None
     return modules[1]
+
+
+@functools.cache  # one log line each
+def _say_called(i: int, kind: str) -> None:
+    _logger.info("bn_relu[%d] (%s) is not a plain BatchNorm2d and ReLU: it is called as it is, not fused", i, kind)
 
 
 def _positive_ints(name: str, values: Sequence[int]) -> list[int]:

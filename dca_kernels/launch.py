@@ -1,0 +1,122 @@
+"""Host side shared by the `triton` backend's stages: where the tokens lie, which blocks, one place that launches."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor, nn
+
+from dca_kernels.fused import checked
+
+MAX_PROGRAMS = 2**31 - 1
+
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return _TYPES[dtype]
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, Any]]]:
+    return json.loads((Path(__file__).parent / "configurations.json").read_text())
+
+
+def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
+    """Block sizes, `num_warps` and `num_stages` of a kernel: the first row of the table whose conditions hold.
+
+    Args:
+        kernel: its name in `configurations.json`.
+        architecture: as `architecture` says it: "sm_90", "gfx942".
+        dtype: of the tokens.
+        size: what the kernel's blocks depend on; `configurations.json` says for each kernel which size it is.
+    """
+    for row in _table()[kernel]:
+        conditions = row.get("if", {})
+        if (
+            architecture in conditions.get("architecture", [architecture])
+            and str(dtype).removeprefix("torch.") in conditions.get("dtype", [str(dtype).removeprefix("torch.")])
+            and size <= conditions.get("max_size", size)
+        ):
+            return row["then"]
+    raise ValueError(f"configurations.json: no row of {kernel} for {architecture}, {dtype}, size {size}")
+
+
+def architecture(device: torch.device) -> str:
+    """What a device's kernels are compiled for: "sm_90", "gfx942"; "interpreter" on a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    return _gpu_architecture(device.index)
+
+
+@functools.cache
+def _gpu_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def precision(dtype: torch.dtype, target: str) -> str:
+    """`input_precision` of products of operands in the tokens' dtype.
+
+    float32 follows `torch.get_float32_matmul_precision()`: "highest" is three tf32 products (on AMD: plain float32),
+    anything else one.
+    """
+    if dtype == torch.float64:
+        return "ieee"
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee" if target.startswith("gfx") else "tf32x3"
+    return "tf32"
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
+    """Launch a kernel on the device of its tensors; `config` gives its warps and stages."""
+    if programs > MAX_PROGRAMS:
+        raise ValueError(f"maps: expected a batch of at most {MAX_PROGRAMS} programs a launch, got {programs}")
+    if programs == 0:
+        return
+    with _device_guard(arguments):
+        kernel[(programs,)](
+            **arguments,
+            num_warps=config["num_warps"],
+            num_stages=config["num_stages"],
+            enable_fp_fusion=True,  # explicit: its default changes between Triton versions
+        )
+
+
+def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
+    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def pointers(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """One pointer a scale, as kernels take them."""
+    return tuple(t.detach() for t in tensors)
+
+
+def depthwise(projection: Any) -> nn.Conv2d:
+    """The convolution of a depthwise projection."""
+    return checked(projection.proj.depthwise, nn.Conv2d)
+
+
+def weights_and_biases(modules: Iterable[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Pointers to the weights and to the biases of one module a scale."""
+    modules = list(modules)
+    return pointers(m.weight.contiguous() for m in modules), pointers(m.bias.contiguous() for m in modules)
+
+
+def epsilons(norms: Iterable[Any]) -> tuple[float, ...]:
+    """`eps` of each scale's LayerNorm."""
+    return tuple(checked(norm, nn.LayerNorm).eps for norm in norms)

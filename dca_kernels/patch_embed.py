@@ -1,0 +1,254 @@
+"""Stage 1 of the `triton` backend: average each skip map over the token grid, then scale and shift each channel."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels import launch
+from dca_kernels.primitives import (
+    interpolation,
+    interpolation_matrix,
+    load_vector,
+    offset,
+    padded,
+    split_program,
+    store_statistics,
+    total,
+)
+from dca_kernels.tokens import Tokens
+
+
+@triton.jit
+def _patch_embed_kernel(
+    maps, weights, biases, tokens_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
+    CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, WINDOWS: tl.constexpr, GRID: tl.constexpr,
+    EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One program: the tokens of BLOCK_Q neighbouring windows, all channels of one scale."""
+    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(GRID[1], BLOCK_Q)
+    BLOCKS: tl.constexpr = GRID[0] * COLUMN_BLOCKS
+    b, tile = split_program(len(CHANNELS) * BLOCKS)
+    block = tile % BLOCKS
+    p, q_begin = block // COLUMN_BLOCKS, block % COLUMN_BLOCKS * BLOCK_Q
+    for i in tl.static_range(len(CHANNELS)):
+        if tile // BLOCKS == i:
+            x_ptr = maps[i] + b * STRIDES[i][0]
+            sums, lane_means, lane_squares = _sum_windows(
+                x_ptr, p, q_begin, CHANNELS[i], SIZES[i], STRIDES[i], WINDOWS[i], GRID, FROM_BATCH[i], ACC, BLOCK_Q
+            )
+            offs_q = q_begin + tl.arange(0, BLOCK_Q)
+            offs_c = tl.arange(0, padded(CHANNELS[i]))
+            mask_c = offs_c < CHANNELS[i]
+            rows = _window_end(p, SIZES[i][0], GRID[0]) - _window_begin(p, SIZES[i][0], GRID[0])
+            columns = _window_end(offs_q, SIZES[i][1], GRID[1]) - _window_begin(offs_q, SIZES[i][1], GRID[1])
+            weight = load_vector(weights[i], offs_c, mask_c, ACC)
+            bias = load_vector(biases[i], offs_c, mask_c, ACC)
+            pooled = sums / (rows * columns).to(ACC)[None, :]
+            tokens = tl.trans(pooled * weight[:, None] + bias[:, None])  # [BLOCK_Q, C_i]
+            offs_n = tl.where(offs_q < GRID[1], p * GRID[1] + offs_q, GRID[0] * GRID[1])
+            mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
+            own = b * GRID[0] * GRID[1] * total(CHANNELS) + offset(CHANNELS, i)
+            offs_tokens = own + offs_n[:, None] * total(CHANNELS) + offs_c[None, :]
+            tokens = tokens.to(tokens_ptr.dtype.element_ty)
+            tl.store(tokens_ptr + offs_tokens, tokens, mask=mask)
+            if EPS is not None:
+                store_statistics(
+                    tl.where(mask, tokens.to(ACC), 0.0), mask, b, i, block, offs_n, statistics_ptr, sums_ptr,
+                    GRID[0] * GRID[1], CHANNELS, BLOCKS, EPS[i],
+                )  # fmt: skip
+            if FROM_BATCH[i]:
+                mean, squares = _merge_lanes(
+                    lane_means, lane_squares, p, q_begin, SIZES[i], WINDOWS[i], GRID, ACC, BLOCK_Q
+                )
+                moments_ptrs = moments_ptr + (b * BLOCKS + block) * 2 * total(CHANNELS) + offset(CHANNELS, i) + offs_c
+                tl.store(moments_ptrs, mean, mask=mask_c)
+                tl.store(moments_ptrs + total(CHANNELS), squares, mask=mask_c)
+                adjoint = _adjoint(x_ptr, p, q_begin, CHANNELS[i], SIZES[i], STRIDES[i], GRID, PRECISION, ACC, BLOCK_Q)
+                tl.store(adjoint_ptr + offs_tokens, tl.trans(adjoint), mask=mask)
+
+
+@triton.jit
+def _window_begin(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+    return window * SIZE // WINDOWS
+
+
+@triton.jit
+def _window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+    return ((window + 1) * SIZE + WINDOWS - 1) // WINDOWS
+
+
+@triton.jit
+def _lanes(q_begin, WIDTH: tl.constexpr, WINDOW: tl.constexpr, GRID_WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The columns of BLOCK_Q neighbouring windows, padded to powers of two: column, window, whether it exists."""
+    PADDED: tl.constexpr = triton.next_power_of_2(WINDOW)
+    lane = tl.arange(0, BLOCK_Q * PADDED)
+    if GRID_WIDTH * PADDED == WIDTH:  # one contiguous run
+        column = q_begin * PADDED + lane
+        return column, q_begin + lane // PADDED, column < WIDTH
+    window = q_begin + lane // PADDED
+    column = _window_begin(window, WIDTH, GRID_WIDTH) + lane % PADDED
+    return column, window, (column < _window_end(window, WIDTH, GRID_WIDTH)) & (window < GRID_WIDTH)
+
+
+@triton.jit
+def _sum_windows(
+    x_ptr, p, q_begin, CHANNELS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    GRID: tl.constexpr, FROM_BATCH: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Sums over windows [C_i, BLOCK_Q]; for each lane, mean and centred squares over the rows that are the block's own.
+
+    Neighbouring windows may share a row (and a column): it is the own one of the later window.
+    """
+    PADDED: tl.constexpr = triton.next_power_of_2(WINDOW[1])
+    offs_c = tl.arange(0, padded(CHANNELS))
+    column, _, mask_w = _lanes(q_begin, SIZE[1], WINDOW[1], GRID[1], BLOCK_Q)
+    mask = (offs_c < CHANNELS)[:, None] & mask_w[None, :]
+    begin, end = _window_begin(p, SIZE[0], GRID[0]), _window_end(p, SIZE[0], GRID[0])
+    own_end = _window_begin(p + 1, SIZE[0], GRID[0])
+    x_ptrs = x_ptr + begin * STRIDE[2] + offs_c[:, None] * STRIDE[1] + column[None, :] * STRIDE[3]
+    sums = tl.zeros(mask.shape, ACC)
+    means = tl.zeros(mask.shape, ACC)
+    squares = tl.zeros(mask.shape, ACC)
+    for r in tl.range(0, WINDOW[0], loop_unroll_factor=min(WINDOW[0], 8)):
+        x = tl.load(x_ptrs + r * STRIDE[2], mask=mask & (begin + r < end), other=0.0).to(ACC)
+        sums += x
+        if FROM_BATCH:
+            delta = tl.where(begin + r < own_end, x - means, 0.0)
+            means += delta / (r + 1)
+            squares += delta * (x - means)
+    return tl.sum(tl.reshape(sums, [padded(CHANNELS), BLOCK_Q, PADDED]), 2), means, squares
+
+
+@triton.jit
+def _merge_lanes(
+    means, squares, p, q_begin, SIZE: tl.constexpr, WINDOW: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of centred squares of the block's own pixels, from those of its lanes: [C_i]."""
+    column, window, mask_w = _lanes(q_begin, SIZE[1], WINDOW[1], GRID[1], BLOCK_Q)
+    own = mask_w & (column < _window_begin(window + 1, SIZE[1], GRID[1]))
+    lanes = tl.maximum(tl.sum(own.to(tl.int32)), 1).to(ACC)
+    rows = (_window_begin(p + 1, SIZE[0], GRID[0]) - _window_begin(p, SIZE[0], GRID[0])).to(ACC)
+    mean = tl.sum(tl.where(own[None, :], means, 0.0), 1) / lanes
+    mean += tl.sum(tl.where(own[None, :], means - mean[:, None], 0.0), 1) / lanes
+    apart = means - mean[:, None]
+    return mean, tl.sum(tl.where(own[None, :], squares + rows * apart * apart, 0.0), 1)
+
+
+@triton.jit
+def _adjoint(
+    x_ptr, p, q_begin, CHANNELS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, GRID: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """The transposed interpolation of the map less its first pixel: [C_i, BLOCK_Q]."""
+    ROWS: tl.constexpr = _band(SIZE[0], GRID[0], 1)
+    COLUMNS: tl.constexpr = padded(_band(SIZE[1], GRID[1], BLOCK_Q))
+    offs_c = tl.arange(0, padded(CHANNELS))
+    offs_q = q_begin + tl.arange(0, BLOCK_Q)
+    offs_w = _band_begin(q_begin, SIZE[1], GRID[1]) + tl.arange(0, COLUMNS)
+    mask = (offs_c < CHANNELS)[:, None] & (offs_w < SIZE[1])[None, :]
+    first = tl.load(x_ptr + offs_c * STRIDE[1], mask=offs_c < CHANNELS, other=0.0).to(ACC)
+    x_ptrs = x_ptr + offs_c[:, None] * STRIDE[1] + offs_w[None, :] * STRIDE[3]
+    begin = _band_begin(p, SIZE[0], GRID[0])
+    band = tl.zeros(mask.shape, ACC)
+    for r in tl.range(0, ROWS, loop_unroll_factor=min(ROWS, 8)):
+        h = begin + r
+        left, right, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
+        weight = tl.where(left == p, 1.0 - fraction, 0.0) + tl.where(right == p, fraction, 0.0)
+        x = tl.load(x_ptrs + h * STRIDE[2], mask=mask & (h < SIZE[0]), other=0.0).to(ACC)
+        band += tl.where(mask & (h < SIZE[0]), weight * (x - first[:, None]), 0.0)
+    columns = tl.trans(interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC))  # [COLUMNS, BLOCK_Q]
+    return tl.dot(band, columns, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.constexpr_function
+def _band(high, low, count):
+    """How many high-resolution positions at most take from `count` neighbouring low-resolution ones."""
+    if low == 1:
+        return high
+    return min(high, math.ceil((count + 1) * (high - 1) / (low - 1)) + 2)
+
+
+@triton.jit
+def _band_begin(position, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """A high-resolution position not after the first that takes from a low-resolution one."""
+    if LOW == 1:
+        return position * 0
+    return tl.maximum((position - 1) * (HIGH - 1) // (LOW - 1), 0)
+
+
+def patch_embed(
+    maps: Sequence[Tensor],
+    avg_map: Sequence[Any],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+    following: Sequence[Any] | None,
+    from_batch: Sequence[bool],
+) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
+    """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
+
+    Args:
+        maps: S tensors (B, C_i, H_i, W_i), any strides.
+        avg_map: S depthwise projections.
+        grid: (P_h, P_w).
+        dtype: of the tokens.
+        following: the S LayerNorms of the attention that comes next, None where none does.
+        from_batch: for each scale, whether BatchNorm will need statistics of the batch.
+
+    Returns:
+        The tokens with their statistics for `following`; and for BatchNorm, where any scale needs them: mean and
+        centred squares of each block of pixels, (B, blocks, 2, C), and the transposed interpolation of each map less
+        its first pixel, (B, N, C). docs/algebra.md, "Upsample and merge".
+    """
+    batch, channels = maps[0].shape[0], tuple(x.shape[1] for x in maps)
+    sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
+    windows = tuple((_widest(h, grid[0]), _widest(w, grid[1])) for h, w in sizes)
+    target = launch.architecture(maps[0].device)
+    widest = max(padded(c) * triton.next_power_of_2(w) for c, (_, w) in zip(channels, windows, strict=True))
+    config = launch.configuration("patch_embed", target, dtype, widest)
+    block_q = min(config["block_q"], triton.next_power_of_2(grid[1]))
+    blocks = grid[0] * launch.blocks(grid[1], block_q)
+    values = torch.empty(batch, grid[0] * grid[1], sum(channels), dtype=dtype, device=maps[0].device)
+    tokens = Tokens(values, channels)
+    if following is not None:
+        tokens.statistics = tokens.new_empty(batch, len(channels), 2, values.shape[1])
+        tokens.sums = tokens.new_empty(batch, blocks, 2, values.shape[2])
+    moments = adjoint = None
+    if any(from_batch):
+        moments = tokens.new_empty(batch, blocks, 2, values.shape[2])
+        adjoint = tokens.new_empty(*values.shape)
+    weights, biases = launch.weights_and_biases(launch.depthwise(m) for m in avg_map)
+    launch.run(
+        _patch_embed_kernel,
+        batch * len(channels) * blocks,
+        config,
+        maps=launch.pointers(maps),
+        weights=weights,
+        biases=biases,
+        tokens_ptr=values,
+        statistics_ptr=tokens.statistics,
+        sums_ptr=tokens.sums,
+        moments_ptr=moments,
+        adjoint_ptr=adjoint,
+        CHANNELS=channels,
+        SIZES=sizes,
+        STRIDES=tuple(x.stride() for x in maps),
+        WINDOWS=windows,
+        GRID=grid,
+        EPS=None if following is None else launch.epsilons(following),
+        FROM_BATCH=tuple(from_batch),
+        PRECISION=launch.precision(dtype, target),
+        ACC=launch.triton_type(tokens.accumulation),
+        BLOCK_Q=block_q,
+    )
+    return tokens, None if moments is None or adjoint is None else (moments, adjoint)
+
+
+def _widest(size: int, windows: int) -> int:
+    """The largest window of `adaptive_avg_pool1d`."""
+    return max(-(-(w + 1) * size // windows) - w * size // windows for w in range(windows))

@@ -1,0 +1,156 @@
+"""Triton helpers that two or more stages use.
+
+Names in every kernel: `*_ptr` a pointer, `offs_*` indices along an axis, `mask_*` which of them exist, `b` an image,
+`i` a scale. Tuples of pointers have one for each scale. ACC is the dtype of sums and statistics: float32, or float64
+for float64 maps. Tokens are laid out (B, N, C), the channels of all scales side by side; CHANNELS are their numbers, C
+their sum.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def padded(size):
+    """The power of two, at least 16, that holds `size`: Triton's blocks are powers of two, and products start at 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def offset(channels, i):
+    """Where the channels of scale i begin."""
+    return sum(_value(c) for c in channels[: _value(i)])
+
+
+@triton.constexpr_function
+def total(channels):
+    """The channels of all scales."""
+    return sum(_value(c) for c in channels)
+
+
+def _value(constant):
+    return constant.value if isinstance(constant, tl.constexpr) else constant
+
+
+@triton.jit
+def split_program(PER_IMAGE: tl.constexpr):
+    """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""
+    pid = tl.program_id(0)
+    return (pid // PER_IMAGE).to(tl.int64), pid % PER_IMAGE
+
+
+@triton.jit
+def load_vector(ptr, offs, mask, ACC: tl.constexpr):
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_concatenated(ptrs, offs, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Elements `offs` of the vectors of all scales side by side; zero beyond them."""
+    out = tl.zeros(offs.shape, ACC)
+    for i in tl.static_range(len(CHANNELS)):
+        local = offs - offset(CHANNELS, i)
+        out += load_vector(ptrs[i], local, (local >= 0) & (local < CHANNELS[i]), ACC)
+    return out
+
+
+@triton.jit
+def row_statistics(rows, mask, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """Mean and reciprocal standard deviation of each row (LayerNorm); rows is zero where mask is not.
+
+    The second step removes the rounding of the first: a constant row is zero when its mean is subtracted.
+    """
+    mean = tl.sum(rows, 1) / SIZE
+    mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), 1) / SIZE
+    centred = tl.where(mask, rows - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 1) / SIZE + EPS)
+
+
+@triton.jit
+def statistics_pointers(statistics_ptr, b, i, offs_n, N: tl.constexpr, SCALES: tl.constexpr):
+    """Where mean and reciprocal standard deviation of tokens are: (B, S, 2, N)."""
+    ptrs = statistics_ptr + (b * SCALES + i) * 2 * N + offs_n
+    return ptrs, ptrs + N
+
+
+@triton.jit
+def store_statistics(
+    tokens, mask, b, i, block, offs_n, statistics_ptr, sums_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm's statistics of tokens [rows, channels], and this block's sums of the normalised and of the plain ones.
+
+    statistics (B, S, 2, N), sums (B, BLOCKS, 2, C).
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    mean, rstd = row_statistics(tokens, mask, CHANNELS[i], EPS)
+    mean_ptrs, rstd_ptrs = statistics_pointers(statistics_ptr, b, i, offs_n, N, len(CHANNELS))
+    tl.store(mean_ptrs, mean, mask=offs_n < N)
+    tl.store(rstd_ptrs, rstd, mask=offs_n < N)
+    normalised = tl.where(mask, (tokens - mean[:, None]) * rstd[:, None], 0.0)
+    offs_c = tl.arange(0, tokens.shape[1])
+    sums_ptrs = sums_ptr + (b * BLOCKS + block) * 2 * TOTAL + offset(CHANNELS, i) + offs_c
+    tl.store(sums_ptrs, tl.sum(normalised, 0), mask=offs_c < CHANNELS[i])
+    tl.store(sums_ptrs + TOTAL, tl.sum(tokens, 0), mask=offs_c < CHANNELS[i])
+
+
+@triton.jit
+def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    """Sum of BLOCKS vectors that lie STRIDE apart, in a fixed order."""
+    STEP: tl.constexpr = 32
+    total = tl.zeros(offs.shape, ACC)
+    for start in range(0, BLOCKS, STEP):
+        offs_block = start + tl.arange(0, STEP)
+        part = tl.load(
+            ptr + offs_block[:, None] * STRIDE + offs[None, :],
+            mask=(offs_block < BLOCKS)[:, None] & mask[None, :],
+            other=0.0,
+        )
+        total += tl.sum(part, 0)
+    return total
+
+
+@triton.jit
+def layer_norm_vector(vector, mask, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of one token, without its weight and bias."""
+    mean, rstd = row_statistics(vector[None, :], mask[None, :], SIZE, EPS)
+    return tl.where(mask, (vector - tl.sum(mean)) * tl.sum(rstd), 0.0)
+
+
+@triton.jit
+def store_normalised(
+    tokens, mask, mean_token, b, i, offs_n, gamma_ptr, beta_ptr, normalised_ptr, level_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The tokens' LayerNorm less a level per image and channel, and the level: (B, N, C) and (B, C).
+
+    The level is the LayerNorm of the mean token: what is left is small where tokens differ little, and keeps its digits
+    when it is rounded. Spatial attention takes any level (docs/algebra.md).
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    offs_c = tl.arange(0, tokens.shape[1])
+    mask_c = offs_c < CHANNELS[i]
+    gamma, beta = load_vector(gamma_ptr, offs_c, mask_c, ACC), load_vector(beta_ptr, offs_c, mask_c, ACC)
+    level = layer_norm_vector(mean_token, mask_c, CHANNELS[i], EPS)
+    mean, rstd = row_statistics(tokens, mask, CHANNELS[i], EPS)
+    normalised = gamma * ((tokens - mean[:, None]) * rstd[:, None] - level[None, :])
+    own = offset(CHANNELS, i) + offs_c
+    tl.store(normalised_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + own[None, :], normalised, mask=mask)
+    tl.store(level_ptr + b * TOTAL + own, gamma * level + beta, mask=mask_c & (tl.min(offs_n) == 0))
+
+
+@triton.jit
+def interpolation(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+    """Bilinear, align_corners=True, as PyTorch computes it: left and right neighbour, the weight of the right one."""
+    STEP: tl.constexpr = (LOW - 1) / (HIGH - 1) if HIGH > 1 else 0.0
+    position = offs.to(ACC) * STEP
+    left = tl.minimum(position.to(tl.int32), LOW - 1)
+    return left, tl.minimum(left + 1, LOW - 1), position - left.to(ACC)
+
+
+@triton.jit
+def interpolation_matrix(offs_low, offs_high, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+    """The weight of each low-resolution position in each high-resolution one: [LOW, HIGH]."""
+    left, right, fraction = interpolation(offs_high, HIGH, LOW, ACC)
+    from_left = tl.where(offs_low[:, None] == left[None, :], 1.0 - fraction[None, :], 0.0)
+    return from_left + tl.where(offs_low[:, None] == right[None, :], fraction[None, :], 0.0)

@@ -1,0 +1,169 @@
+"""The tokens between the stages of the `triton` backend, and their LayerNorm where no stage could do it in passing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels import launch
+from dca_kernels.primitives import (
+    offset,
+    padded,
+    split_program,
+    store_normalised,
+    store_statistics,
+    sum_blocks,
+    total,
+)
+
+
+@dataclass
+class Tokens:
+    """The token grid of all scales, and what the stage that wrote it has prepared for the next.
+
+    Attributes:
+        values: (B, N, C), the channels of all scales side by side.
+        channels: C_i of each scale.
+        statistics: (B, S, 2, N), mean and reciprocal standard deviation of each token of each scale.
+        sums: (B, blocks, 2, C), sums over blocks of tokens, normalised and plain.
+        normalised: (B, N, C), the LayerNorm for the spatial attention, less `level`.
+        level: (B, C).
+    """
+
+    values: Tensor
+    channels: tuple[int, ...]
+    statistics: Tensor | None = None
+    sums: Tensor | None = None
+    normalised: Tensor | None = None
+    level: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, N, C)."""
+        batch, count, total = self.values.shape
+        return batch, count, total
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the channels of each scale begin."""
+        return tuple(sum(self.channels[:i]) for i in range(len(self.channels)))
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """float64 for float64 tokens, else float32."""
+        return torch.float64 if self.values.dtype == torch.float64 else torch.float32
+
+    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor beside the tokens, by default in the accumulation dtype."""
+        return torch.empty(shape, dtype=dtype or self.accumulation, device=self.values.device)
+
+
+@triton.jit
+def _statistics_kernel(
+    tokens_ptr, statistics_ptr, sums_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: LayerNorm's statistics, and sums, of BLOCK_N tokens of one scale."""
+    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    b, tile = split_program(len(CHANNELS) * BLOCKS)
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(len(CHANNELS)):
+        if tile // BLOCKS == i:
+            tokens, mask = _load_scale(tokens_ptr, b, i, offs_n, N, CHANNELS, ACC)
+            store_statistics(
+                tokens, mask, b, i, tile % BLOCKS, offs_n, statistics_ptr, sums_ptr, N, CHANNELS, BLOCKS, EPS[i]
+            )
+
+
+@triton.jit
+def _normalise_kernel(
+    tokens_ptr, sums_ptr, gammas, betas, normalised_ptr, level_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the LayerNorm of BLOCK_N tokens of one scale, where the stage before could not do it."""
+    TOTAL: tl.constexpr = total(CHANNELS)
+    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    b, tile = split_program(len(CHANNELS) * BLOCKS)
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(len(CHANNELS)):
+        if tile // BLOCKS == i:
+            offs_c = tl.arange(0, padded(CHANNELS[i]))
+            plain_sums_ptr = sums_ptr + (b * SUM_BLOCKS * 2 + 1) * TOTAL + offset(CHANNELS, i)
+            mean_token = sum_blocks(plain_sums_ptr, offs_c, offs_c < CHANNELS[i], SUM_BLOCKS, 2 * TOTAL, ACC) / N
+            tokens, mask = _load_scale(tokens_ptr, b, i, offs_n, N, CHANNELS, ACC)
+            store_normalised(
+                tokens, mask, mean_token, b, i, offs_n, gammas[i], betas[i], normalised_ptr, level_ptr, N, CHANNELS,
+                EPS[i], ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _load_scale(tokens_ptr, b, i: tl.constexpr, offs_n, N: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """All channels of scale i of some tokens, zero where the mask, returned as well, says that there is nothing."""
+    offs_c = tl.arange(0, padded(CHANNELS[i]))
+    mask = (offs_n < N)[:, None] & (offs_c < CHANNELS[i])[None, :]
+    ptrs = tokens_ptr + b * N * total(CHANNELS) + offs_n[:, None] * total(CHANNELS) + offset(CHANNELS, i)
+    return tl.load(ptrs + offs_c[None, :], mask=mask, other=0.0).to(ACC), mask
+
+
+def statistics_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """`statistics` and `sums`; taken here where the tokens' writer did not have whole tokens at hand."""
+    if tokens.statistics is not None and tokens.sums is not None:
+        return tokens.statistics, tokens.sums
+    batch, count, width = tokens.shape
+    config = _configuration(tokens)
+    statistics = tokens.new_empty(batch, len(tokens.channels), 2, count)
+    sums = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
+    launch.run(
+        _statistics_kernel,
+        batch * len(tokens.channels) * launch.blocks(count, config["block_n"]),
+        config,
+        tokens_ptr=tokens.values,
+        statistics_ptr=statistics,
+        sums_ptr=sums,
+        N=count,
+        CHANNELS=tokens.channels,
+        EPS=launch.epsilons(norms),
+        ACC=launch.triton_type(tokens.accumulation),
+        BLOCK_N=config["block_n"],
+    )
+    return statistics, sums
+
+
+def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """`normalised` and `level`; made here where no channel attention did."""
+    if tokens.normalised is not None and tokens.level is not None:
+        return tokens.normalised, tokens.level
+    _, sums = statistics_of(tokens, norms)
+    batch, count, width = tokens.shape
+    config = _configuration(tokens)
+    gammas, betas = launch.weights_and_biases(norms)
+    normalised, level = torch.empty_like(tokens.values), tokens.new_empty(batch, width)
+    launch.run(
+        _normalise_kernel,
+        batch * len(tokens.channels) * launch.blocks(count, config["block_n"]),
+        config,
+        tokens_ptr=tokens.values,
+        sums_ptr=sums,
+        gammas=gammas,
+        betas=betas,
+        normalised_ptr=normalised,
+        level_ptr=level,
+        N=count,
+        CHANNELS=tokens.channels,
+        SUM_BLOCKS=sums.shape[1],
+        EPS=launch.epsilons(norms),
+        ACC=launch.triton_type(tokens.accumulation),
+        BLOCK_N=config["block_n"],
+    )
+    return normalised, level
+
+
+def _configuration(tokens: Tokens) -> dict[str, int]:
+    target = launch.architecture(tokens.values.device)
+    return launch.configuration("tokens", target, tokens.values.dtype, max(padded(c) for c in tokens.channels))
