@@ -9,6 +9,7 @@ import triton.language as tl
 
 from dca_kernels import launch
 from dca_kernels.primitives import (
+    blocks_before,
     load_concatenated,
     load_vector,
     offset,
@@ -22,12 +23,6 @@ from dca_kernels.primitives import (
 from dca_kernels.tokens import Tokens, statistics_of
 
 
-@triton.constexpr_function
-def _channel_blocks(channels, block):
-    """How many blocks of channels there are, none of which reaches over two scales."""
-    return sum(-(-channels[i] // block) for i in range(len(channels)))
-
-
 @triton.jit
 def _covariance_kernel(
     tokens_ptr, statistics_ptr, sums_ptr, mean_ptr, covariance_ptr,
@@ -39,12 +34,13 @@ def _covariance_kernel(
     X^T X is symmetric: a tile below the diagonal is stored transposed as well. Writes mean (B, C) and covariance
     (B, SPLITS, C, C), to be summed over SPLITS.
     """
-    TILES: tl.constexpr = _channel_blocks(CHANNELS, BLOCK_C) * (_channel_blocks(CHANNELS, BLOCK_C) + 1) // 2
+    ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    TILES: tl.constexpr = ROWS * (ROWS + 1) // 2
     TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(SPLITS * TILES)
     split, tile = tile // TILES, tile % TILES
     row = 0
-    for r in tl.static_range(1, _channel_blocks(CHANNELS, BLOCK_C)):
+    for r in tl.static_range(1, ROWS):
         row = tl.where(tile >= r * (r + 1) // 2, r, row)
     column = tile - row * (row + 1) // 2
     i, offs_i, mask_i = _channel_block(row, CHANNELS, BLOCK_C)
@@ -53,7 +49,7 @@ def _covariance_kernel(
     mean_i = sum_blocks(sums_ptr, offs_i, mask_i, SUM_BLOCKS, 2 * TOTAL, ACC) / N
     mean_j = sum_blocks(sums_ptr, offs_j, mask_j, SUM_BLOCKS, 2 * TOTAL, ACC) / N
     part = tl.zeros([BLOCK_C, BLOCK_C], ACC)
-    CHUNK: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), BLOCK_N) * BLOCK_N
+    CHUNK: tl.constexpr = triton.cdiv(triton.cdiv(N, SPLITS), BLOCK_N) * BLOCK_N
     for start in range(0, CHUNK, BLOCK_N):
         offs_n = split * CHUNK + start + tl.arange(0, BLOCK_N)
         x_i = _load_centred(
@@ -79,11 +75,10 @@ def _channel_block(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     begin = 0
     end = CHANNELS[0]
     for k in tl.static_range(len(CHANNELS)):
-        first: tl.constexpr = _channel_blocks(CHANNELS[:k], BLOCK_C)
-        inside = block >= first
-        scale = tl.where(inside, k, scale)
-        begin = tl.where(inside, offset(CHANNELS, k) + (block - first) * BLOCK_C, begin)
-        end = tl.where(inside, offset(CHANNELS, k) + CHANNELS[k], end)
+        local = block - blocks_before(CHANNELS, BLOCK_C, k)
+        scale = tl.where(local >= 0, k, scale)
+        begin = tl.where(local >= 0, offset(CHANNELS, k) + local * BLOCK_C, begin)
+        end = tl.where(local >= 0, offset(CHANNELS, k) + CHANNELS[k], end)
     offs = begin + tl.arange(0, BLOCK_C)
     return scale, offs, offs < end
 
@@ -117,39 +112,39 @@ def _mixing_kernel(
     and the mean token behind the residual, (B, C).
     """
     TOTAL: tl.constexpr = total(CHANNELS)
-    b, block = split_program(_channel_blocks(CHANNELS, BLOCK_C))
+    b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
+    covariance_ptr += b * SPLITS * TOTAL * TOTAL
+    mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
-    mean_d = load_vector(mean_ptr + b * TOTAL, offs_d, mask_d, ACC)
     gamma_d = load_concatenated(gammas, offs_d, CHANNELS, ACC)
-    tokens_mean_d = gamma_d * mean_d + load_concatenated(betas, offs_d, CHANNELS, ACC)
+    mean_d = gamma_d * load_vector(mean_ptr, offs_d, mask_d, ACC) + load_concatenated(betas, offs_d, CHANNELS, ACC)
     for i in tl.static_range(len(CHANNELS)):
-        first: tl.constexpr = _channel_blocks(CHANNELS[:i], BLOCK_C)
-        if (block >= first) & (block < _channel_blocks(CHANNELS[: i + 1], BLOCK_C)):
-            offs_c = (block - first) * BLOCK_C + tl.arange(0, BLOCK_C)
+        block = tile - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
+            mask = mask_c[:, None] & mask_d[None, :]
             gamma_c = load_vector(gammas[i], offs_c, mask_c, ACC)
-            tokens_mean_c = gamma_c * load_vector(mean_ptr + b * TOTAL, own, mask_c, ACC)
-            tokens_mean_c += load_vector(betas[i], offs_c, mask_c, ACC)
+            mean_c = gamma_c * load_vector(mean_ptr, own, mask_c, ACC) + load_vector(betas[i], offs_c, mask_c, ACC)
             q_weight = load_vector(q_weights[i], offs_c, mask_c, ACC)
             k_weight = load_vector(k_weights[i], offs_d, mask_d, ACC)
-            q_mean = q_weight * tokens_mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
-            k_mean = k_weight * tokens_mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
-            mask = mask_c[:, None] & mask_d[None, :]
+            q_mean = q_weight * mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
+            k_mean = k_weight * mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
             covariance = tl.zeros([BLOCK_C, padded(TOTAL)], ACC)
             for split in range(SPLITS):
-                rows_ptr = covariance_ptr + (b * SPLITS + split) * TOTAL * TOTAL
-                covariance += tl.load(rows_ptr + own[:, None] * TOTAL + offs_d[None, :], mask=mask, other=0.0)
+                rows_ptrs = covariance_ptr + split * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
+                covariance += tl.load(rows_ptrs, mask=mask, other=0.0)
             logits = (q_weight * gamma_c)[:, None] * (k_weight * gamma_d)[None, :] * covariance
             logits = (logits + N * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
             same_head = (offs_c // (CHANNELS[i] // HEADS[i]))[:, None] == (offs_d // (TOTAL // HEADS[i]))[None, :]
-            logits = tl.where(same_head & mask_d[None, :], logits, float("-inf"))
+            logits = tl.where(same_head & mask, logits, float("-inf"))
             logits = tl.where(mask_c[:, None], logits, 0.0)
             weights = tl.exp(logits - tl.max(logits, 1)[:, None])
             weights /= tl.sum(weights, 1)[:, None]
             v_weight = load_vector(v_weights[i], offs_d, mask_d, ACC)
-            v_mean = v_weight * tokens_mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
+            v_mean = v_weight * mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
             p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
             shift = p_weight * tl.sum(weights * v_mean[None, :], 1) + load_vector(p_biases[i], offs_c, mask_c, ACC)
             mixing = p_weight[:, None] * weights * (v_weight * gamma_d)[None, :]
@@ -169,40 +164,52 @@ def _mix_kernel(
 ):  # fmt: skip
     """One program: tokens + X mixing^T + shift for BLOCK_N tokens, all channels of one scale, and their LayerNorm."""
     TOTAL: tl.constexpr = total(CHANNELS)
-    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
     b, tile = split_program(len(CHANNELS) * BLOCKS)
     offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in tl.static_range(len(CHANNELS)):
         if tile // BLOCKS == len(CHANNELS) - 1 - i:  # the widest scale, usually the last, first
-            offs_c = tl.arange(0, padded(CHANNELS[i]))
-            mask_c = offs_c < CHANNELS[i]
-            own = offset(CHANNELS, i) + offs_c
-            mixed = tl.zeros([BLOCK_N, padded(CHANNELS[i])], ACC)
-            mixing_ptrs = mixing_ptr + b * TOTAL * TOTAL + own[:, None] * TOTAL
-            for j in tl.static_range(len(CHANNELS)):
-                STEP: tl.constexpr = min(padded(CHANNELS[j]), BLOCK_C)
-                for start in range(0, CHANNELS[j], STEP):
-                    local = start + tl.arange(0, STEP)
-                    offs_d, mask_d = offset(CHANNELS, j) + local, local < CHANNELS[j]
-                    mean = load_vector(mean_ptr + b * TOTAL, offs_d, mask_d, ACC)
-                    x = _load_centred(
-                        tokens_ptr, statistics_ptr, mean, b, j, offs_n, offs_d, mask_d, N, TOTAL, len(CHANNELS), ACC
-                    )
-                    mask = mask_c[:, None] & mask_d[None, :]
-                    mixing = tl.load(mixing_ptrs + offs_d[None, :], mask=mask, other=0.0)
-                    mixed = tl.dot(x, tl.trans(mixing), mixed, input_precision=PRECISION, out_dtype=ACC)
-            mask = (offs_n < N)[:, None] & mask_c[None, :]
-            offs = b * N * TOTAL + offs_n[:, None] * TOTAL + own[None, :]
-            shift = load_vector(shift_ptr + b * TOTAL, own, mask_c, ACC)
-            mixed += tl.load(tokens_ptr + offs, mask=mask, other=0.0).to(ACC) + shift[None, :]
-            mixed = mixed.to(mixed_ptr.dtype.element_ty)
-            tl.store(mixed_ptr + offs, mixed, mask=mask)
-            if EPS is not None:
-                mean_token = load_vector(mean_token_ptr + b * TOTAL, own, mask_c, ACC)
-                store_normalised(
-                    tl.where(mask, mixed.to(ACC), 0.0), mask, mean_token, b, i, offs_n, gammas[i], betas[i],
-                    normalised_ptr, level_ptr, N, CHANNELS, EPS[i], ACC,
-                )  # fmt: skip
+            _mix(
+                tokens_ptr, statistics_ptr, mean_ptr + b * TOTAL, mixing_ptr + b * TOTAL * TOTAL,
+                shift_ptr + b * TOTAL, mean_token_ptr, gammas, betas, mixed_ptr, normalised_ptr, level_ptr, b, offs_n,
+                i, N, TOTAL, CHANNELS, EPS, PRECISION, ACC, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def _mix(
+    tokens_ptr, statistics_ptr, mean_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas,
+    mixed_ptr, normalised_ptr, level_ptr, b, offs_n,
+    i: tl.constexpr, N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_c = tl.arange(0, padded(CHANNELS[i]))
+    mask_c = offs_c < CHANNELS[i]
+    own = offset(CHANNELS, i) + offs_c
+    mixed = tl.zeros([offs_n.shape[0], padded(CHANNELS[i])], ACC)
+    for j in tl.static_range(len(CHANNELS)):
+        for start in range(0, CHANNELS[j], min(padded(CHANNELS[j]), BLOCK_C)):
+            local = start + tl.arange(0, min(padded(CHANNELS[j]), BLOCK_C))
+            offs_d, mask_d = offset(CHANNELS, j) + local, local < CHANNELS[j]
+            mean = load_vector(mean_ptr, offs_d, mask_d, ACC)
+            x = _load_centred(
+                tokens_ptr, statistics_ptr, mean, b, j, offs_n, offs_d, mask_d, N, TOTAL, len(CHANNELS), ACC
+            )
+            mixing_ptrs = mixing_ptr + own[:, None] * TOTAL + offs_d[None, :]
+            mixing = tl.load(mixing_ptrs, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
+            mixed = tl.dot(x, tl.trans(mixing), mixed, input_precision=PRECISION, out_dtype=ACC)
+    mask = (offs_n < N)[:, None] & mask_c[None, :]
+    offs = b * N * TOTAL + offs_n[:, None] * TOTAL + own[None, :]
+    shift = load_vector(shift_ptr, own, mask_c, ACC)
+    mixed += tl.load(tokens_ptr + offs, mask=mask, other=0.0).to(ACC) + shift[None, :]
+    mixed = mixed.to(mixed_ptr.dtype.element_ty)
+    tl.store(mixed_ptr + offs, mixed, mask=mask)
+    if EPS is not None:
+        mean_token = load_vector(mean_token_ptr + b * TOTAL, own, mask_c, ACC)
+        store_normalised(
+            tl.where(mask, mixed.to(ACC), 0.0), mask, mean_token, b, i, offs_n, gammas[i], betas[i],
+            normalised_ptr, level_ptr, N, CHANNELS, EPS[i], ACC,
+        )  # fmt: skip
 
 
 def channel_attention(

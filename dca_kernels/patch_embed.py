@@ -30,7 +30,7 @@ def _patch_embed_kernel(
     EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program: the tokens of BLOCK_Q neighbouring windows, all channels of one scale."""
-    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(GRID[1], BLOCK_Q)
+    COLUMN_BLOCKS: tl.constexpr = triton.cdiv(GRID[1], BLOCK_Q)
     BLOCKS: tl.constexpr = GRID[0] * COLUMN_BLOCKS
     b, tile = split_program(len(CHANNELS) * BLOCKS)
     block = tile % BLOCKS
@@ -156,7 +156,7 @@ def _adjoint(
     x_ptrs = x_ptr + offs_c[:, None] * STRIDE[1] + offs_w[None, :] * STRIDE[3]
     begin = _band_begin(p, SIZE[0], GRID[0])
     band = tl.zeros(mask.shape, ACC)
-    for r in tl.range(0, ROWS, loop_unroll_factor=min(ROWS, 8)):
+    for r in tl.range(0, ROWS):
         h = begin + r
         left, right, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(left == p, 1.0 - fraction, 0.0) + tl.where(right == p, fraction, 0.0)
@@ -210,7 +210,8 @@ def patch_embed(
     windows = tuple((_widest(h, grid[0]), _widest(w, grid[1])) for h, w in sizes)
     target = launch.architecture(maps[0].device)
     widest = max(padded(c) * triton.next_power_of_2(w) for c, (_, w) in zip(channels, windows, strict=True))
-    config = launch.configuration("patch_embed", target, dtype, widest)
+    kernel = "patch_embed_train" if any(from_batch) else "patch_embed"
+    config = launch.configuration(kernel, target, dtype, widest)
     block_q = min(config["block_q"], triton.next_power_of_2(grid[1]))
     blocks = grid[0] * launch.blocks(grid[1], block_q)
     values = torch.empty(batch, grid[0] * grid[1], sum(channels), dtype=dtype, device=maps[0].device)

@@ -19,17 +19,19 @@ def padded(size):
 @triton.constexpr_function
 def offset(channels, i):
     """Where the channels of scale i begin."""
-    return sum(_value(c) for c in channels[: _value(i)])
+    return sum(channels[k] for k in range(i))
 
 
 @triton.constexpr_function
 def total(channels):
     """The channels of all scales."""
-    return sum(_value(c) for c in channels)
+    return sum(channels[k] for k in range(len(channels)))
 
 
-def _value(constant):
-    return constant.value if isinstance(constant, tl.constexpr) else constant
+@triton.constexpr_function
+def blocks_before(sizes, block, i):
+    """How many blocks the first i sizes have, where none reaches over two sizes."""
+    return sum(-(-sizes[k] // block) for k in range(i))
 
 
 @triton.jit
@@ -113,8 +115,10 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 @triton.jit
 def layer_norm_vector(vector, mask, SIZE: tl.constexpr, EPS: tl.constexpr):
     """LayerNorm of one token, without its weight and bias."""
-    mean, rstd = row_statistics(vector[None, :], mask[None, :], SIZE, EPS)
-    return tl.where(mask, (vector - tl.sum(mean)) * tl.sum(rstd), 0.0)
+    mean = tl.sum(vector) / SIZE
+    mean += tl.sum(tl.where(mask, vector - mean, 0.0)) / SIZE
+    centred = tl.where(mask, vector - mean, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred) / SIZE + EPS)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def _spatial_attention_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one scale, against all keys."""
     ALL_HEADS: tl.constexpr = _first_head(HEADS, len(HEADS))
-    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_M)
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_M)
     b, tile = split_program(ALL_HEADS * BLOCKS)
     every_head = ALL_HEADS - 1 - tile // BLOCKS  # the widest scale, usually the last, first
     offs_m = tile % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,7 +138,7 @@ def spatial_attention(tokens: Tokens, norms: Sequence[Any], attentions: Sequence
         N=count,
         CHANNELS=tokens.channels,
         HEADS=heads,
-        PRECISION=launch.precision(dtype, target),
+        PRECISION="ieee" if config.get("ieee") else launch.precision(dtype, target),  # wide heads spill otherwise
         ACC=launch.triton_type(tokens.accumulation),
         BLOCK_M=config["block_m"],
         BLOCK_N=config["block_n"],

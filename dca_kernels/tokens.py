@@ -68,7 +68,7 @@ def _statistics_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: LayerNorm's statistics, and sums, of BLOCK_N tokens of one scale."""
-    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
     b, tile = split_program(len(CHANNELS) * BLOCKS)
     offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in tl.static_range(len(CHANNELS)):
@@ -87,7 +87,7 @@ def _normalise_kernel(
 ):  # fmt: skip
     """One program: the LayerNorm of BLOCK_N tokens of one scale, where the stage before could not do it."""
     TOTAL: tl.constexpr = total(CHANNELS)
-    BLOCKS: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
     b, tile = split_program(len(CHANNELS) * BLOCKS)
     offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in tl.static_range(len(CHANNELS)):

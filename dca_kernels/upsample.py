@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dca_kernels import launch
 from dca_kernels.fused import checked, memory_format, uses_batch_statistics
 from dca_kernels.primitives import (
+    blocks_before,
     interpolation,
     interpolation_matrix,
     load_vector,
@@ -28,12 +29,6 @@ from dca_kernels.tokens import Tokens
 CANCELLATION = tl.constexpr(100.0)
 
 
-@triton.constexpr_function
-def _blocks_before(sizes, block, i):
-    """How many blocks the first i sizes have."""
-    return sum(-(-sizes[k] // block) for k in range(i))
-
-
 @triton.jit
 def _conv_kernel(
     tokens_ptr, weights, z_ptr,
@@ -42,36 +37,38 @@ def _conv_kernel(
 ):  # fmt: skip
     """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale."""
     TOTAL: tl.constexpr = total(CHANNELS)
-    TILES: tl.constexpr = _blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
-    b, tile = split_program(tl.cdiv(N, BLOCK_N) * TILES)
+    TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
     offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    block = tile % TILES
-    tokens_ptr += b * N * TOTAL
-    z_ptr += b * N * TOTAL
+    image = b * N * TOTAL
     for i in tl.static_range(len(CHANNELS)):
-        first: tl.constexpr = _blocks_before(CHANNELS, BLOCK_C, i)
-        if (block >= first) & (block < _blocks_before(CHANNELS, BLOCK_C, i + 1)):
-            offs_out = (block - first) * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_out = offs_out < CHANNELS[i]
-            z = tl.zeros([BLOCK_N, BLOCK_C], ACC)
-            STEP: tl.constexpr = min(padded(CHANNELS[i]), BLOCK_C)
-            for start in range(0, CHANNELS[i], STEP):
-                offs_in = start + tl.arange(0, STEP)
-                mask_in = offs_in < CHANNELS[i]
-                tokens = tl.load(
-                    tokens_ptr + offs_n[:, None] * TOTAL + (offset(CHANNELS, i) + offs_in)[None, :],
-                    mask=mask_n[:, None] & mask_in[None, :],
-                    other=0.0,
-                )
-                weight = tl.load(
-                    weights[i] + offs_out[:, None] * CHANNELS[i] + offs_in[None, :],
-                    mask=mask_out[:, None] & mask_in[None, :],
-                    other=0.0,
-                ).to(tokens.dtype)
-                z = tl.dot(tokens, tl.trans(weight), z, input_precision=PRECISION, out_dtype=ACC)
-            z_ptrs = z_ptr + offs_n[:, None] * TOTAL + (offset(CHANNELS, i) + offs_out)[None, :]
-            tl.store(z_ptrs, z, mask=mask_n[:, None] & mask_out[None, :])
+        block = tile % TILES - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            _conv(
+                tokens_ptr + image + offset(CHANNELS, i), weights[i], z_ptr + image + offset(CHANNELS, i), offs_n,
+                block * BLOCK_C + tl.arange(0, BLOCK_C), N, TOTAL, CHANNELS[i], PRECISION, ACC, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def _conv(
+    tokens_ptr, weight_ptr, z_ptr, offs_n, offs_out,
+    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z[n, out] = sum over channels of tokens[n, in] weight[out, in]."""
+    STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
+    mask_n, mask_out = offs_n < N, offs_out < CHANNELS
+    z = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
+    for start in range(0, CHANNELS, STEP):
+        offs_in = start + tl.arange(0, STEP)
+        mask_in = offs_in < CHANNELS
+        tokens_ptrs = tokens_ptr + offs_n[:, None] * TOTAL + offs_in[None, :]
+        tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0)
+        weight_ptrs = weight_ptr + offs_out[:, None] * CHANNELS + offs_in[None, :]
+        weight = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(tokens.dtype)
+        z = tl.dot(tokens, tl.trans(weight), z, input_precision=PRECISION, out_dtype=ACC)
+    tl.store(z_ptr + offs_n[:, None] * TOTAL + offs_out[None, :], z, mask=mask_n[:, None] & mask_out[None, :])
 
 
 @triton.jit
@@ -87,14 +84,14 @@ def _batch_statistics_kernel(
     parts nearly cancel, too few digits would be left, and a pass over the map takes them directly.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
-    b, block = split_program(_blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
+    b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
+    image = b * GRID[0] * GRID[1] * TOTAL
     for i in tl.static_range(len(CHANNELS)):
-        first: tl.constexpr = _blocks_before(CHANNELS, BLOCK_C, i)
-        if FROM_BATCH[i] and (block >= first) & (block < _blocks_before(CHANNELS, BLOCK_C, i + 1)):
-            offs_c = (block - first) * BLOCK_C + tl.arange(0, BLOCK_C)
+        block = tile - blocks_before(CHANNELS, BLOCK_C, i)
+        if FROM_BATCH[i] and (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
-            image = b * GRID[0] * GRID[1] * TOTAL
             x_mean, x_squares = _merge_moments(
                 moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL, own, mask_c, SIZES[i], GRID, TOTAL, MOMENT_BLOCKS, BLOCK_N
             )
@@ -110,10 +107,10 @@ def _batch_statistics_kernel(
                         maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1], z_ptr + image + own, mask_c,
                         SIZES[i], STRIDES[i], GRID, TOTAL, ACC, BLOCK_P,
                     )  # fmt: skip
-            if counters[i] is not None and (b == 0) & (block == first):
-                tl.store(counters[i], tl.load(counters[i]) + 1)
             tl.store(statistics_ptr + b * 2 * TOTAL + own, mean, mask=mask_c)
             tl.store(statistics_ptr + (b * 2 + 1) * TOTAL + own, tl.maximum(squares, 0.0), mask=mask_c)
+            if counters[i] is not None and (b == 0) & (block == 0):
+                tl.store(counters[i], tl.load(counters[i]) + 1)
 
 
 @triton.jit
@@ -144,7 +141,7 @@ def _load_moments(
 ):  # fmt: skip
     """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in float64."""
     COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
-    BLOCK_Q: tl.constexpr = triton.next_power_of_2(tl.cdiv(GRID[1], COLUMN_BLOCKS))
+    BLOCK_Q: tl.constexpr = triton.next_power_of_2(triton.cdiv(GRID[1], COLUMN_BLOCKS))
     offs = start + tl.arange(0, BLOCK_N)
     mask = (offs < BLOCKS)[:, None] & mask_c[None, :]
     ptrs = moments_ptr + offs[:, None] * 2 * TOTAL + offs_c[None, :]
@@ -272,71 +269,71 @@ def _upsample_kernel(
 
     BLOCKS[i] is the tile of scale i, FIRST[i] its first program within an image.
     """
-    TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(FIRST[len(CHANNELS)])
     for i in tl.static_range(len(CHANNELS)):
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
-            BLOCK_C: tl.constexpr = BLOCKS[i][0]
-            BLOCK_H: tl.constexpr = BLOCKS[i][1]
-            BLOCK_W: tl.constexpr = BLOCKS[i][2]
-            COLUMNS: tl.constexpr = tl.cdiv(SIZES[i][1], BLOCK_W)
-            ROWS: tl.constexpr = tl.cdiv(SIZES[i][0], BLOCK_H)
-            local = tile - FIRST[i]
-            c_begin = local // (ROWS * COLUMNS) * BLOCK_C
-            h_begin = local // COLUMNS % ROWS * BLOCK_H
-            w_begin = local % COLUMNS * BLOCK_W
+            _merge(
+                maps[i], z_ptr, conv_biases[i], gammas[i], betas[i], means[i], variances[i], counters[i],
+                statistics_ptr, outs[i], batch, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS),
+                SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], UPDATES[i], MOMENTUM[i],
+                PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+            )  # fmt: skip
 
-            offs_c = c_begin + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < CHANNELS[i]
-            bias = load_vector(conv_biases[i], offs_c, mask_c, ACC)
-            scale = tl.full([BLOCK_C], 1.0, ACC)
-            beta = tl.zeros([BLOCK_C], ACC)
-            mean = -bias
-            if NORM[i]:
-                if FROM_BATCH[i]:
-                    PIXELS: tl.constexpr = SIZES[i][0] * SIZES[i][1]
-                    mean, variance = _merge_images(
-                        statistics_ptr, offset(CHANNELS, i) + offs_c, mask_c, batch, PIXELS, TOTAL, ACC
-                    )
-                    if UPDATES[i] and (b == 0) & (h_begin == 0) & (w_begin == 0):
-                        if MOMENTUM[i] is None:  # a cumulative average
-                            momentum = 1.0 / tl.load(counters[i]).to(ACC)
-                        else:
-                            momentum = tl.full([], MOMENTUM[i], ACC)
-                        _update_buffers(
-                            means[i], variances[i], momentum, mean + bias, variance, offs_c, mask_c,
-                            batch.to(tl.int64) * PIXELS, ACC,
-                        )  # fmt: skip
-                else:
-                    mean = load_vector(means[i], offs_c, mask_c, ACC) - bias
-                    variance = load_vector(variances[i], offs_c, mask_c, ACC)
-                scale = tl.rsqrt(variance + EPS[i])
-                if gammas[i] is not None:
-                    scale *= load_vector(gammas[i], offs_c, mask_c, ACC)
-                if betas[i] is not None:
-                    beta += load_vector(betas[i], offs_c, mask_c, ACC)
 
-            # Rows of the tile are (row, channel) pairs, the channel fastest.
-            pair = tl.arange(0, BLOCK_H * BLOCK_C)
-            pair_c = c_begin + pair % BLOCK_C
-            pair_h = h_begin + pair // BLOCK_C
-            mask_pair = (pair_c < CHANNELS[i]) & (pair_h < SIZES[i][0])
-            offs_w = w_begin + tl.arange(0, BLOCK_W)
-            mask = mask_pair[:, None] & (offs_w < SIZES[i][1])[None, :]
-            z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + offset(CHANNELS, i) + pair_c
-            up = _interpolate(
-                z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZES[i], GRID, TOTAL, PRECISION, ACC, BLOCK_W
-            )
-            offs_x = pair_c * STRIDES[i][1] + pair_h * STRIDES[i][2]
-            x_ptrs = maps[i] + b * STRIDES[i][0] + offs_x[:, None] + (offs_w * STRIDES[i][3])[None, :]
-            x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
-            y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
-            if NORM[i]:
-                y = y * _of_pairs(scale, BLOCK_H)[:, None] + _of_pairs(beta, BLOCK_H)[:, None]
-                y = tl.where(y < 0, 0.0, y)  # keeps NaN
-            offs_y = pair_c * OUT_STRIDES[i][1] + pair_h * OUT_STRIDES[i][2]
-            y_ptrs = outs[i] + b * OUT_STRIDES[i][0] + offs_y[:, None] + (offs_w * OUT_STRIDES[i][3])[None, :]
-            tl.store(y_ptrs, y, mask=mask)
+@triton.jit
+def _merge(
+    x_ptr, z_ptr, bias_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr, counter_ptr, statistics_ptr, out_ptr, batch,
+    b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr,
+    EPS: tl.constexpr, UPDATES: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    COLUMNS: tl.constexpr = triton.cdiv(SIZE[1], BLOCK_W)
+    ROWS: tl.constexpr = triton.cdiv(SIZE[0], BLOCK_H)
+    c_begin = tile // (ROWS * COLUMNS) * BLOCK_C
+    h_begin = tile // COLUMNS % ROWS * BLOCK_H
+    w_begin = tile % COLUMNS * BLOCK_W
+
+    offs_c = c_begin + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < CHANNELS
+    bias = load_vector(bias_ptr, offs_c, mask_c, ACC)
+    if FROM_BATCH:
+        mean, variance = _merge_images(statistics_ptr, OFFSET + offs_c, mask_c, batch, SIZE[0] * SIZE[1], TOTAL, ACC)
+        if UPDATES and (b == 0) & (h_begin == 0) & (w_begin == 0):
+            _update_buffers(
+                mean_ptr, variance_ptr, counter_ptr, mean + bias, variance, offs_c, mask_c,
+                batch.to(tl.int64) * SIZE[0] * SIZE[1], MOMENTUM, ACC,
+            )  # fmt: skip
+    elif NORM:
+        mean = load_vector(mean_ptr, offs_c, mask_c, ACC) - bias
+        variance = load_vector(variance_ptr, offs_c, mask_c, ACC)
+    else:
+        mean = -bias
+
+    # Rows of the tile are (row, channel) pairs, the channel fastest.
+    pair = tl.arange(0, BLOCK_H * BLOCK_C)
+    pair_c = c_begin + pair % BLOCK_C
+    pair_h = h_begin + pair // BLOCK_C
+    mask_pair = (pair_c < CHANNELS) & (pair_h < SIZE[0])
+    offs_w = w_begin + tl.arange(0, BLOCK_W)
+    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
+    up = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
+    offs_x = pair_c * STRIDE[1] + pair_h * STRIDE[2]
+    x_ptrs = x_ptr + b * STRIDE[0] + offs_x[:, None] + (offs_w * STRIDE[3])[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
+    y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
+    if NORM:
+        scale = tl.rsqrt(variance + EPS)
+        if gamma_ptr is not None:
+            scale *= load_vector(gamma_ptr, offs_c, mask_c, ACC)
+        y *= _of_pairs(scale, BLOCK_H)[:, None]
+        if beta_ptr is not None:
+            y += _of_pairs(load_vector(beta_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN
+    offs_y = pair_c * OUT_STRIDE[1] + pair_h * OUT_STRIDE[2]
+    y_ptrs = out_ptr + b * OUT_STRIDE[0] + offs_y[:, None] + (offs_w * OUT_STRIDE[3])[None, :]
+    tl.store(y_ptrs, y, mask=mask)
 
 
 @triton.jit
@@ -407,8 +404,15 @@ def _load_images(statistics_ptr, start, offs_c, mask_c, batch, TOTAL: tl.constex
 
 
 @triton.jit
-def _update_buffers(mean_ptr, variance_ptr, momentum, mean, variance, offs_c, mask_c, count, ACC: tl.constexpr):
+def _update_buffers(
+    mean_ptr, variance_ptr, counter_ptr, mean, variance, offs_c, mask_c, count, MOMENTUM: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """What BatchNorm2d does to its running buffers; the variance that it keeps is the unbiased one."""
+    if MOMENTUM is None:  # a cumulative average
+        momentum = 1.0 / tl.load(counter_ptr).to(ACC)
+    else:
+        momentum = tl.full([], MOMENTUM, ACC)
     old_mean = load_vector(mean_ptr, offs_c, mask_c, ACC)
     old_variance = load_vector(variance_ptr, offs_c, mask_c, ACC)
     unbiased = variance * (count.to(ACC) / (count - 1).to(ACC))
