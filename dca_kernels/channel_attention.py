@@ -229,11 +229,10 @@ def channel_attention(
     statistics, sums = statistics_of(tokens, norms)
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
-    gammas, betas = launch.weights_and_biases(norms)
-    maps = {
-        name: launch.weights_and_biases(launch.depthwise(getattr(attention, name)) for attention in attentions)
-        for name in ("q_map", "k_map", "v_map", "projection")
-    }
+    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
+    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
+    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
+    projections = [launch.depthwise(attention.projection) for attention in attentions]
     shared = {
         "N": count,
         "CHANNELS": tokens.channels,
@@ -262,7 +261,7 @@ def channel_attention(
         **shared,
     )
 
-    config = launch.configuration("mixing", target, dtype, padded(width))
+    config = launch.configuration("mixing", target, dtype, launch.padded(width))
     mixing = torch.empty(batch, width, width, dtype=dtype, device=tokens.values.device)
     shift, mean_token = tokens.new_empty(batch, width), tokens.new_empty(batch, width)
     launch.run(
@@ -272,16 +271,16 @@ def channel_attention(
         covariance_ptr=covariance,
         mean_ptr=mean,
         sums_ptr=sums,
-        gammas=gammas,
-        betas=betas,
-        q_weights=maps["q_map"][0],
-        q_biases=maps["q_map"][1],
-        k_weights=maps["k_map"][0],
-        k_biases=maps["k_map"][1],
-        v_weights=maps["v_map"][0],
-        v_biases=maps["v_map"][1],
-        p_weights=maps["projection"][0],
-        p_biases=maps["projection"][1],
+        gammas=launch.weights(norms),
+        betas=launch.biases(norms),
+        q_weights=launch.weights(q_maps),
+        q_biases=launch.biases(q_maps),
+        k_weights=launch.weights(k_maps),
+        k_biases=launch.biases(k_maps),
+        v_weights=launch.weights(v_maps),
+        v_biases=launch.biases(v_maps),
+        p_weights=launch.weights(projections),
+        p_biases=launch.biases(projections),
         mixing_ptr=mixing,
         shift_ptr=shift,
         mean_token_ptr=mean_token,
@@ -292,12 +291,9 @@ def channel_attention(
         **shared,
     )
 
-    config = launch.configuration("mix", target, dtype, max(padded(c) for c in tokens.channels))
+    config = launch.configuration("mix", target, dtype, max(launch.padded(c) for c in tokens.channels))
     mixed = Tokens(torch.empty_like(tokens.values), tokens.channels)
-    next_gammas: Any = None
-    next_betas: Any = None
     if following is not None:
-        next_gammas, next_betas = launch.weights_and_biases(following)
         mixed.normalised, mixed.level = torch.empty_like(tokens.values), tokens.new_empty(batch, width)
     launch.run(
         _mix_kernel,
@@ -309,8 +305,8 @@ def channel_attention(
         mixing_ptr=mixing,
         shift_ptr=shift,
         mean_token_ptr=mean_token,
-        gammas=next_gammas,
-        betas=next_betas,
+        gammas=None if following is None else launch.weights(following),
+        betas=None if following is None else launch.biases(following),
         mixed_ptr=mixed.values,
         normalised_ptr=mixed.normalised,
         level_ptr=mixed.level,

@@ -15,19 +15,20 @@ from dca_kernels.fused import checked
 
 MAX_PROGRAMS = 2**31 - 1
 
-_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def triton_type(dtype: torch.dtype) -> tl.dtype:
     """Triton's name of a dtype."""
-    return _TYPES[dtype]
+    return TYPES[dtype]
 
 
 @functools.cache
-def _table() -> dict[str, list[dict[str, Any]]]:
+def _table() -> dict[str, dict[str, Any]]:
     return json.loads((Path(__file__).parent / "configurations.json").read_text())
 
 
+@functools.cache
 def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     """Block sizes, `num_warps` and `num_stages` of a kernel: the first row of the table whose conditions hold.
 
@@ -36,8 +37,11 @@ def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int)
         architecture: as `architecture` says it: "sm_90", "gfx942".
         dtype: of the tokens.
         size: what the kernel's blocks depend on; `configurations.json` says for each kernel which size it is.
+
+    Raises:
+        ValueError: there is no such row: the size is too large for the kernel.
     """
-    for row in _table()[kernel]:
+    for row in _table()[kernel]["rows"]:
         conditions = row.get("if", {})
         if (
             architecture in conditions.get("architecture", [architecture])
@@ -45,7 +49,10 @@ def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int)
             and size <= conditions.get("max_size", size)
         ):
             return row["then"]
-    raise ValueError(f"configurations.json: no row of {kernel} for {architecture}, {dtype}, size {size}")
+    raise ValueError(
+        f"features, patch or maps: too large for the triton backend's {kernel} in {dtype}: {_table()[kernel]['size']}, "
+        f"got {size}; the torch backend has no such limit"
+    )
 
 
 def architecture(device: torch.device) -> str:
@@ -76,6 +83,12 @@ def precision(dtype: torch.dtype, target: str) -> str:
     return "tf32"
 
 
+@functools.cache
+def padded(size: int) -> int:
+    """As `primitives.padded`, which is slow to call from here."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)
@@ -101,20 +114,19 @@ def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManage
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def pointers(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """One pointer a scale, as kernels take them."""
-    return tuple(t.detach() for t in tensors)
-
-
 def depthwise(projection: Any) -> nn.Conv2d:
     """The convolution of a depthwise projection."""
     return checked(projection.proj.depthwise, nn.Conv2d)
 
 
-def weights_and_biases(modules: Iterable[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Pointers to the weights and to the biases of one module a scale."""
-    modules = list(modules)
-    return pointers(m.weight.contiguous() for m in modules), pointers(m.bias.contiguous() for m in modules)
+def weights(modules: Iterable[Any]) -> tuple[Tensor, ...]:
+    """The weight of one module a scale, as kernels take it."""
+    return tuple(module.weight.contiguous() for module in modules)
+
+
+def biases(modules: Iterable[Any]) -> tuple[Tensor, ...]:
+    """The bias of one module a scale, as kernels take it."""
+    return tuple(module.bias.contiguous() for module in modules)
 
 
 def epsilons(norms: Iterable[Any]) -> tuple[float, ...]:

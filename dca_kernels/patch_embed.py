@@ -1,5 +1,6 @@
 """Stage 1 of the `triton` backend: average each skip map over the token grid, then scale and shift each channel."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -209,10 +210,10 @@ def patch_embed(
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
     windows = tuple((_widest(h, grid[0]), _widest(w, grid[1])) for h, w in sizes)
     target = launch.architecture(maps[0].device)
-    widest = max(padded(c) * triton.next_power_of_2(w) for c, (_, w) in zip(channels, windows, strict=True))
+    widest = max(launch.padded(c) * _power(w) for c, (_, w) in zip(channels, windows, strict=True))
     kernel = "patch_embed_train" if any(from_batch) else "patch_embed"
     config = launch.configuration(kernel, target, dtype, widest)
-    block_q = min(config["block_q"], triton.next_power_of_2(grid[1]))
+    block_q = min(config["block_q"], _power(grid[1]))
     blocks = grid[0] * launch.blocks(grid[1], block_q)
     values = torch.empty(batch, grid[0] * grid[1], sum(channels), dtype=dtype, device=maps[0].device)
     tokens = Tokens(values, channels)
@@ -223,14 +224,14 @@ def patch_embed(
     if any(from_batch):
         moments = tokens.new_empty(batch, blocks, 2, values.shape[2])
         adjoint = tokens.new_empty(*values.shape)
-    weights, biases = launch.weights_and_biases(launch.depthwise(m) for m in avg_map)
+    convs = [launch.depthwise(m) for m in avg_map]
     launch.run(
         _patch_embed_kernel,
         batch * len(channels) * blocks,
         config,
-        maps=launch.pointers(maps),
-        weights=weights,
-        biases=biases,
+        maps=tuple(maps),
+        weights=launch.weights(convs),
+        biases=launch.biases(convs),
         tokens_ptr=values,
         statistics_ptr=tokens.statistics,
         sums_ptr=tokens.sums,
@@ -250,6 +251,12 @@ def patch_embed(
     return tokens, None if moments is None or adjoint is None else (moments, adjoint)
 
 
+@functools.cache
 def _widest(size: int, windows: int) -> int:
     """The largest window of `adaptive_avg_pool1d`."""
     return max(-(-(w + 1) * size // windows) - w * size // windows for w in range(windows))
+
+
+def _power(size: int) -> int:
+    """The power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()

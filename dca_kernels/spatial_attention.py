@@ -115,11 +115,12 @@ def spatial_attention(tokens: Tokens, norms: Sequence[Any], attentions: Sequence
     normalised, level = normalised_of(tokens, norms)
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     heads = tuple(attention.heads for attention in attentions)
-    config = launch.configuration("spatial_attention", target, dtype, padded(tokens.shape[2] // min(heads)))
+    config = launch.configuration("spatial_attention", target, dtype, launch.padded(tokens.shape[2] // min(heads)))
     attended = Tokens(torch.empty_like(tokens.values), tokens.channels)
-    q_weights, q_biases = launch.weights_and_biases(launch.depthwise(a.q_map) for a in attentions)
-    v_weights, v_biases = launch.weights_and_biases(launch.depthwise(a.v_map) for a in attentions)
-    p_weights, p_biases = launch.weights_and_biases(launch.depthwise(a.projection) for a in attentions)
+    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
+    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
+    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
+    projections = [launch.depthwise(attention.projection) for attention in attentions]
     launch.run(
         _spatial_attention_kernel,
         batch * sum(heads) * launch.blocks(count, config["block_m"]),
@@ -127,13 +128,13 @@ def spatial_attention(tokens: Tokens, norms: Sequence[Any], attentions: Sequence
         tokens_ptr=tokens.values,
         normalised_ptr=normalised,
         level_ptr=level,
-        q_weights=q_weights,
-        q_biases=q_biases,
-        k_weights=launch.pointers([launch.depthwise(a.k_map).weight for a in attentions]),
-        v_weights=v_weights,
-        v_biases=v_biases,
-        p_weights=p_weights,
-        p_biases=p_biases,
+        q_weights=launch.weights(q_maps),
+        q_biases=launch.biases(q_maps),
+        k_weights=launch.weights(k_maps),
+        v_weights=launch.weights(v_maps),
+        v_biases=launch.biases(v_maps),
+        p_weights=launch.weights(projections),
+        p_biases=launch.biases(projections),
         attended_ptr=attended.values,
         N=count,
         CHANNELS=tokens.channels,

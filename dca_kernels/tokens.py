@@ -142,7 +142,6 @@ def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
     _, sums = statistics_of(tokens, norms)
     batch, count, width = tokens.shape
     config = _configuration(tokens)
-    gammas, betas = launch.weights_and_biases(norms)
     normalised, level = torch.empty_like(tokens.values), tokens.new_empty(batch, width)
     launch.run(
         _normalise_kernel,
@@ -150,8 +149,8 @@ def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
         config,
         tokens_ptr=tokens.values,
         sums_ptr=sums,
-        gammas=gammas,
-        betas=betas,
+        gammas=launch.weights(norms),
+        betas=launch.biases(norms),
         normalised_ptr=normalised,
         level_ptr=level,
         N=count,
@@ -166,4 +165,4 @@ def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
 
 def _configuration(tokens: Tokens) -> dict[str, int]:
     target = launch.architecture(tokens.values.device)
-    return launch.configuration("tokens", target, tokens.values.dtype, max(padded(c) for c in tokens.channels))
+    return launch.configuration("tokens", target, tokens.values.dtype, max(launch.padded(c) for c in tokens.channels))

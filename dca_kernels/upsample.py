@@ -453,7 +453,7 @@ def upsample(
         "ACC": launch.triton_type(tokens.accumulation),
     }
 
-    config = launch.configuration("conv", target, dtype, max(padded(c) for c in tokens.channels))
+    config = launch.configuration("conv", target, dtype, max(launch.padded(c) for c in tokens.channels))
     z = tokens.new_empty(batch, count, width)
     column_blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
     launch.run(
@@ -461,7 +461,7 @@ def upsample(
         batch * launch.blocks(count, config["block_n"]) * column_blocks,
         config,
         tokens_ptr=tokens.values,
-        weights=launch.pointers([conv.weight for conv in convs]),
+        weights=launch.weights(convs),
         z_ptr=z,
         N=count,
         PRECISION=launch.precision(dtype, target),
@@ -479,7 +479,7 @@ def upsample(
             _batch_statistics_kernel,
             batch * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
             config,
-            maps=launch.pointers(maps),
+            maps=tuple(maps),
             z_ptr=z,
             moments_ptr=moments[0],
             adjoint_ptr=moments[1],
@@ -502,17 +502,14 @@ def upsample(
     widest = max(w for _, w in sizes)
     layout = "channels_last" if all(x.stride(1) == 1 for x in maps) else "contiguous"
     config = launch.configuration(f"upsample_{layout}", target, dtype, widest)
-    tiles = tuple(_tile(c, h, w, config) for c, (h, w) in zip(tokens.channels, sizes, strict=True))
-    first = [0]
-    for c, (h, w), tile in zip(tokens.channels, sizes, tiles, strict=True):
-        first.append(first[-1] + math.prod(launch.blocks(n, block) for n, block in zip((c, h, w), tile, strict=True)))
+    tiles, first = _tiles(tokens.channels, sizes, config["tile"], config["block_c"], config["block_w"])
     launch.run(
         _upsample_kernel,
         batch * first[-1],
         config,
-        maps=launch.pointers(maps),
+        maps=tuple(maps),
         z_ptr=z,
-        conv_biases=launch.pointers([conv.bias for conv in convs]),
+        conv_biases=launch.biases(convs),
         gammas=tuple(None if norm is None else norm.weight for norm in norms),
         betas=tuple(None if norm is None else norm.bias for norm in norms),
         means=tuple(None if norm is None else norm.running_mean for norm in norms),
@@ -532,7 +529,7 @@ def upsample(
         MOMENTUM=tuple(None if norm is None else norm.momentum for norm in norms),
         PRECISION=launch.precision(dtype, target),
         BLOCKS=tiles,
-        FIRST=tuple(first),
+        FIRST=first,
         **shared,
     )
     return outs
@@ -543,12 +540,24 @@ def _updates(norm: Any) -> bool:
     return norm is not None and norm.training and norm.track_running_stats and norm.running_mean is not None
 
 
-def _tile(channels: int, height: int, width: int, config: dict[str, int]) -> tuple[int, int, int]:
-    """Channels, rows and columns of a tile with `config["tile"]` elements (at least 16 rows of them: see `tl.dot`)."""
-    block_w = min(config["block_w"], max(16, triton.next_power_of_2(width)))
-    rows = max(16, config["tile"] // block_w)
-    block_c = min(config["block_c"], triton.next_power_of_2(channels), rows)
-    return block_c, rows // block_c, block_w
+@functools.cache
+def _tiles(
+    channels: tuple[int, ...], sizes: tuple[tuple[int, int], ...], elements: int, most_c: int, most_w: int
+) -> tuple[tuple[tuple[int, int, int], ...], tuple[int, ...]]:
+    """Channels, rows and columns of each scale's tiles, and where the programs of each scale begin within an image.
+
+    A tile has at most `elements`, `most_c` channels and `most_w` columns; products need 16 rows (pairs of row and
+    channel) and columns.
+    """
+    tiles, first = [], [0]
+    for c, (height, width) in zip(channels, sizes, strict=True):
+        block_w = min(most_w, launch.padded(width))
+        pairs = max(16, elements // block_w)
+        block_c = min(most_c, launch.padded(c), pairs)
+        tiles.append((block_c, pairs // block_c, block_w))
+        extents = zip((c, height, width), tiles[-1], strict=True)
+        first.append(first[-1] + math.prod(launch.blocks(extent, block) for extent, block in extents))
+    return tuple(tiles), tuple(first)
 
 
 @functools.lru_cache(maxsize=64)
