@@ -1,11 +1,12 @@
 """Stage 2 of the `triton` backend: channel cross-attention. docs/algebra.md derives the three products."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dca_kernels import launch
 from dca_kernels.primitives import (
@@ -16,6 +17,7 @@ from dca_kernels.primitives import (
     padded,
     split_program,
     statistics_pointers,
+    store_layer_norm_backward,
     store_normalised,
     sum_blocks,
     total,
@@ -26,19 +28,18 @@ from dca_kernels.tokens import Tokens, statistics_of
 @triton.jit
 def _covariance_kernel(
     tokens_ptr, statistics_ptr, sums_ptr, mean_ptr, covariance_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of X^T X, X the normalised tokens less their mean, over a part of the tokens.
+    """One program: one tile of X^T X, X the normalised tokens less their mean.
 
     X^T X is symmetric: a tile below the diagonal is stored transposed as well. Writes mean (B, C) and covariance
-    (B, SPLITS, C, C), to be summed over SPLITS.
+    (B, C, C).
     """
     ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     TILES: tl.constexpr = ROWS * (ROWS + 1) // 2
     TOTAL: tl.constexpr = total(CHANNELS)
-    b, tile = split_program(SPLITS * TILES)
-    split, tile = tile // TILES, tile % TILES
+    b, tile = split_program(TILES)
     row = 0
     for r in tl.static_range(1, ROWS):
         row = tl.where(tile >= r * (r + 1) // 2, r, row)
@@ -48,23 +49,22 @@ def _covariance_kernel(
     sums_ptr += b * SUM_BLOCKS * 2 * TOTAL
     mean_i = sum_blocks(sums_ptr, offs_i, mask_i, SUM_BLOCKS, 2 * TOTAL, ACC) / N
     mean_j = sum_blocks(sums_ptr, offs_j, mask_j, SUM_BLOCKS, 2 * TOTAL, ACC) / N
-    part = tl.zeros([BLOCK_C, BLOCK_C], ACC)
-    CHUNK: tl.constexpr = triton.cdiv(triton.cdiv(N, SPLITS), BLOCK_N) * BLOCK_N
-    for start in range(0, CHUNK, BLOCK_N):
-        offs_n = split * CHUNK + start + tl.arange(0, BLOCK_N)
+    covariance = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
         x_i = _load_centred(
             tokens_ptr, statistics_ptr, mean_i, b, i, offs_n, offs_i, mask_i, N, TOTAL, len(CHANNELS), ACC
         )
         x_j = _load_centred(
             tokens_ptr, statistics_ptr, mean_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
         )
-        part = tl.dot(tl.trans(x_i), x_j, part, input_precision=PRECISION, out_dtype=ACC)
-    covariance_ptr += (b * SPLITS + split) * TOTAL * TOTAL
+        covariance = tl.dot(tl.trans(x_i), x_j, covariance, input_precision=PRECISION, out_dtype=ACC)
+    covariance_ptr += b * TOTAL * TOTAL
     mask = mask_i[:, None] & mask_j[None, :]
-    tl.store(covariance_ptr + offs_i[:, None] * TOTAL + offs_j[None, :], part, mask=mask)
+    tl.store(covariance_ptr + offs_i[:, None] * TOTAL + offs_j[None, :], covariance, mask=mask)
     if row != column:
-        tl.store(covariance_ptr + offs_j[:, None] * TOTAL + offs_i[None, :], tl.trans(part), mask=tl.trans(mask))
-    if (row == column) & (split == 0):
+        tl.store(covariance_ptr + offs_j[:, None] * TOTAL + offs_i[None, :], tl.trans(covariance), mask=tl.trans(mask))
+    if row == column:
         tl.store(mean_ptr + b * TOTAL + offs_i, mean_i, mask=mask_i)
 
 
@@ -103,7 +103,7 @@ def _load_centred(
 def _mixing_kernel(
     covariance_ptr, mean_ptr, sums_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases, v_weights, v_biases,
     p_weights, p_biases, mixing_ptr, shift_ptr, mean_token_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, SUM_BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the softmax of BLOCK_C channels of one scale, folded with its neighbours into one matrix.
@@ -113,7 +113,7 @@ def _mixing_kernel(
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
-    covariance_ptr += b * SPLITS * TOTAL * TOTAL
+    covariance_ptr += b * TOTAL * TOTAL
     mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
@@ -132,17 +132,10 @@ def _mixing_kernel(
             k_weight = load_vector(k_weights[i], offs_d, mask_d, ACC)
             q_mean = q_weight * mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
             k_mean = k_weight * mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
-            covariance = tl.zeros([BLOCK_C, padded(TOTAL)], ACC)
-            for split in range(SPLITS):
-                rows_ptrs = covariance_ptr + split * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
-                covariance += tl.load(rows_ptrs, mask=mask, other=0.0)
-            logits = (q_weight * gamma_c)[:, None] * (k_weight * gamma_d)[None, :] * covariance
-            logits = (logits + N * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
-            same_head = (offs_c // (CHANNELS[i] // HEADS[i]))[:, None] == (offs_d // (TOTAL // HEADS[i]))[None, :]
-            logits = tl.where(same_head & mask, logits, float("-inf"))
-            logits = tl.where(mask_c[:, None], logits, 0.0)
-            weights = tl.exp(logits - tl.max(logits, 1)[:, None])
-            weights /= tl.sum(weights, 1)[:, None]
+            weights, _ = _attention_weights(
+                covariance_ptr, own, offs_d, mask, q_weight * gamma_c, k_weight * gamma_d, q_mean, k_mean,
+                CHANNELS[i] // HEADS[i], offs_c, N, TOTAL, HEADS[i], ACC,
+            )  # fmt: skip
             v_weight = load_vector(v_weights[i], offs_d, mask_d, ACC)
             v_mean = v_weight * mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
             p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
@@ -153,6 +146,22 @@ def _mixing_kernel(
             plain_sums_ptr = sums_ptr + (b * SUM_BLOCKS * 2 + 1) * TOTAL
             mean_token = sum_blocks(plain_sums_ptr, own, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N + shift
             tl.store(mean_token_ptr + b * TOTAL + own, mean_token, mask=mask_c)
+
+
+@triton.jit
+def _attention_weights(
+    covariance_ptr, own, offs_d, mask, weight_c, weight_d, q_mean, k_mean, own_width: tl.constexpr, offs_c,
+    N: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """softmax over d of C^-1/2 (weight_c weight_d covariance[c, d] + N q_mean_c k_mean_d) in a head; covariance."""
+    covariance = tl.load(covariance_ptr + own[:, None] * TOTAL + offs_d[None, :], mask=mask, other=0.0)
+    logits = weight_c[:, None] * weight_d[None, :] * covariance
+    logits = (logits + N * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
+    same_head = (offs_c // own_width)[:, None] == (offs_d // (TOTAL // HEADS))[None, :]
+    logits = tl.where(same_head & (offs_d < TOTAL)[None, :], logits, float("-inf"))
+    logits = tl.where((offs_c < own_width * HEADS)[:, None], logits, 0.0)  # rows beyond the scale stay finite
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None], covariance
 
 
 @triton.jit
@@ -212,9 +221,235 @@ def _mix(
         )  # fmt: skip
 
 
+@triton.jit
+def _mixing_gradient_kernel(
+    tokens_ptr, statistics_ptr, mean_ptr, dmixed_ptr, dmixing_ptr, dshift_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of dmixed^T X (B, C, C), X as in `_covariance_kernel`; and sums of dmixed (B, C)."""
+    ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    TOTAL: tl.constexpr = total(CHANNELS)
+    b, tile = split_program(ROWS * ROWS)
+    row, column = tile // ROWS, tile % ROWS
+    _, offs_i, mask_i = _channel_block(row, CHANNELS, BLOCK_C)
+    j, offs_j, mask_j = _channel_block(column, CHANNELS, BLOCK_C)
+    mean_j = load_vector(mean_ptr + b * TOTAL, offs_j, mask_j, ACC)
+    dmixing = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+    dshift = tl.zeros([BLOCK_C], ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        x = _load_centred(
+            tokens_ptr, statistics_ptr, mean_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
+        )
+        dmixed = tl.load(
+            dmixed_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_i[None, :],
+            mask=(offs_n < N)[:, None] & mask_i[None, :],
+            other=0.0,
+        )
+        dshift += tl.sum(dmixed, 0)
+        dmixing = tl.dot(tl.trans(dmixed.to(x.dtype)), x, dmixing, input_precision=PRECISION, out_dtype=ACC)
+    mask = mask_i[:, None] & mask_j[None, :]
+    tl.store(dmixing_ptr + b * TOTAL * TOTAL + offs_i[:, None] * TOTAL + offs_j[None, :], dmixing, mask=mask)
+    if column == 0:
+        tl.store(dshift_ptr + b * TOTAL + offs_i, dshift, mask=mask_i)
+
+
+@triton.jit
+def _mixing_backward_kernel(
+    covariance_ptr, mean_ptr, dmixing_ptr, dshift_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases,
+    v_weights, v_biases, p_weights, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the softmax of BLOCK_C channels of one scale, backward.
+
+    Writes the mixing matrix without LayerNorm's weight, (B, C, C); the gradient of the products of normalised tokens,
+    (B, C, C); sums over d for q weight, q bias, p weight, p bias and the normalised tokens, (B, 5, C); and sums over
+    the block's channels for k weight, k bias, v weight, v bias and the normalised tokens, (B, blocks, 5, C).
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    b, tile = split_program(BLOCKS)
+    covariance_ptr += b * TOTAL * TOTAL
+    mean_ptr += b * TOTAL
+    offs_d = tl.arange(0, padded(TOTAL))
+    mask_d = offs_d < TOTAL
+    gamma_d = load_concatenated(gammas, offs_d, CHANNELS, ACC)
+    mean_d = gamma_d * load_vector(mean_ptr, offs_d, mask_d, ACC) + load_concatenated(betas, offs_d, CHANNELS, ACC)
+    for i in tl.static_range(len(CHANNELS)):
+        block = tile - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < CHANNELS[i]
+            own = offset(CHANNELS, i) + offs_c
+            mask = mask_c[:, None] & mask_d[None, :]
+            gamma_c = load_vector(gammas[i], offs_c, mask_c, ACC)
+            mean_c = gamma_c * load_vector(mean_ptr, own, mask_c, ACC) + load_vector(betas[i], offs_c, mask_c, ACC)
+            q_weight = load_vector(q_weights[i], offs_c, mask_c, ACC)
+            k_weight = load_vector(k_weights[i], offs_d, mask_d, ACC)
+            q_mean = q_weight * mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
+            k_mean = k_weight * mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
+            weights, covariance = _attention_weights(
+                covariance_ptr, own, offs_d, mask, q_weight * gamma_c, k_weight * gamma_d, q_mean, k_mean,
+                CHANNELS[i] // HEADS[i], offs_c, N, TOTAL, HEADS[i], ACC,
+            )  # fmt: skip
+            covariance *= gamma_c[:, None] * gamma_d[None, :]
+            v_weight = load_vector(v_weights[i], offs_d, mask_d, ACC)
+            v_mean = v_weight * mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
+            p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
+            matrix = b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
+            dshift = load_vector(dshift_ptr + b * TOTAL, own, mask_c, ACC)
+            dmixing = tl.load(dmixing_ptr + matrix, mask=mask, other=0.0) * gamma_d[None, :]
+
+            unfolded = p_weight[:, None] * weights
+            dweights = dmixing * v_weight[None, :] + dshift[:, None] * v_mean[None, :]
+            dp_weight = tl.sum(weights * dweights, 1)
+            dlogits = weights * (dweights - dp_weight[:, None]) * (p_weight * TOTAL**-0.5)[:, None]
+            tl.store(unfolded_ptr + matrix, unfolded * v_weight[None, :], mask=mask)
+            tl.store(dproducts_ptr + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
+
+            dq_mean = N * tl.sum(dlogits * k_mean[None, :], 1)
+            dq_weight = tl.sum(dlogits * k_weight[None, :] * covariance, 1) + dq_mean * mean_c
+            row_ptr = rows_ptr + b * 5 * TOTAL + own
+            tl.store(row_ptr, dq_weight, mask=mask_c)
+            tl.store(row_ptr + TOTAL, dq_mean, mask=mask_c)
+            tl.store(row_ptr + 2 * TOTAL, dp_weight, mask=mask_c)
+            tl.store(row_ptr + 3 * TOTAL, dshift, mask=mask_c)
+            tl.store(row_ptr + 4 * TOTAL, q_weight * dq_mean / N, mask=mask_c)
+
+            dk_mean = N * tl.sum(dlogits * q_mean[:, None], 0)
+            dk_weight = tl.sum(dlogits * q_weight[:, None] * covariance, 0) + dk_mean * mean_d
+            dv_bias = tl.sum(unfolded * dshift[:, None], 0)
+            dv_weight = tl.sum(unfolded * dmixing, 0) + dv_bias * mean_d
+            column_ptr = columns_ptr + (b * BLOCKS + tile) * 5 * TOTAL + offs_d
+            tl.store(column_ptr, dk_weight, mask=mask_d)
+            tl.store(column_ptr + TOTAL, dk_mean, mask=mask_d)
+            tl.store(column_ptr + 2 * TOTAL, dv_weight, mask=mask_d)
+            tl.store(column_ptr + 3 * TOTAL, dv_bias, mask=mask_d)
+            tl.store(column_ptr + 4 * TOTAL, k_weight * dk_mean / N, mask=mask_d)
+
+
+@triton.jit
+def _mix_backward_kernel(
+    tokens_ptr, statistics_ptr, mean_ptr, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas,
+    dtokens_ptr, daffine_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_N tokens of one scale, through attention, LayerNorm and residual."""
+    TOTAL: tl.constexpr = total(CHANNELS)
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
+    b, tile = split_program(len(CHANNELS) * BLOCKS)
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(len(CHANNELS)):
+        if tile // BLOCKS == len(CHANNELS) - 1 - i:
+            dnormalised = _mix_backward(
+                tokens_ptr, statistics_ptr, mean_ptr + b * TOTAL, unfolded_ptr + b * TOTAL * TOTAL,
+                dproducts_ptr + b * TOTAL * TOTAL, rows_ptr + b * 5 * TOTAL,
+                columns_ptr + b * COLUMN_BLOCKS * 5 * TOTAL, dmixed_ptr + b * N * TOTAL, gammas, b, offs_n, i, N,
+                TOTAL, CHANNELS, COLUMN_BLOCKS, PRECISION, ACC, BLOCK_C,
+            )  # fmt: skip
+            store_layer_norm_backward(
+                tokens_ptr, dnormalised, dmixed_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, tile % BLOCKS, offs_n,
+                N, CHANNELS, BLOCKS, EPS[i], ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _mix_backward(
+    tokens_ptr, statistics_ptr, mean_ptr, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas, b,
+    offs_n,
+    i: tl.constexpr, N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dmixed unfolded + Y (dproducts + dproducts^T) + the share of the token means, for all channels of scale i."""
+    offs_d = tl.arange(0, padded(CHANNELS[i]))
+    mask_d = offs_d < CHANNELS[i]
+    own = offset(CHANNELS, i) + offs_d
+    mask_n = offs_n < N
+    dnormalised = tl.zeros([offs_n.shape[0], padded(CHANNELS[i])], ACC)
+    for j in tl.static_range(len(CHANNELS)):
+        for start in range(0, CHANNELS[j], min(padded(CHANNELS[j]), BLOCK_C)):
+            local = start + tl.arange(0, min(padded(CHANNELS[j]), BLOCK_C))
+            offs_c, mask_c = offset(CHANNELS, j) + local, local < CHANNELS[j]
+            mask = mask_c[:, None] & mask_d[None, :]
+            mean = load_vector(mean_ptr, offs_c, mask_c, ACC)
+            x = _load_centred(
+                tokens_ptr, statistics_ptr, mean, b, j, offs_n, offs_c, mask_c, N, TOTAL, len(CHANNELS), ACC
+            )
+            dproducts = tl.load(dproducts_ptr + offs_c[:, None] * TOTAL + own[None, :], mask=mask, other=0.0)
+            transposed = tl.load(dproducts_ptr + own[None, :] * TOTAL + offs_c[:, None], mask=mask, other=0.0)
+            gamma = load_vector(gammas[j], local, mask_c, ACC)
+            both = ((dproducts.to(ACC) + transposed.to(ACC)) * gamma[:, None]).to(x.dtype)
+            dnormalised = tl.dot(x, both, dnormalised, input_precision=PRECISION, out_dtype=ACC)
+            unfolded = tl.load(unfolded_ptr + offs_c[:, None] * TOTAL + own[None, :], mask=mask, other=0.0)
+            dmixed_ptrs = dmixed_ptr + offs_n[:, None] * TOTAL + offs_c[None, :]
+            dmixed = tl.load(dmixed_ptrs, mask=mask_n[:, None] & mask_c[None, :], other=0.0).to(x.dtype)
+            dnormalised = tl.dot(dmixed, unfolded, dnormalised, input_precision=PRECISION, out_dtype=ACC)
+    of_means = load_vector(rows_ptr + 4 * TOTAL, own, mask_d, ACC)
+    of_means += sum_blocks(columns_ptr + 4 * TOTAL, own, mask_d, COLUMN_BLOCKS, 5 * TOTAL, ACC)
+    return dnormalised + of_means[None, :]
+
+
+@triton.jit
+def _channel_gradients_kernel(
+    rows_ptr, columns_ptr, gradients_ptr, batch,
+    CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, REMOVED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of one scale's maps, summed over images in a fixed order.
+
+    gradients (S, 4, C) of k weight, k bias, v weight and v bias, then (4, C) of q weight, q bias, p weight and p bias.
+    BLOCK_ROWS is how many channels a program of `_mixing_backward_kernel` had.
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    SCALES: tl.constexpr = len(CHANNELS)
+    BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_ROWS, SCALES)
+    pid = tl.program_id(0)
+    offs_c = pid % triton.cdiv(TOTAL, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < TOTAL
+    for i in tl.static_range(SCALES):
+        if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
+            own_ptr = columns_ptr + blocks_before(CHANNELS, BLOCK_ROWS, i) * 5 * TOTAL
+            for k in tl.static_range(4):
+                gradient = tl.zeros([BLOCK_C], ACC)
+                for image in range(batch):
+                    image_ptr = own_ptr + (image + tl.zeros([], tl.int64)) * BLOCKS * 5 * TOTAL + k * TOTAL
+                    gradient += sum_blocks(
+                        image_ptr, offs_c, mask_c, triton.cdiv(CHANNELS[i], BLOCK_ROWS), 5 * TOTAL, ACC
+                    )
+                tl.store(gradients_ptr + (i * 4 + k) * TOTAL + offs_c, gradient, mask=mask_c)
+            mask_own = (offs_c >= offset(CHANNELS, i)) & (offs_c < offset(CHANNELS, i) + CHANNELS[i])
+            for k in tl.static_range(4):
+                gradient = tl.zeros([BLOCK_C], ACC)
+                for image in range(batch):
+                    image_ptr = rows_ptr + (image + tl.zeros([], tl.int64)) * 5 * TOTAL + k * TOTAL
+                    gradient += load_vector(image_ptr, offs_c, mask_own, ACC)
+                if (k == 3) and REMOVED[i]:  # BatchNorm removes the constant
+                    gradient *= 0.0
+                tl.store(gradients_ptr + (SCALES * 4 + k) * TOTAL + offs_c, gradient, mask=mask_own)
+
+
+class Saved(NamedTuple):
+    """What the backward of one channel attention needs: token-sized tensors, and the covariance."""
+
+    tokens: Tokens
+    statistics: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of a channel attention."""
+
+    tokens: Tensor  # (B, N, C)
+    affine: Tensor  # (2, C), of LayerNorm's weights and biases
+    parameters: tuple[tuple[Tensor, ...], ...]  # of q, k, v map and projection, weights and biases, S each
+
+
 def channel_attention(
     tokens: Tokens, norms: Sequence[Any], attentions: Sequence[Any], following: Sequence[Any] | None
-) -> Tokens:
+) -> tuple[Tokens, Saved]:
     """Attend across channels, with the residual (paper, eq. 3).
 
     Args:
@@ -224,7 +459,7 @@ def channel_attention(
         following: the LayerNorms of the spatial attention that comes next, None where none does.
 
     Returns:
-        The tokens, normalised for `following`.
+        The tokens, normalised for `following`, and what the backward needs.
     """
     statistics, sums = statistics_of(tokens, norms)
     batch, count, width = tokens.shape
@@ -241,12 +476,11 @@ def channel_attention(
 
     config = launch.configuration("covariance", target, dtype, batch)
     blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
-    splits = min(config["splits"], launch.blocks(count, config["block_n"]))
     mean = tokens.new_empty(batch, width)
-    covariance = tokens.new_empty(batch, splits, width, width)
+    covariance = tokens.new_empty(batch, width, width)
     launch.run(
         _covariance_kernel,
-        batch * splits * blocks * (blocks + 1) // 2,
+        batch * blocks * (blocks + 1) // 2,
         config,
         tokens_ptr=tokens.values,
         statistics_ptr=statistics,
@@ -254,7 +488,6 @@ def channel_attention(
         mean_ptr=mean,
         covariance_ptr=covariance,
         SUM_BLOCKS=sums.shape[1],
-        SPLITS=splits,
         PRECISION=launch.precision(dtype, target),
         BLOCK_C=config["block_c"],
         BLOCK_N=config["block_n"],
@@ -286,7 +519,6 @@ def channel_attention(
         mean_token_ptr=mean_token,
         HEADS=tuple(attention.heads for attention in attentions),
         SUM_BLOCKS=sums.shape[1],
-        SPLITS=splits,
         BLOCK_C=config["block_c"],
         **shared,
     )
@@ -316,4 +548,127 @@ def channel_attention(
         BLOCK_C=config["block_c"],
         **shared,
     )
-    return mixed
+    return mixed, Saved(tokens, statistics, mean, covariance)
+
+
+def channel_attention_backward(
+    saved: Saved, dmixed: Tensor, norms: Sequence[Any], attentions: Sequence[Any], removed: Sequence[bool]
+) -> Gradients:
+    """The gradients of `channel_attention`, through its LayerNorm and its residual.
+
+    Args:
+        saved: what the forward returned.
+        dmixed: (B, N, C), the gradient of its result, in the accumulation dtype.
+        norms, attentions: as in the forward.
+        removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+    """
+    tokens = saved.tokens
+    batch, count, width = tokens.shape
+    scales = len(tokens.channels)
+    target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
+    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
+    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
+    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
+    projections = [launch.depthwise(attention.projection) for attention in attentions]
+    shared = {"CHANNELS": tokens.channels, "ACC": launch.triton_type(tokens.accumulation)}
+
+    config = launch.configuration("mixing_gradient", target, dtype, batch)
+    blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
+    dmixing, dshift = tokens.new_empty(batch, width, width), tokens.new_empty(batch, width)
+    launch.run(
+        _mixing_gradient_kernel,
+        batch * blocks * blocks,
+        config,
+        tokens_ptr=tokens.values,
+        statistics_ptr=saved.statistics,
+        mean_ptr=saved.mean,
+        dmixed_ptr=dmixed,
+        dmixing_ptr=dmixing,
+        dshift_ptr=dshift,
+        N=count,
+        PRECISION=launch.precision(dtype, target),
+        BLOCK_C=config["block_c"],
+        BLOCK_N=config["block_n"],
+        **shared,
+    )
+
+    config = launch.configuration("mixing_backward", target, dtype, launch.padded(width))
+    block_rows = config["block_c"]
+    column_blocks = sum(launch.blocks(c, block_rows) for c in tokens.channels)
+    unfolded = tokens.new_empty(batch, width, width, dtype=dtype)
+    dproducts = torch.empty_like(unfolded)
+    rows, columns = tokens.new_empty(batch, 5, width), tokens.new_empty(batch, column_blocks, 5, width)
+    launch.run(
+        _mixing_backward_kernel,
+        batch * column_blocks,
+        config,
+        covariance_ptr=saved.covariance,
+        mean_ptr=saved.mean,
+        dmixing_ptr=dmixing,
+        dshift_ptr=dshift,
+        gammas=launch.weights(norms),
+        betas=launch.biases(norms),
+        q_weights=launch.weights(q_maps),
+        q_biases=launch.biases(q_maps),
+        k_weights=launch.weights(k_maps),
+        k_biases=launch.biases(k_maps),
+        v_weights=launch.weights(v_maps),
+        v_biases=launch.biases(v_maps),
+        p_weights=launch.weights(projections),
+        unfolded_ptr=unfolded,
+        dproducts_ptr=dproducts,
+        rows_ptr=rows,
+        columns_ptr=columns,
+        N=count,
+        HEADS=tuple(attention.heads for attention in attentions),
+        BLOCK_C=block_rows,
+        **shared,
+    )
+
+    config = launch.configuration("mix_backward", target, dtype, max(launch.padded(c) for c in tokens.channels))
+    dtokens = tokens.new_empty(batch, count, width)
+    daffine = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
+    launch.run(
+        _mix_backward_kernel,
+        batch * scales * launch.blocks(count, config["block_n"]),
+        config,
+        tokens_ptr=tokens.values,
+        statistics_ptr=saved.statistics,
+        mean_ptr=saved.mean,
+        unfolded_ptr=unfolded,
+        dproducts_ptr=dproducts,
+        rows_ptr=rows,
+        columns_ptr=columns,
+        dmixed_ptr=dmixed,
+        gammas=launch.weights(norms),
+        dtokens_ptr=dtokens,
+        daffine_ptr=daffine,
+        N=count,
+        COLUMN_BLOCKS=column_blocks,
+        EPS=launch.epsilons(norms),
+        PRECISION=launch.precision(dtype, target),
+        BLOCK_N=config["block_n"],
+        BLOCK_C=config["block_c"],
+        **shared,
+    )
+
+    block_c = 32
+    gradients = tokens.new_empty(4 * scales + 4, width)
+    launch.run(
+        _channel_gradients_kernel,
+        scales * launch.blocks(width, block_c),
+        {"num_warps": 1, "num_stages": 2},
+        rows_ptr=rows,
+        columns_ptr=columns,
+        gradients_ptr=gradients,
+        batch=batch,
+        BLOCK_ROWS=block_rows,
+        REMOVED=tuple(removed),
+        BLOCK_C=block_c,
+        **shared,
+    )
+    key_value, query_projection = gradients.split([4 * scales, 4])
+    q_weight, q_bias, p_weight, p_bias = zip(*query_projection.split(tokens.channels, 1), strict=True)
+    k_weight, k_bias, v_weight, v_bias = (tuple(key_value[k::4]) for k in range(4))
+    parameters = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, p_weight, p_bias)
+    return Gradients(dtokens, daffine.sum((0, 1)), parameters)

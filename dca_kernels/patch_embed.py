@@ -1,7 +1,6 @@
 """Stage 1 of the `triton` backend: average each skip map over the token grid, then scale and shift each channel."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from dca_kernels import launch
 from dca_kernels.primitives import (
+    band,
+    band_begin,
     interpolation,
     interpolation_matrix,
     load_vector,
@@ -20,13 +21,15 @@ from dca_kernels.primitives import (
     split_program,
     store_statistics,
     total,
+    window_begin,
+    window_end,
 )
 from dca_kernels.tokens import Tokens
 
 
 @triton.jit
 def _patch_embed_kernel(
-    maps, weights, biases, tokens_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
+    maps, weights, biases, tokens_ptr, pooled_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, WINDOWS: tl.constexpr, GRID: tl.constexpr,
     EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +48,8 @@ def _patch_embed_kernel(
             offs_q = q_begin + tl.arange(0, BLOCK_Q)
             offs_c = tl.arange(0, padded(CHANNELS[i]))
             mask_c = offs_c < CHANNELS[i]
-            rows = _window_end(p, SIZES[i][0], GRID[0]) - _window_begin(p, SIZES[i][0], GRID[0])
-            columns = _window_end(offs_q, SIZES[i][1], GRID[1]) - _window_begin(offs_q, SIZES[i][1], GRID[1])
+            rows = window_end(p, SIZES[i][0], GRID[0]) - window_begin(p, SIZES[i][0], GRID[0])
+            columns = window_end(offs_q, SIZES[i][1], GRID[1]) - window_begin(offs_q, SIZES[i][1], GRID[1])
             weight = load_vector(weights[i], offs_c, mask_c, ACC)
             bias = load_vector(biases[i], offs_c, mask_c, ACC)
             pooled = sums / (rows * columns).to(ACC)[None, :]
@@ -57,6 +60,8 @@ def _patch_embed_kernel(
             offs_tokens = own + offs_n[:, None] * total(CHANNELS) + offs_c[None, :]
             tokens = tokens.to(tokens_ptr.dtype.element_ty)
             tl.store(tokens_ptr + offs_tokens, tokens, mask=mask)
+            if pooled_ptr is not None:  # the backward will need it
+                tl.store(pooled_ptr + offs_tokens, tl.trans(pooled), mask=mask)
             if EPS is not None:
                 store_statistics(
                     tl.where(mask, tokens.to(ACC), 0.0), mask, b, i, block, offs_n, statistics_ptr, sums_ptr,
@@ -74,16 +79,6 @@ def _patch_embed_kernel(
 
 
 @triton.jit
-def _window_begin(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
-    return window * SIZE // WINDOWS
-
-
-@triton.jit
-def _window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
-    return ((window + 1) * SIZE + WINDOWS - 1) // WINDOWS
-
-
-@triton.jit
 def _lanes(q_begin, WIDTH: tl.constexpr, WINDOW: tl.constexpr, GRID_WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The columns of BLOCK_Q neighbouring windows, padded to powers of two: column, window, whether it exists."""
     PADDED: tl.constexpr = triton.next_power_of_2(WINDOW)
@@ -92,8 +87,8 @@ def _lanes(q_begin, WIDTH: tl.constexpr, WINDOW: tl.constexpr, GRID_WIDTH: tl.co
         column = q_begin * PADDED + lane
         return column, q_begin + lane // PADDED, column < WIDTH
     window = q_begin + lane // PADDED
-    column = _window_begin(window, WIDTH, GRID_WIDTH) + lane % PADDED
-    return column, window, (column < _window_end(window, WIDTH, GRID_WIDTH)) & (window < GRID_WIDTH)
+    column = window_begin(window, WIDTH, GRID_WIDTH) + lane % PADDED
+    return column, window, (column < window_end(window, WIDTH, GRID_WIDTH)) & (window < GRID_WIDTH)
 
 
 @triton.jit
@@ -109,8 +104,8 @@ def _sum_windows(
     offs_c = tl.arange(0, padded(CHANNELS))
     column, _, mask_w = _lanes(q_begin, SIZE[1], WINDOW[1], GRID[1], BLOCK_Q)
     mask = (offs_c < CHANNELS)[:, None] & mask_w[None, :]
-    begin, end = _window_begin(p, SIZE[0], GRID[0]), _window_end(p, SIZE[0], GRID[0])
-    own_end = _window_begin(p + 1, SIZE[0], GRID[0])
+    begin, end = window_begin(p, SIZE[0], GRID[0]), window_end(p, SIZE[0], GRID[0])
+    own_end = window_begin(p + 1, SIZE[0], GRID[0])
     x_ptrs = x_ptr + begin * STRIDE[2] + offs_c[:, None] * STRIDE[1] + column[None, :] * STRIDE[3]
     sums = tl.zeros(mask.shape, ACC)
     means = tl.zeros(mask.shape, ACC)
@@ -132,9 +127,9 @@ def _merge_lanes(
 ):  # fmt: skip
     """Mean and sum of centred squares of the block's own pixels, from those of its lanes: [C_i]."""
     column, window, mask_w = _lanes(q_begin, SIZE[1], WINDOW[1], GRID[1], BLOCK_Q)
-    own = mask_w & (column < _window_begin(window + 1, SIZE[1], GRID[1]))
+    own = mask_w & (column < window_begin(window + 1, SIZE[1], GRID[1]))
     lanes = tl.maximum(tl.sum(own.to(tl.int32)), 1).to(ACC)
-    rows = (_window_begin(p + 1, SIZE[0], GRID[0]) - _window_begin(p, SIZE[0], GRID[0])).to(ACC)
+    rows = (window_begin(p + 1, SIZE[0], GRID[0]) - window_begin(p, SIZE[0], GRID[0])).to(ACC)
     mean = tl.sum(tl.where(own[None, :], means, 0.0), 1) / lanes
     mean += tl.sum(tl.where(own[None, :], means - mean[:, None], 0.0), 1) / lanes
     apart = means - mean[:, None]
@@ -147,40 +142,24 @@ def _adjoint(
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """The transposed interpolation of the map less its first pixel: [C_i, BLOCK_Q]."""
-    ROWS: tl.constexpr = _band(SIZE[0], GRID[0], 1)
-    COLUMNS: tl.constexpr = padded(_band(SIZE[1], GRID[1], BLOCK_Q))
+    ROWS: tl.constexpr = band(SIZE[0], GRID[0], 1)
+    COLUMNS: tl.constexpr = padded(band(SIZE[1], GRID[1], BLOCK_Q))
     offs_c = tl.arange(0, padded(CHANNELS))
     offs_q = q_begin + tl.arange(0, BLOCK_Q)
-    offs_w = _band_begin(q_begin, SIZE[1], GRID[1]) + tl.arange(0, COLUMNS)
+    offs_w = band_begin(q_begin, SIZE[1], GRID[1]) + tl.arange(0, COLUMNS)
     mask = (offs_c < CHANNELS)[:, None] & (offs_w < SIZE[1])[None, :]
     first = tl.load(x_ptr + offs_c * STRIDE[1], mask=offs_c < CHANNELS, other=0.0).to(ACC)
     x_ptrs = x_ptr + offs_c[:, None] * STRIDE[1] + offs_w[None, :] * STRIDE[3]
-    begin = _band_begin(p, SIZE[0], GRID[0])
-    band = tl.zeros(mask.shape, ACC)
+    begin = band_begin(p, SIZE[0], GRID[0])
+    strip = tl.zeros(mask.shape, ACC)
     for r in tl.range(0, ROWS):
         h = begin + r
         left, right, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(left == p, 1.0 - fraction, 0.0) + tl.where(right == p, fraction, 0.0)
         x = tl.load(x_ptrs + h * STRIDE[2], mask=mask & (h < SIZE[0]), other=0.0).to(ACC)
-        band += tl.where(mask & (h < SIZE[0]), weight * (x - first[:, None]), 0.0)
+        strip += tl.where(mask & (h < SIZE[0]), weight * (x - first[:, None]), 0.0)
     columns = tl.trans(interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC))  # [COLUMNS, BLOCK_Q]
-    return tl.dot(band, columns, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.constexpr_function
-def _band(high, low, count):
-    """How many high-resolution positions at most take from `count` neighbouring low-resolution ones."""
-    if low == 1:
-        return high
-    return min(high, math.ceil((count + 1) * (high - 1) / (low - 1)) + 2)
-
-
-@triton.jit
-def _band_begin(position, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """A high-resolution position not after the first that takes from a low-resolution one."""
-    if LOW == 1:
-        return position * 0
-    return tl.maximum((position - 1) * (HIGH - 1) // (LOW - 1), 0)
+    return tl.dot(strip, columns, input_precision=PRECISION, out_dtype=ACC)
 
 
 def patch_embed(
@@ -190,7 +169,8 @@ def patch_embed(
     dtype: torch.dtype,
     following: Sequence[Any] | None,
     from_batch: Sequence[bool],
-) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
+    training: bool,
+) -> tuple[Tokens, tuple[Tensor, Tensor] | None, Tensor | None]:
     """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
 
     Args:
@@ -200,11 +180,13 @@ def patch_embed(
         dtype: of the tokens.
         following: the S LayerNorms of the attention that comes next, None where none does.
         from_batch: for each scale, whether BatchNorm will need statistics of the batch.
+        training: whether there will be a backward.
 
     Returns:
         The tokens with their statistics for `following`; and for BatchNorm, where any scale needs them: mean and
         centred squares of each block of pixels, (B, blocks, 2, C), and the transposed interpolation of each map less
-        its first pixel, (B, N, C). docs/algebra.md, "Upsample and merge".
+        its first pixel, (B, N, C) (docs/algebra.md, "Upsample and merge"); and for the backward the averages,
+        (B, N, C).
     """
     batch, channels = maps[0].shape[0], tuple(x.shape[1] for x in maps)
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
@@ -225,6 +207,7 @@ def patch_embed(
         moments = tokens.new_empty(batch, blocks, 2, values.shape[2])
         adjoint = tokens.new_empty(*values.shape)
     convs = [launch.depthwise(m) for m in avg_map]
+    pooled = torch.empty_like(values) if training else None
     launch.run(
         _patch_embed_kernel,
         batch * len(channels) * blocks,
@@ -233,6 +216,7 @@ def patch_embed(
         weights=launch.weights(convs),
         biases=launch.biases(convs),
         tokens_ptr=values,
+        pooled_ptr=pooled,
         statistics_ptr=tokens.statistics,
         sums_ptr=tokens.sums,
         moments_ptr=moments,
@@ -248,7 +232,7 @@ def patch_embed(
         ACC=launch.triton_type(tokens.accumulation),
         BLOCK_Q=block_q,
     )
-    return tokens, None if moments is None or adjoint is None else (moments, adjoint)
+    return tokens, None if moments is None or adjoint is None else (moments, adjoint), pooled
 
 
 @functools.cache

@@ -6,6 +6,8 @@ for float64 maps. Tokens are laid out (B, N, C), the channels of all scales side
 their sum.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -144,6 +146,35 @@ def store_normalised(
 
 
 @triton.jit
+def store_layer_norm_backward(
+    tokens_ptr, dnormalised, dresidual_ptr, gamma_ptr, dtokens_ptr, daffine_ptr, b, i, block, offs_n,
+    N: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of tokens [rows, channels] of scale i through their LayerNorm, and the residual's.
+
+    dtokens (B, N, C); daffine (B, BLOCKS, 2, C), this block's sums for LayerNorm's weight and bias.
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    offs_c = tl.arange(0, dnormalised.shape[1])
+    mask_c = offs_c < CHANNELS[i]
+    mask = (offs_n < N)[:, None] & mask_c[None, :]
+    offs = b * N * TOTAL + offs_n[:, None] * TOTAL + (offset(CHANNELS, i) + offs_c)[None, :]
+    tokens = tl.load(tokens_ptr + offs, mask=mask, other=0.0).to(ACC)
+    mean, rstd = row_statistics(tokens, mask, CHANNELS[i], EPS)
+    normalised = tl.where(mask, (tokens - mean[:, None]) * rstd[:, None], 0.0)
+    dnormalised = tl.where(mask, dnormalised, 0.0)
+    daffine_ptrs = daffine_ptr + (b * BLOCKS + block) * 2 * TOTAL + offset(CHANNELS, i) + offs_c
+    tl.store(daffine_ptrs, tl.sum(dnormalised * normalised, 0), mask=mask_c)
+    tl.store(daffine_ptrs + TOTAL, tl.sum(dnormalised, 0), mask=mask_c)
+    scaled = dnormalised * load_vector(gamma_ptr, offs_c, mask_c, ACC)[None, :]
+    along_mean = tl.sum(scaled, 1) / CHANNELS[i]
+    along_std = tl.sum(scaled * normalised, 1) / CHANNELS[i]
+    dtokens = rstd[:, None] * (scaled - along_mean[:, None] - normalised * along_std[:, None])
+    dtokens += tl.load(dresidual_ptr + offs, mask=mask, other=0.0)
+    tl.store(dtokens_ptr + offs, dtokens, mask=mask)
+
+
+@triton.jit
 def interpolation(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
     """Bilinear, align_corners=True, as PyTorch computes it: left and right neighbour, the weight of the right one."""
     STEP: tl.constexpr = (LOW - 1) / (HIGH - 1) if HIGH > 1 else 0.0
@@ -158,3 +189,31 @@ def interpolation_matrix(offs_low, offs_high, HIGH: tl.constexpr, LOW: tl.conste
     left, right, fraction = interpolation(offs_high, HIGH, LOW, ACC)
     from_left = tl.where(offs_low[:, None] == left[None, :], 1.0 - fraction[None, :], 0.0)
     return from_left + tl.where(offs_low[:, None] == right[None, :], fraction[None, :], 0.0)
+
+
+@triton.constexpr_function
+def band(high, low, count):
+    """How many high-resolution positions at most take from `count` neighbouring low-resolution ones."""
+    if low == 1:
+        return high
+    return min(high, math.ceil((count + 1) * (high - 1) / (low - 1)) + 2)
+
+
+@triton.jit
+def band_begin(position, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """A high-resolution position not after the first that takes from a low-resolution one."""
+    if LOW == 1:
+        return position * 0
+    return tl.maximum((position - 1) * (HIGH - 1) // (LOW - 1), 0)
+
+
+@triton.jit
+def window_begin(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+    """Where a window of adaptive average pooling begins."""
+    return window * SIZE // WINDOWS
+
+
+@triton.jit
+def window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+    """Where it ends; neighbouring windows may have a position in common."""
+    return ((window + 1) * SIZE + WINDOWS - 1) // WINDOWS

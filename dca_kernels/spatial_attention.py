@@ -1,14 +1,15 @@
 """Stage 3 of the `triton` backend: spatial cross-attention. docs/algebra.md derives its scores."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dca_kernels import launch
-from dca_kernels.primitives import load_vector, offset, padded, split_program, total
+from dca_kernels.primitives import load_vector, offset, padded, split_program, sum_blocks, total
 from dca_kernels.tokens import Tokens, normalised_of
 
 
@@ -21,7 +22,7 @@ def _first_head(heads, i):
 @triton.jit
 def _spatial_attention_kernel(
     tokens_ptr, normalised_ptr, level_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights, p_biases,
-    attended_ptr,
+    attended_ptr, averages_ptr, scores_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +37,8 @@ def _spatial_attention_kernel(
         if (head >= 0) & (head < HEADS[i]):
             _attend(
                 tokens_ptr, normalised_ptr, level_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i],
-                v_biases[i], p_weights[i], p_biases[i], attended_ptr, b, head, offs_m, N, total(CHANNELS),
+                v_biases[i], p_weights[i], p_biases[i], attended_ptr, averages_ptr,
+                scores_ptr + (b * ALL_HEADS + every_head) * 2 * N, b, head, offs_m, N, total(CHANNELS),
                 offset(CHANNELS, i), total(CHANNELS) // HEADS[i], CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
             )  # fmt: skip
 
@@ -44,7 +46,7 @@ def _spatial_attention_kernel(
 @triton.jit
 def _attend(
     tokens_ptr, normalised_ptr, level_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, v_weight_ptr, v_bias_ptr,
-    p_weight_ptr, p_bias_ptr, attended_ptr, b, head, offs_m,
+    p_weight_ptr, p_bias_ptr, attended_ptr, averages_ptr, scores_ptr, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -55,14 +57,13 @@ def _attend(
     offs_v = head * DV + tl.arange(0, padded(DV))
     mask_k, mask_v, mask_m = offs_k < (head + 1) * DK, offs_v < (head + 1) * DV, offs_m < N
 
-    # score[m, n] = sum over k of (pair_k d_mk + key_k) d_nk, times log2(e)
-    scale: tl.constexpr = DK**-0.5 * 1.4426950408889634
-    q_weight, q_bias = load_vector(q_weight_ptr, offs_k, mask_k, ACC), load_vector(q_bias_ptr, offs_k, mask_k, ACC)
-    k_weight = load_vector(k_weight_ptr, offs_k, mask_k, ACC)
-    level = load_vector(level_ptr + b * TOTAL, offs_k, mask_k, ACC)
-    pair = scale * q_weight * k_weight
-    key = scale * (q_weight * level + q_bias) * k_weight
+    pair, key = _load_pair_and_key(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, level_ptr + b * TOTAL, offs_k, mask_k, DK, ACC
+    )
     query = _load_tokens(normalised_ptr, offs_m, offs_k, mask_m, mask_k, TOTAL)
+    if scores_ptr is not None:  # the backward will need them
+        key_scores = tl.sum(query.to(ACC) * key[None, :], 1)
+        tl.store(scores_ptr + offs_m, key_scores, mask=mask_m)
     query = (query.to(ACC) * pair[None, :] + key[None, :]).to(query.dtype)
 
     most = tl.full(offs_m.shape, float("-inf"), ACC)
@@ -83,14 +84,30 @@ def _attend(
             weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
         )
 
+    average = attended / normaliser[:, None]
+    out_offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
+    mask = mask_m[:, None] & mask_v[None, :]
+    if scores_ptr is not None:
+        tl.store(scores_ptr + N + offs_m, most + tl.log2(normaliser), mask=mask_m)
+        tl.store(averages_ptr + out_offs, average, mask=mask)
     p_weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC)
     weight = p_weight * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
     bias = p_weight * load_vector(v_bias_ptr, offs_v, mask_v, ACC) + load_vector(p_bias_ptr, offs_v, mask_v, ACC)
     bias += weight * load_vector(level_ptr + b * TOTAL + OFFSET, offs_v, mask_v, ACC)
-    out = attended / normaliser[:, None] * weight[None, :] + bias[None, :]
+    out = average * weight[None, :] + bias[None, :]
     out += _load_tokens(tokens_ptr, offs_m, OFFSET + offs_v, mask_m, mask_v, TOTAL).to(ACC)
-    out_ptrs = attended_ptr + b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
-    tl.store(out_ptrs, out, mask=mask_m[:, None] & mask_v[None, :])
+    tl.store(attended_ptr + out_offs, out, mask=mask)
+
+
+@triton.jit
+def _load_pair_and_key(
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, level_ptr, offs_k, mask_k, DK: tl.constexpr, ACC: tl.constexpr
+):
+    """score[m, n] = sum over k of (pair_k d_mk + key_k) d_nk, times log2(e); d: the tokens less their level."""
+    scale: tl.constexpr = DK**-0.5 * 1.4426950408889634
+    q_weight, q_bias = load_vector(q_weight_ptr, offs_k, mask_k, ACC), load_vector(q_bias_ptr, offs_k, mask_k, ACC)
+    k_weight, level = load_vector(k_weight_ptr, offs_k, mask_k, ACC), load_vector(level_ptr, offs_k, mask_k, ACC)
+    return scale * q_weight * k_weight, scale * (q_weight * level + q_bias) * k_weight
 
 
 @triton.jit
@@ -100,23 +117,220 @@ def _load_tokens(ptr, offs_n, offs_c, mask_n, mask_c, TOTAL: tl.constexpr):
     return tl.load(ptr + offs_n[:, None] * TOTAL + offs_c[None, :], mask=mask, other=0.0)
 
 
-def spatial_attention(tokens: Tokens, norms: Sequence[Any], attentions: Sequence[Any]) -> Tokens:
+@triton.jit
+def _spatial_attention_backward_kernel(
+    normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
+    p_weights, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M tokens of one head of one scale, as queries and as keys and values, against all tokens.
+
+    Writes the gradients of the normalised tokens (B, S, N, C), through the scores, and of the values (B, N, C); and
+    sums over its tokens: of pair and key, (B, BLOCKS, S, 2, C), and of weight and bias of the result,
+    (B, BLOCKS, 2, C).
+    """
+    ALL_HEADS: tl.constexpr = _first_head(HEADS, len(HEADS))
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_M)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    every_head = ALL_HEADS - 1 - tile // BLOCKS
+    block = tile % BLOCKS
+    for i in tl.static_range(len(CHANNELS)):
+        head = every_head - _first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            _attend_backward(
+                normalised_ptr, level_ptr, averages_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
+                dattended_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i], p_weights[i],
+                dnormalised_ptr + (b * len(CHANNELS) + i) * N * total(CHANNELS), dvalues_ptr,
+                dpair_ptr + ((b * BLOCKS + block) * len(CHANNELS) + i) * 2 * total(CHANNELS),
+                dweight_ptr + (b * BLOCKS + block) * 2 * total(CHANNELS), b, head,
+                block * BLOCK_M + tl.arange(0, BLOCK_M), N, total(CHANNELS), offset(CHANNELS, i),
+                total(CHANNELS) // HEADS[i], CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_backward(
+    normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    v_weight_ptr, p_weight_ptr, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr, b, head, offs_m,
+    N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """With A = dS + dS^T, S the scores: d d_m = pair * sum over n of A[m, n] d_n + key * sum over n of dS[n, m]."""
+    image = b * N * TOTAL
+    offs_k = head * DK + tl.arange(0, padded(DK))
+    offs_v = head * DV + tl.arange(0, padded(DV))
+    mask_k, mask_v, mask_m = offs_k < (head + 1) * DK, offs_v < (head + 1) * DV, offs_m < N
+    own = OFFSET + offs_v
+    pair, key = _load_pair_and_key(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, level_ptr + b * TOTAL, offs_k, mask_k, DK, ACC
+    )
+    weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC) * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
+    tokens_m = _load_tokens(normalised_ptr + image, offs_m, offs_k, mask_m, mask_k, TOTAL)
+    query = (tokens_m.to(ACC) * pair[None, :] + key[None, :]).to(tokens_m.dtype)
+    values_m = _load_tokens(normalised_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
+    average_m, upstream_m, expected_m = _load_upstream(
+        averages_ptr + image, dattended_ptr + image, weight, offs_m, own, mask_m, mask_v, TOTAL, ACC
+    )
+    key_score_m = tl.load(scores_ptr + offs_m, mask=mask_m, other=0.0)
+    normaliser_m = tl.load(scores_ptr + N + offs_m, mask=mask_m, other=float("inf"))
+
+    through_pairs = tl.zeros(query.shape, ACC)
+    through_keys = tl.zeros(offs_m.shape, ACC)
+    dvalues = tl.zeros(values_m.shape, ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        tokens_n = _load_tokens(normalised_ptr + image, offs_n, offs_k, mask_n, mask_k, TOTAL)
+        values_n = _load_tokens(normalised_ptr + image, offs_n, own, mask_n, mask_v, TOTAL)
+        _, upstream_n, expected_n = _load_upstream(
+            averages_ptr + image, dattended_ptr + image, weight, offs_n, own, mask_n, mask_v, TOTAL, ACC
+        )
+        key_score_n = tl.load(scores_ptr + offs_n, mask=mask_n, other=0.0)
+        normaliser_n = tl.load(scores_ptr + N + offs_n, mask=mask_n, other=float("inf"))
+        scores = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
+        rows = tl.exp2(tl.where(mask_n[None, :], scores, float("-inf")) - normaliser_m[:, None])  # weight[m, n]
+        columns = tl.exp2(scores - key_score_n[None, :] + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
+        along_rows = tl.dot(upstream_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
+        along_columns = tl.dot(values_m, tl.trans(upstream_n), input_precision=PRECISION, out_dtype=ACC)
+        dcolumns = columns * (along_columns - expected_n[None, :])
+        both = rows * (along_rows - expected_m[:, None]) + dcolumns
+        through_keys += tl.sum(dcolumns, 1)
+        through_pairs = tl.dot(
+            both.to(tokens_n.dtype), tokens_n, through_pairs, input_precision=PRECISION, out_dtype=ACC
+        )
+        dvalues = tl.dot(columns.to(tokens_n.dtype), upstream_n, dvalues, input_precision=PRECISION, out_dtype=ACC)
+
+    through_pairs *= 0.6931471805599453
+    through_keys = tl.where(mask_m, through_keys * 0.6931471805599453, 0.0)
+    dtokens = through_pairs * pair[None, :] + through_keys[:, None] * key[None, :]
+    mask = mask_m[:, None] & mask_k[None, :]
+    tl.store(dnormalised_ptr + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
+    mask = mask_m[:, None] & mask_v[None, :]
+    tl.store(dvalues_ptr + image + offs_m[:, None] * TOTAL + own[None, :], dvalues, mask=mask)
+    tokens_m = tokens_m.to(ACC)
+    tl.store(dpair_ptr + offs_k, 0.5 * tl.sum(through_pairs * tokens_m, 0), mask=mask_k)
+    tl.store(dpair_ptr + TOTAL + offs_k, tl.sum(through_keys[:, None] * tokens_m, 0), mask=mask_k)
+    dattended = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
+    tl.store(dweight_ptr + own, tl.sum(dattended * average_m, 0), mask=mask_v)
+    tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended, 0), mask=mask_v)
+
+
+@triton.jit
+def _load_upstream(
+    averages_ptr, dattended_ptr, weight, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
+    """The averages of the values, the gradient of them, and the product of both summed over channels."""
+    average = _load_tokens(averages_ptr, offs_n, own, mask_n, mask_v, TOTAL)
+    upstream = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL) * weight[None, :]
+    upstream = upstream.to(average.dtype)
+    average = average.to(ACC)
+    return average, upstream, tl.sum(upstream.to(ACC) * average, 1)
+
+
+@triton.jit
+def _parameter_gradients_kernel(
+    level_ptr, dpair_ptr, dweight_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights, gradients_ptr,
+    batch,
+    CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, REMOVED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradients of BLOCK_C channels of the maps of one scale, summed over images in a fixed order.
+
+    gradients (S, 3, C) of q weight, q bias and k weight, then (4, C) of v weight, v bias, p weight and p bias.
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    SCALES: tl.constexpr = len(CHANNELS)
+    pid = tl.program_id(0)
+    offs_c = pid % triton.cdiv(TOTAL, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    for i in tl.static_range(SCALES):
+        if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
+            mask_c = offs_c < TOTAL
+            dpair = tl.zeros([BLOCK_C], ACC)
+            dkey = tl.zeros([BLOCK_C], ACC)
+            dlevelled = tl.zeros([BLOCK_C], ACC)
+            for image in range(batch):
+                b = image + tl.zeros([], tl.int64)
+                image_ptr = dpair_ptr + (b * BLOCKS * SCALES + i) * 2 * TOTAL
+                dpair += sum_blocks(image_ptr, offs_c, mask_c, BLOCKS, SCALES * 2 * TOTAL, ACC)
+                image_dkey = sum_blocks(image_ptr + TOTAL, offs_c, mask_c, BLOCKS, SCALES * 2 * TOTAL, ACC)
+                dkey += image_dkey
+                dlevelled += image_dkey * load_vector(level_ptr + b * TOTAL, offs_c, mask_c, ACC)
+            scale: tl.constexpr = (TOTAL // HEADS[i]) ** -0.5 * 1.4426950408889634
+            q_weight, q_bias = (
+                load_vector(q_weights[i], offs_c, mask_c, ACC),
+                load_vector(q_biases[i], offs_c, mask_c, ACC),
+            )
+            k_weight = scale * load_vector(k_weights[i], offs_c, mask_c, ACC)
+            out_ptr = gradients_ptr + i * 3 * TOTAL + offs_c
+            tl.store(out_ptr, k_weight * (dpair + dlevelled), mask=mask_c)
+            tl.store(out_ptr + TOTAL, k_weight * dkey, mask=mask_c)
+            tl.store(out_ptr + 2 * TOTAL, scale * (q_weight * (dpair + dlevelled) + q_bias * dkey), mask=mask_c)
+
+            local = offs_c - offset(CHANNELS, i)
+            mask_v = (local >= 0) & (local < CHANNELS[i])
+            dweight = tl.zeros([BLOCK_C], ACC)
+            dbias = tl.zeros([BLOCK_C], ACC)
+            for image in range(batch):
+                b = image + tl.zeros([], tl.int64)
+                image_ptr = dweight_ptr + b * BLOCKS * 2 * TOTAL
+                image_dbias = sum_blocks(image_ptr + TOTAL, offs_c, mask_v, BLOCKS, 2 * TOTAL, ACC)
+                dweight += sum_blocks(image_ptr, offs_c, mask_v, BLOCKS, 2 * TOTAL, ACC)
+                dweight += image_dbias * load_vector(level_ptr + b * TOTAL, offs_c, mask_v, ACC)
+                dbias += image_dbias
+            if REMOVED[i]:  # BatchNorm removes the constants
+                dbias *= 0.0
+            v_weight, v_bias = (
+                load_vector(v_weights[i], local, mask_v, ACC),
+                load_vector(v_biases[i], local, mask_v, ACC),
+            )
+            p_weight = load_vector(p_weights[i], local, mask_v, ACC)
+            out_ptr = gradients_ptr + SCALES * 3 * TOTAL + offs_c
+            tl.store(out_ptr, p_weight * dweight, mask=mask_v)
+            tl.store(out_ptr + TOTAL, p_weight * dbias, mask=mask_v)
+            tl.store(out_ptr + 2 * TOTAL, v_weight * dweight + v_bias * dbias, mask=mask_v)
+            tl.store(out_ptr + 3 * TOTAL, dbias, mask=mask_v)
+
+
+class Saved(NamedTuple):
+    """What the backward of one spatial attention needs: token-sized tensors."""
+
+    tokens: Tokens
+    normalised: Tensor
+    level: Tensor
+    averages: Tensor
+    scores: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of a spatial attention."""
+
+    normalised: Tensor  # (B, S, N, C), to be summed over S
+    values: Tensor  # (B, N, C), to be added
+    parameters: tuple[tuple[Tensor, ...], ...]  # of q, k, v map and projection, weights and biases, S each
+
+
+def spatial_attention(
+    tokens: Tokens, norms: Sequence[Any], attentions: Sequence[Any], training: bool = False
+) -> tuple[Tokens, Saved | None]:
     """Attend across tokens, with the residual (paper, eq. 4).
 
     Args:
         tokens: normalised for `norms`, or not yet.
         norms: S LayerNorms over C_i.
         attentions: S modules with `q_map`, `k_map`, `v_map`, `projection` and `heads`. The key map's bias drops out.
+        training: whether there will be a backward.
 
     Returns:
-        The tokens.
+        The tokens, and what the backward needs.
     """
     batch, count, _ = tokens.shape
     normalised, level = normalised_of(tokens, norms)
-    target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     heads = tuple(attention.heads for attention in attentions)
-    config = launch.configuration("spatial_attention", target, dtype, launch.padded(tokens.shape[2] // min(heads)))
+    config, shared = _configured("spatial_attention", tokens, heads)
     attended = Tokens(torch.empty_like(tokens.values), tokens.channels)
+    averages = torch.empty_like(tokens.values) if training else None
+    scores = tokens.new_empty(batch, sum(heads), 2, count) if training else None
     q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
     k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
     v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
@@ -136,12 +350,99 @@ def spatial_attention(tokens: Tokens, norms: Sequence[Any], attentions: Sequence
         p_weights=launch.weights(projections),
         p_biases=launch.biases(projections),
         attended_ptr=attended.values,
-        N=count,
+        averages_ptr=averages,
+        scores_ptr=scores,
+        **shared,
+    )
+    return attended, None if averages is None or scores is None else Saved(tokens, normalised, level, averages, scores)
+
+
+def spatial_attention_backward(
+    saved: Saved, dattended: Tensor, attentions: Sequence[Any], removed: Sequence[bool]
+) -> Gradients:
+    """The gradients of `spatial_attention`, without its LayerNorm and its residual.
+
+    Args:
+        saved: what the forward returned.
+        dattended: (B, N, C), the gradient of its result, in the accumulation dtype.
+        attentions: as in the forward.
+        removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+    """
+    tokens = saved.tokens
+    batch, count, width = tokens.shape
+    scales = len(tokens.channels)
+    heads = tuple(attention.heads for attention in attentions)
+    config, shared = _configured("spatial_attention_backward", tokens, heads)
+    blocks = launch.blocks(count, config["block_m"])
+    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
+    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
+    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
+    projections = [launch.depthwise(attention.projection) for attention in attentions]
+    dnormalised = tokens.new_empty(batch, scales, count, width)
+    dvalues = tokens.new_empty(batch, count, width)
+    dpair = tokens.new_empty(batch, blocks, scales, 2, width)
+    dweight = tokens.new_empty(batch, blocks, 2, width)
+    launch.run(
+        _spatial_attention_backward_kernel,
+        batch * sum(heads) * blocks,
+        config,
+        normalised_ptr=saved.normalised,
+        level_ptr=saved.level,
+        averages_ptr=saved.averages,
+        scores_ptr=saved.scores,
+        dattended_ptr=dattended,
+        q_weights=launch.weights(q_maps),
+        q_biases=launch.biases(q_maps),
+        k_weights=launch.weights(k_maps),
+        v_weights=launch.weights(v_maps),
+        p_weights=launch.weights(projections),
+        dnormalised_ptr=dnormalised,
+        dvalues_ptr=dvalues,
+        dpair_ptr=dpair,
+        dweight_ptr=dweight,
+        **shared,
+    )
+
+    block_c = 32
+    gradients = tokens.new_empty(3 * scales + 4, width)
+    launch.run(
+        _parameter_gradients_kernel,
+        scales * launch.blocks(width, block_c),
+        {"num_warps": 1, "num_stages": 2},
+        level_ptr=saved.level,
+        dpair_ptr=dpair,
+        dweight_ptr=dweight,
+        q_weights=launch.weights(q_maps),
+        q_biases=launch.biases(q_maps),
+        k_weights=launch.weights(k_maps),
+        v_weights=launch.weights(v_maps),
+        v_biases=launch.biases(v_maps),
+        p_weights=launch.weights(projections),
+        gradients_ptr=gradients,
+        batch=batch,
         CHANNELS=tokens.channels,
         HEADS=heads,
-        PRECISION="ieee" if config.get("ieee") else launch.precision(dtype, target),  # wide heads spill otherwise
-        ACC=launch.triton_type(tokens.accumulation),
-        BLOCK_M=config["block_m"],
-        BLOCK_N=config["block_n"],
+        BLOCKS=blocks,
+        REMOVED=tuple(removed),
+        ACC=shared["ACC"],
+        BLOCK_C=block_c,
     )
-    return attended
+    query_key, value_projection = gradients.split([3 * scales, 4])
+    by_scale = zip(*value_projection.split(tokens.channels, 1), strict=False)
+    parameters = [tuple(query_key[k::3]) for k in range(3)] + [tuple(vectors) for vectors in by_scale]
+    return Gradients(dnormalised, dvalues, tuple(parameters))
+
+
+def _configured(kernel: str, tokens: Tokens, heads: tuple[int, ...]) -> tuple[dict[str, int], dict[str, Any]]:
+    """A kernel's configuration, and the arguments that forward and backward share."""
+    target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
+    config = launch.configuration(kernel, target, dtype, launch.padded(tokens.shape[2] // min(heads)))
+    return config, {
+        "N": tokens.shape[1],
+        "CHANNELS": tokens.channels,
+        "HEADS": heads,
+        "PRECISION": "ieee" if config.get("ieee") else launch.precision(dtype, target),  # wide heads spill otherwise
+        "ACC": launch.triton_type(tokens.accumulation),
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"],
+    }

@@ -14,6 +14,7 @@ from dca_kernels.primitives import (
     offset,
     padded,
     split_program,
+    store_layer_norm_backward,
     store_normalised,
     store_statistics,
     sum_blocks,
@@ -111,6 +112,30 @@ def _load_scale(tokens_ptr, b, i: tl.constexpr, offs_n, N: tl.constexpr, CHANNEL
     return tl.load(ptrs + offs_c[None, :], mask=mask, other=0.0).to(ACC), mask
 
 
+@triton.jit
+def _layer_norm_backward_kernel(
+    tokens_ptr, dnormalised_ptr, dvalues_ptr, dresidual_ptr, gammas, dtokens_ptr, daffine_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_N tokens of one scale through their LayerNorm, and the residual's.
+
+    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, S, N, C).
+    """
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
+    b, tile = split_program(len(CHANNELS) * BLOCKS)
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(len(CHANNELS)):
+        if tile // BLOCKS == i:
+            dnormalised, _ = _load_scale(dvalues_ptr, b, i, offs_n, N, CHANNELS, ACC)
+            for k in tl.static_range(len(CHANNELS)):
+                part, _ = _load_scale(dnormalised_ptr, b * len(CHANNELS) + k, i, offs_n, N, CHANNELS, ACC)
+                dnormalised += part
+            store_layer_norm_backward(
+                tokens_ptr, dnormalised, dresidual_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, tile % BLOCKS,
+                offs_n, N, CHANNELS, BLOCKS, EPS[i], ACC,
+            )  # fmt: skip
+
+
 def statistics_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """`statistics` and `sums`; taken here where the tokens' writer did not have whole tokens at hand."""
     if tokens.statistics is not None and tokens.sums is not None:
@@ -161,6 +186,42 @@ def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
         BLOCK_N=config["block_n"],
     )
     return normalised, level
+
+
+def layer_norm_backward(
+    tokens: Tokens, norms: Sequence[Any], dnormalised: Tensor, dvalues: Tensor, dresidual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of tokens (B, N, C) and of LayerNorm's weights and biases (2, C).
+
+    Args:
+        tokens: what was normalised.
+        norms: S LayerNorms.
+        dnormalised: (B, S, N, C), summed over S.
+        dvalues: (B, N, C), added to that.
+        dresidual: (B, N, C), the gradient that reached the tokens past the LayerNorm.
+    """
+    batch, count, width = tokens.shape
+    config = _configuration(tokens)
+    dtokens = tokens.new_empty(batch, count, width)
+    daffine = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
+    launch.run(
+        _layer_norm_backward_kernel,
+        batch * len(tokens.channels) * launch.blocks(count, config["block_n"]),
+        config,
+        tokens_ptr=tokens.values,
+        dnormalised_ptr=dnormalised,
+        dvalues_ptr=dvalues,
+        dresidual_ptr=dresidual,
+        gammas=launch.weights(norms),
+        dtokens_ptr=dtokens,
+        daffine_ptr=daffine,
+        N=count,
+        CHANNELS=tokens.channels,
+        EPS=launch.epsilons(norms),
+        ACC=launch.triton_type(tokens.accumulation),
+        BLOCK_N=config["block_n"],
+    )
+    return dtokens, daffine.sum((0, 1))
 
 
 def _configuration(tokens: Tokens) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from dca_kernels import launch
 from dca_kernels.fused import checked, memory_format, uses_batch_statistics
 from dca_kernels.primitives import (
+    band,
+    band_begin,
     blocks_before,
     interpolation,
     interpolation_matrix,
@@ -21,7 +23,10 @@ from dca_kernels.primitives import (
     offset,
     padded,
     split_program,
+    sum_blocks,
     total,
+    window_begin,
+    window_end,
 )
 from dca_kernels.tokens import Tokens
 
@@ -32,10 +37,13 @@ CANCELLATION = tl.constexpr(100.0)
 @triton.jit
 def _conv_kernel(
     tokens_ptr, weights, z_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale."""
+    """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale.
+
+    TRANSPOSED it takes the gradient of its result to that of the tokens. OPERAND is the dtype of the products.
+    """
     TOTAL: tl.constexpr = total(CHANNELS)
     TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
@@ -46,17 +54,20 @@ def _conv_kernel(
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
             _conv(
                 tokens_ptr + image + offset(CHANNELS, i), weights[i], z_ptr + image + offset(CHANNELS, i), offs_n,
-                block * BLOCK_C + tl.arange(0, BLOCK_C), N, TOTAL, CHANNELS[i], PRECISION, ACC, BLOCK_C,
+                block * BLOCK_C + tl.arange(0, BLOCK_C), N, TOTAL, CHANNELS[i], TRANSPOSED, OPERAND, PRECISION, ACC,
+                BLOCK_C,
             )  # fmt: skip
 
 
 @triton.jit
 def _conv(
     tokens_ptr, weight_ptr, z_ptr, offs_n, offs_out,
-    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z[n, out] = sum over channels of tokens[n, in] weight[out, in]."""
+    """z[n, out] = sum over channels of tokens[n, in] weight[out, in], TRANSPOSED weight[in, out]."""
+    OUT_STRIDE: tl.constexpr = 1 if TRANSPOSED else CHANNELS
+    IN_STRIDE: tl.constexpr = CHANNELS if TRANSPOSED else 1
     STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
     mask_n, mask_out = offs_n < N, offs_out < CHANNELS
     z = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
@@ -64,9 +75,9 @@ def _conv(
         offs_in = start + tl.arange(0, STEP)
         mask_in = offs_in < CHANNELS
         tokens_ptrs = tokens_ptr + offs_n[:, None] * TOTAL + offs_in[None, :]
-        tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0)
-        weight_ptrs = weight_ptr + offs_out[:, None] * CHANNELS + offs_in[None, :]
-        weight = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(tokens.dtype)
+        tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+        weight_ptrs = weight_ptr + offs_out[:, None] * OUT_STRIDE + offs_in[None, :] * IN_STRIDE
+        weight = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
         z = tl.dot(tokens, tl.trans(weight), z, input_precision=PRECISION, out_dtype=ACC)
     tl.store(z_ptr + offs_n[:, None] * TOTAL + offs_out[None, :], z, mask=mask_n[:, None] & mask_out[None, :])
 
@@ -174,6 +185,7 @@ def _interpolated_moments(
     mean /= PIXELS
     squares = tl.zeros(offs_c.shape, tl.float64)
     products = tl.zeros(offs_c.shape, tl.float64)
+    adjoints = tl.zeros(offs_c.shape, tl.float64)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         p, q = offs_n // GRID[1], offs_n % GRID[1]
@@ -190,8 +202,11 @@ def _interpolated_moments(
         here += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
         here += (row_next * column_before)[:, None] * below_left
         squares += tl.sum((z * here).to(tl.float64), 0)
-        products += tl.sum((z * _load_grid(adjoint_ptr, p, q, offs_c, mask_c, GRID, TOTAL)).to(tl.float64), 0)
-    return mean, squares, products
+        adjoint = _load_grid(adjoint_ptr, p, q, offs_c, mask_c, GRID, TOTAL)
+        products += tl.sum((z * adjoint).to(tl.float64), 0)
+        adjoints += tl.sum(adjoint.to(tl.float64), 0)
+    rounded = mean - mean.to(ACC).to(tl.float64)  # of the mean, when it was subtracted
+    return mean, squares, products - rounded * adjoints
 
 
 @triton.jit
@@ -259,7 +274,7 @@ def _load_merged(
 
 @triton.jit
 def _upsample_kernel(
-    maps, z_ptr, conv_biases, gammas, betas, means, variances, counters, statistics_ptr, outs, batch,
+    maps, z_ptr, conv_biases, gammas, betas, means, variances, counters, statistics_ptr, outs, saved_ptr, batch,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr, GRID: tl.constexpr,
     NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr, UPDATES: tl.constexpr,
     MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -274,16 +289,16 @@ def _upsample_kernel(
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
             _merge(
                 maps[i], z_ptr, conv_biases[i], gammas[i], betas[i], means[i], variances[i], counters[i],
-                statistics_ptr, outs[i], batch, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS),
-                SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], UPDATES[i], MOMENTUM[i],
-                PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+                statistics_ptr, outs[i], saved_ptr, batch, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i),
+                total(CHANNELS), SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i],
+                UPDATES[i], MOMENTUM[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
             )  # fmt: skip
 
 
 @triton.jit
 def _merge(
-    x_ptr, z_ptr, bias_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr, counter_ptr, statistics_ptr, out_ptr, batch,
-    b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
+    x_ptr, z_ptr, bias_ptr, gamma_ptr, beta_ptr, mean_ptr, variance_ptr, counter_ptr, statistics_ptr, out_ptr,
+    saved_ptr, batch, b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr,
     EPS: tl.constexpr, UPDATES: tl.constexpr, MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -309,19 +324,17 @@ def _merge(
         variance = load_vector(variance_ptr, offs_c, mask_c, ACC)
     else:
         mean = -bias
+        variance = tl.zeros([BLOCK_C], ACC)
+    if (saved_ptr is not None) and (b == 0) & (h_begin == 0) & (w_begin == 0):  # the backward will need them
+        tl.store(saved_ptr + OFFSET + offs_c, mean, mask=mask_c)
+        tl.store(saved_ptr + TOTAL + OFFSET + offs_c, variance, mask=mask_c)
 
-    # Rows of the tile are (row, channel) pairs, the channel fastest.
-    pair = tl.arange(0, BLOCK_H * BLOCK_C)
-    pair_c = c_begin + pair % BLOCK_C
-    pair_h = h_begin + pair // BLOCK_C
-    mask_pair = (pair_c < CHANNELS) & (pair_h < SIZE[0])
+    pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
     offs_w = w_begin + tl.arange(0, BLOCK_W)
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
     up = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
-    offs_x = pair_c * STRIDE[1] + pair_h * STRIDE[2]
-    x_ptrs = x_ptr + b * STRIDE[0] + offs_x[:, None] + (offs_w * STRIDE[3])[None, :]
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
+    x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
     y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
     if NORM:
         scale = tl.rsqrt(variance + EPS)
@@ -331,9 +344,26 @@ def _merge(
         if beta_ptr is not None:
             y += _of_pairs(load_vector(beta_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
         y = tl.where(y < 0, 0.0, y)  # keeps NaN
-    offs_y = pair_c * OUT_STRIDE[1] + pair_h * OUT_STRIDE[2]
-    y_ptrs = out_ptr + b * OUT_STRIDE[0] + offs_y[:, None] + (offs_w * OUT_STRIDE[3])[None, :]
-    tl.store(y_ptrs, y, mask=mask)
+    tl.store(_map_pointers(out_ptr + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, OUT_STRIDE), y, mask=mask)
+
+
+@triton.jit
+def _pairs(c_begin, h_begin, CHANNELS: tl.constexpr, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The rows of a tile are (row, channel) pairs, the channel fastest: channel, row, whether both exist."""
+    pair = tl.arange(0, BLOCK_H * BLOCK_C)
+    c, h = c_begin + pair % BLOCK_C, h_begin + pair // BLOCK_C
+    return c, h, (c < CHANNELS) & (h < SIZE[0])
+
+
+@triton.jit
+def _map_pointers(ptr, pair_c, pair_h, offs_w, STRIDE: tl.constexpr):
+    offs = pair_c * STRIDE[1] + pair_h * STRIDE[2]
+    return ptr + offs[:, None] + (offs_w * STRIDE[3])[None, :]
+
+
+@triton.jit
+def _load_map(ptr, pair_c, pair_h, offs_w, mask, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    return tl.load(_map_pointers(ptr, pair_c, pair_h, offs_w, STRIDE), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -420,6 +450,332 @@ def _update_buffers(
     tl.store(variance_ptr + offs_c, old_variance + momentum * (unbiased - old_variance), mask=mask_c)
 
 
+@triton.jit
+def _masked_gradient(
+    x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin,
+    CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """In one tile: up(z) + x less its mean, and the gradient of what BatchNorm gave, through the ReLU."""
+    offs_c = c_begin + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < CHANNELS
+    mean = load_vector(saved_ptr, OFFSET + offs_c, mask_c, ACC)
+    pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
+    up = _interpolate(
+        z_ptrs, mask_pair, pair_h, tl.zeros([], tl.int32), offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W
+    )
+    x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
+    gradient = _load_map(dout_ptr + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
+    if NORM:
+        scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
+        if gamma_ptr is not None:
+            scale *= load_vector(gamma_ptr, offs_c, mask_c, ACC)
+        before_relu = y * _of_pairs(scale, BLOCK_H)[:, None]  # as the forward computes it
+        if beta_ptr is not None:
+            before_relu += _of_pairs(load_vector(beta_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
+        gradient = tl.where(before_relu <= 0, 0.0, gradient)
+    return y, gradient
+
+
+@triton.jit
+def _merge_gradient_kernel(
+    maps, z_ptr, douts, gammas, betas, saved_ptr, sums_ptr, wide_ptr,
+    CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr, GRID: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of whole rows of one map. Sums over its pixels of the gradient g behind the ReLU, and of g y.
+
+    Writes sums (B, MOST, 2, C) and g times the transposed interpolation along rows, for each image the S arrays
+    (H_i, P_w, C_i).
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    b, tile = split_program(FIRST[len(CHANNELS)])
+    for i in tl.static_range(len(CHANNELS)):
+        if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
+            _merge_gradient(
+                maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, sums_ptr + b * MOST * 2 * TOTAL,
+                wide_ptr + b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i), b,
+                tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), TOTAL, SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID,
+                NORM[i], EPS[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+            )  # fmt: skip
+
+
+@triton.constexpr_function
+def _wide(channels, sizes, grid, i):
+    """Elements of the first i maps of one image with the rows brought to the grid's width."""
+    return sum(channels[k] * sizes[k][0] * grid[1] for k in range(i))
+
+
+@triton.jit
+def _merge_gradient(
+    x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, sums_ptr, wide_ptr, b, tile,
+    CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = triton.cdiv(SIZE[0], BLOCK_H)
+    c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
+    y, gradient = _masked_gradient(
+        x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
+        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_c = c_begin + tl.arange(0, BLOCK_C)
+    sums_ptrs = sums_ptr + tile % ROWS * 2 * TOTAL + OFFSET + offs_c
+    plain, moment = tl.sum(gradient, 1), tl.sum(gradient * y, 1)
+    tl.store(sums_ptrs, tl.sum(tl.reshape(plain, [BLOCK_H, BLOCK_C]), 0), mask=offs_c < CHANNELS)
+    tl.store(sums_ptrs + TOTAL, tl.sum(tl.reshape(moment, [BLOCK_H, BLOCK_C]), 0), mask=offs_c < CHANNELS)
+    offs_q = tl.arange(0, padded(GRID[1]))
+    matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
+    wide = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)  # [pairs, P_w]
+    wide_ptrs = wide_ptr + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
+    tl.store(wide_ptrs, wide, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
+
+
+@triton.jit
+def _norm_gradient_kernel(
+    sums_ptr, saved_ptr, gammas, gradients_ptr, batch,
+    CHANNELS: tl.constexpr, SIZES: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of one scale, summed over images and tiles in a fixed order.
+
+    gradients (5, C): BatchNorm's weight and bias, the convolution's bias, and what the gradient of up(z) + x loses
+    where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean.
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    pid = tl.program_id(0)
+    for i in tl.static_range(len(CHANNELS)):
+        block = pid - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < CHANNELS[i]
+            own = offset(CHANNELS, i) + offs_c
+            dbeta = tl.zeros([BLOCK_C], ACC)
+            moment = tl.zeros([BLOCK_C], ACC)
+            for image in range(batch):
+                image_ptr = sums_ptr + (image + tl.zeros([], tl.int64)) * MOST * 2 * TOTAL
+                dbeta += sum_blocks(image_ptr, own, mask_c, BLOCKS[i], 2 * TOTAL, ACC)
+                moment += sum_blocks(image_ptr + TOTAL, own, mask_c, BLOCKS[i], 2 * TOTAL, ACC)
+            scale = tl.full([BLOCK_C], 1.0, ACC)
+            rstd = scale
+            if NORM[i]:
+                rstd = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS[i])
+                scale = rstd
+                if gammas[i] is not None:
+                    scale *= load_vector(gammas[i], offs_c, mask_c, ACC)
+            out_ptr = gradients_ptr + own
+            tl.store(out_ptr, moment * rstd, mask=mask_c)
+            tl.store(out_ptr + TOTAL, dbeta, mask=mask_c)
+            if FROM_BATCH[i]:
+                pixels = batch.to(ACC) * (SIZES[i][0] * SIZES[i][1])
+                tl.store(out_ptr + 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+                tl.store(out_ptr + 3 * TOTAL, dbeta / pixels, mask=mask_c)
+                tl.store(out_ptr + 4 * TOTAL, moment * rstd * rstd / pixels, mask=mask_c)
+            else:
+                tl.store(out_ptr + 2 * TOTAL, scale * dbeta, mask=mask_c)
+                tl.store(out_ptr + 3 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+                tl.store(out_ptr + 4 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+
+
+@triton.jit
+def _grid_gradient_kernel(
+    maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, norm_gradients_ptr, dz_ptr,
+    CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
+    FROM_BATCH: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of z in one row of the grid, for BLOCK_C channels of one scale: (B, N, C)."""
+    TOTAL: tl.constexpr = total(CHANNELS)
+    ROW_BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    b, tile = split_program(GRID[0] * ROW_BLOCKS)
+    p = tile // ROW_BLOCKS
+    image = b * GRID[0] * GRID[1] * TOTAL
+    offs_q = tl.arange(0, triton.next_power_of_2(GRID[1]))
+    mask_q = offs_q < GRID[1]
+    for i in tl.static_range(len(CHANNELS)):
+        block = tile % ROW_BLOCKS - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < CHANNELS[i]
+            own = offset(CHANNELS, i) + offs_c
+            mask = mask_q[:, None] & mask_c[None, :]
+            wide = b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i)
+            wide_ptrs = wide_ptr + wide + offs_q[:, None] * CHANNELS[i] + offs_c[None, :]
+            dz = tl.zeros(mask.shape, ACC)
+            begin = band_begin(p, SIZES[i][0], GRID[0])
+            for r in range(band(SIZES[i][0], GRID[0], 1)):
+                h = begin + r
+                top, bottom, fraction = interpolation(h, SIZES[i][0], GRID[0], ACC)
+                weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
+                row = tl.load(wide_ptrs + h * (GRID[1] * CHANNELS[i]), mask=mask & (h < SIZES[i][0]), other=0.0)
+                dz += tl.where(weight != 0, weight * row, 0.0)
+            if FROM_BATCH[i]:
+                tables = tables_ptr + i * 3 * (GRID[0] + GRID[1])
+                rows = p + tl.zeros(offs_q.shape, tl.int32)
+                ones = _table(tables, 0, rows, GRID[0], 0) * _table(tables, 0, offs_q, GRID[1], 3 * GRID[0])
+                first = tl.load(maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1], mask=mask_c, other=0.0).to(ACC)
+                mean = load_vector(saved_ptr, own, mask_c, ACC)
+                constant = load_vector(norm_gradients_ptr + 3 * TOTAL, own, mask_c, ACC)
+                multiple = load_vector(norm_gradients_ptr + 4 * TOTAL, own, mask_c, ACC)
+                y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL)
+                y += _interpolated_twice(z_ptr + image, tables, rows, offs_q, own, mask_c, GRID, TOTAL)
+                y += ones[:, None] * (first - mean)[None, :]
+                dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
+            if NORM[i]:
+                scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS[i])
+                if gammas[i] is not None:
+                    scale *= load_vector(gammas[i], offs_c, mask_c, ACC)
+                dz *= scale[None, :]
+            tl.store(dz_ptr + image + (p * GRID[1] + offs_q)[:, None] * TOTAL + own[None, :], dz, mask=mask)
+
+
+@triton.jit
+def _interpolated_twice(z_ptr, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr):
+    """U^T U z at some positions: (G_h x G_w) z, both with three diagonals."""
+    out = _load_grid(z_ptr, p, q, offs_c, mask_c, GRID, TOTAL) * 0.0
+    for dp in tl.static_range(-1, 2):
+        for dq in tl.static_range(-1, 2):
+            row = _table(tables_ptr, 1 if dp == 0 else 2, p if dp >= 0 else p - 1, GRID[0], 0)
+            column = _table(tables_ptr, 1 if dq == 0 else 2, q if dq >= 0 else q - 1, GRID[1], 3 * GRID[0])
+            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL)
+            out += (row * column)[:, None] * z
+    return out
+
+
+@triton.jit
+def _conv_gradient_kernel(
+    tokens_ptr, dz_ptr, dweight_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dz^T tokens, the gradient of one scale's convolution, over one image.
+
+    dweight: for each image the S matrices (C_i, C_i), one after another.
+    """
+    TOTAL: tl.constexpr = total(CHANNELS)
+    b, tile = split_program(_squares(CHANNELS, BLOCK_C, len(CHANNELS)))
+    image = b * N * TOTAL
+    for i in tl.static_range(len(CHANNELS)):
+        local = tile - _squares(CHANNELS, BLOCK_C, i)
+        if (local >= 0) & (local < triton.cdiv(CHANNELS[i], BLOCK_C) * triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_out = local // triton.cdiv(CHANNELS[i], BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+            offs_in = local % triton.cdiv(CHANNELS[i], BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_out, mask_in = offs_out < CHANNELS[i], offs_in < CHANNELS[i]
+            dweight = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+            for start in range(0, N, BLOCK_N):
+                offs_n = start + tl.arange(0, BLOCK_N)
+                mask_n = (offs_n < N)[:, None]
+                ptrs = image + offs_n[:, None] * TOTAL + offset(CHANNELS, i)
+                dz = tl.load(dz_ptr + ptrs + offs_out[None, :], mask=mask_n & mask_out[None, :], other=0.0)
+                tokens = tl.load(tokens_ptr + ptrs + offs_in[None, :], mask=mask_n & mask_in[None, :], other=0.0)
+                dweight = tl.dot(
+                    tl.trans(dz.to(OPERAND)), tokens.to(OPERAND), dweight, input_precision=PRECISION, out_dtype=ACC
+                )
+            matrix = b * _squares(CHANNELS, 1, len(CHANNELS)) + _squares(CHANNELS, 1, i)
+            dweight_ptrs = dweight_ptr + matrix + offs_out[:, None] * CHANNELS[i] + offs_in[None, :]
+            tl.store(dweight_ptrs, dweight, mask=mask_out[:, None] & mask_in[None, :])
+
+
+@triton.constexpr_function
+def _squares(sizes, block, i):
+    """Tiles of the first i square matrices."""
+    return sum((-(-sizes[k] // block)) ** 2 for k in range(i))
+
+
+@triton.jit
+def _map_gradient_kernel(
+    maps, z_ptr, douts, gammas, betas, saved_ptr, norm_gradients_ptr, dtokens_ptr, avg_weights, dmaps,
+    CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr,
+    MAP_STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of a tile of one map, past the attention and through its pooling.
+
+    SHARED is how many windows at most have a row of each map in common.
+    """
+    b, tile = split_program(FIRST[len(CHANNELS)])
+    for i in tl.static_range(len(CHANNELS)):
+        if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
+            _map_gradient(
+                maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, norm_gradients_ptr, dtokens_ptr,
+                avg_weights[i], dmaps[i], b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS),
+                SIZES[i], STRIDES[i], OUT_STRIDES[i], MAP_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], SHARED[i],
+                PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+            )  # fmt: skip
+
+
+@triton.jit
+def _map_gradient(
+    x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, norm_gradients_ptr, dtokens_ptr, avg_weight_ptr, dmap_ptr,
+    b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, MAP_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
+    FROM_BATCH: tl.constexpr, EPS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = triton.cdiv(SIZE[0], BLOCK_H)
+    c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
+    y, gradient = _masked_gradient(
+        x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
+        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
+    )  # fmt: skip
+    offs_c = c_begin + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < CHANNELS
+    if FROM_BATCH:
+        constant = load_vector(norm_gradients_ptr + 3 * TOTAL, OFFSET + offs_c, mask_c, ACC)
+        multiple = load_vector(norm_gradients_ptr + 4 * TOTAL, OFFSET + offs_c, mask_c, ACC)
+        gradient -= _of_pairs(constant, BLOCK_H)[:, None] + y * _of_pairs(multiple, BLOCK_H)[:, None]
+    if NORM:
+        scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
+        if gamma_ptr is not None:
+            scale *= load_vector(gamma_ptr, offs_c, mask_c, ACC)
+        gradient *= _of_pairs(scale, BLOCK_H)[:, None]
+
+    pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_q = tl.arange(0, padded(GRID[1]))
+    rows = tl.zeros([BLOCK_H * BLOCK_C, padded(GRID[1])], ACC)
+    dtokens_ptrs = dtokens_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c[:, None] + (offs_q * TOTAL)[None, :]
+    for k in tl.static_range(SHARED):
+        p = pair_h * GRID[0] // SIZE[0] + k
+        begin, end = window_begin(p, SIZE[0], GRID[0]), window_end(p, SIZE[0], GRID[0])
+        inside = mask_pair & (p < GRID[0]) & (begin <= pair_h) & (pair_h < end)
+        mask = inside[:, None] & (offs_q < GRID[1])[None, :]
+        dtokens = tl.load(dtokens_ptrs + (p * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
+        rows += dtokens / (end - begin).to(ACC)[:, None]
+    begin, end = window_begin(offs_q, SIZE[1], GRID[1]), window_end(offs_q, SIZE[1], GRID[1])
+    inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID[1])[:, None]
+    windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
+    pooled = tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)
+    gradient += pooled * _of_pairs(load_vector(avg_weight_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
+    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    tl.store(_map_pointers(dmap_ptr + b * MAP_STRIDE[0], pair_c, pair_h, offs_w, MAP_STRIDE), gradient, mask=mask)
+
+
+class Saved(NamedTuple):
+    """What the backward needs: the maps, which the network holds anyway, and token-sized tensors."""
+
+    tokens: Tokens
+    maps: Sequence[Tensor]
+    z: Tensor
+    adjoint: Tensor | None  # of the maps, (B, N, C)
+    statistics: Tensor  # (2, C), mean and variance that BatchNorm took
+
+
+class Gradients(NamedTuple):
+    """Gradients of the upsampling, but for the maps', which wait for the tokens'."""
+
+    tokens: Tensor  # (B, N, C)
+    norms: Tensor  # (5, C), see `_norm_gradient_kernel`
+    convs: tuple[Tensor, ...]  # S of (C_i, C_i, 1, 1)
+
+
 def upsample(
     tokens: Tokens,
     maps: Sequence[Tensor],
@@ -428,7 +784,8 @@ def upsample(
     norms: Sequence[Any],
     grid: tuple[int, int],
     dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
+    training: bool,
+) -> tuple[list[Tensor], Saved | None]:
     """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
 
     Args:
@@ -439,15 +796,17 @@ def upsample(
         norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
         grid: (P_h, P_w).
         dtypes: dtype of each output.
+        training: whether there will be a backward.
 
     Returns:
-        S tensors (B, C_i, H_i, W_i), channels_last where the map is. BatchNorm's running buffers are updated.
+        S tensors (B, C_i, H_i, W_i), channels_last where the map is, and what the backward needs. BatchNorm's running
+        buffers are updated.
     """
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
     convs = [checked(upconv.conv.conv, nn.Conv2d) for upconv in upconvs]
-    from_batch = tuple(norm is not None and uses_batch_statistics(norm) for norm in norms)
+    from_batch = _from_batch(norms)
     shared = {
         "CHANNELS": tokens.channels,
         "ACC": launch.triton_type(tokens.accumulation),
@@ -464,6 +823,8 @@ def upsample(
         weights=launch.weights(convs),
         z_ptr=z,
         N=count,
+        TRANSPOSED=False,
+        OPERAND=launch.triton_type(dtype),
         PRECISION=launch.precision(dtype, target),
         BLOCK_N=config["block_n"],
         BLOCK_C=config["block_c"],
@@ -498,11 +859,15 @@ def upsample(
             **shared,
         )
 
+    if batch == 0:  # no program runs, and BatchNorm counts the batch all the same
+        for counter in (c for c in counters if c is not None):
+            counter.add_(1)
     outs = [torch.empty_like(x, dtype=d, memory_format=memory_format(x)) for x, d in zip(maps, dtypes, strict=True)]
     widest = max(w for _, w in sizes)
     layout = "channels_last" if all(x.stride(1) == 1 for x in maps) else "contiguous"
     config = launch.configuration(f"upsample_{layout}", target, dtype, widest)
     tiles, first = _tiles(tokens.channels, sizes, config["tile"], config["block_c"], config["block_w"])
+    kept = tokens.new_empty(2, width) if training else None
     launch.run(
         _upsample_kernel,
         batch * first[-1],
@@ -510,13 +875,14 @@ def upsample(
         maps=tuple(maps),
         z_ptr=z,
         conv_biases=launch.biases(convs),
-        gammas=tuple(None if norm is None else norm.weight for norm in norms),
-        betas=tuple(None if norm is None else norm.bias for norm in norms),
+        gammas=_affine_of(norms, "weight"),
+        betas=_affine_of(norms, "bias"),
         means=tuple(None if norm is None else norm.running_mean for norm in norms),
         variances=tuple(None if norm is None else norm.running_var for norm in norms),
         counters=counters,
         statistics_ptr=statistics,
         outs=tuple(outs),
+        saved_ptr=kept,
         batch=batch,
         SIZES=sizes,
         STRIDES=tuple(x.stride() for x in maps),
@@ -532,7 +898,214 @@ def upsample(
         FIRST=first,
         **shared,
     )
-    return outs
+    adjoint = None if moments is None else moments[1]
+    return outs, None if kept is None else Saved(tokens, maps, z, adjoint, kept)
+
+
+def upsample_backward(
+    saved: Saved, douts: Sequence[Tensor], upconvs: Sequence[Any], norms: Sequence[Any], grid: tuple[int, int]
+) -> Gradients:
+    """The gradients of `upsample`, but for the maps'.
+
+    Args:
+        saved: what the forward returned.
+        douts: S tensors (B, C_i, H_i, W_i), any strides.
+        upconvs, norms, grid: as in the forward.
+    """
+    tokens = saved.tokens
+    batch, count, width = tokens.shape
+    target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
+    operand, precision = launch.triton_type(dtype), launch.precision(dtype, target)
+    convs = [checked(upconv.conv.conv, nn.Conv2d) for upconv in upconvs]
+    config, shared, tiles = _backward_arguments(saved, norms)
+    blocks, first = tiles
+    rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
+    sums = tokens.new_empty(batch, max(rows), 2, width)
+    wide = tokens.new_empty(batch, sum(x.shape[1] * x.shape[2] * grid[1] for x in saved.maps))
+    launch.run(
+        _merge_gradient_kernel,
+        batch * first[-1],
+        config,
+        maps=tuple(saved.maps),
+        z_ptr=saved.z,
+        douts=tuple(douts),
+        gammas=_affine_of(norms, "weight"),
+        betas=_affine_of(norms, "bias"),
+        saved_ptr=saved.statistics,
+        sums_ptr=sums,
+        wide_ptr=wide,
+        STRIDES=tuple(x.stride() for x in saved.maps),
+        OUT_STRIDES=tuple(y.stride() for y in douts),
+        GRID=grid,
+        PRECISION=precision,
+        BLOCKS=blocks,
+        FIRST=first,
+        MOST=max(rows),
+        **shared,
+    )
+
+    block_c, from_batch = 32, _from_batch(norms)
+    column_blocks = sum(launch.blocks(c, block_c) for c in tokens.channels)
+    norm_gradients = tokens.new_empty(5, width)
+    small = {"num_warps": 4, "num_stages": 2}
+    launch.run(
+        _norm_gradient_kernel,
+        column_blocks,
+        small,
+        sums_ptr=sums,
+        saved_ptr=saved.statistics,
+        gammas=_affine_of(norms, "weight"),
+        gradients_ptr=norm_gradients,
+        batch=batch,
+        FROM_BATCH=from_batch,
+        BLOCKS=rows,
+        MOST=max(rows),
+        BLOCK_C=block_c,
+        **shared,
+    )
+
+    dz = torch.empty_like(saved.z)
+    launch.run(
+        _grid_gradient_kernel,
+        batch * grid[0] * column_blocks,
+        small,
+        maps=tuple(saved.maps),
+        z_ptr=saved.z,
+        adjoint_ptr=saved.adjoint,
+        tables_ptr=_tables(shared["SIZES"], grid, tokens.accumulation, saved.z.device),
+        wide_ptr=wide,
+        saved_ptr=saved.statistics,
+        gammas=_affine_of(norms, "weight"),
+        norm_gradients_ptr=norm_gradients,
+        dz_ptr=dz,
+        STRIDES=tuple(x.stride() for x in saved.maps),
+        GRID=grid,
+        FROM_BATCH=from_batch,
+        BLOCK_C=block_c,
+        **shared,
+    )
+
+    products = {
+        "N": count,
+        "CHANNELS": tokens.channels,
+        "OPERAND": operand,
+        "PRECISION": precision,
+        "ACC": shared["ACC"],
+    }
+    config = launch.configuration("conv", target, dtype, max(launch.padded(c) for c in tokens.channels))
+    dtokens = torch.empty_like(dz)
+    launch.run(
+        _conv_kernel,
+        batch
+        * launch.blocks(count, config["block_n"])
+        * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
+        config,
+        tokens_ptr=dz,
+        weights=launch.weights(convs),
+        z_ptr=dtokens,
+        TRANSPOSED=True,
+        BLOCK_N=config["block_n"],
+        BLOCK_C=config["block_c"],
+        **products,
+    )
+    dweight = tokens.new_empty(batch, sum(c * c for c in tokens.channels))
+    launch.run(
+        _conv_gradient_kernel,
+        batch * sum(launch.blocks(c, config["block_c"]) ** 2 for c in tokens.channels),
+        config,
+        tokens_ptr=tokens.values,
+        dz_ptr=dz,
+        dweight_ptr=dweight,
+        BLOCK_C=config["block_c"],
+        BLOCK_N=config["block_n"],
+        **products,
+    )
+    of_scales = dweight.sum(0).split([c * c for c in tokens.channels])
+    dconvs = tuple(part.view(c, c, 1, 1) for part, c in zip(of_scales, tokens.channels, strict=True))
+    return Gradients(dtokens, norm_gradients, dconvs)
+
+
+def map_gradients(
+    saved: Saved, gradients: Gradients, dtokens: Tensor, douts: Sequence[Tensor], avg_map: Sequence[Any],
+    norms: Sequence[Any], grid: tuple[int, int],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the maps, past the attention and through their pooling, in one pass over them.
+
+    Args:
+        saved: what `upsample` returned.
+        gradients: what `upsample_backward` returned.
+        dtokens: (B, N, C), the gradient of what `patch_embed` wrote.
+        douts, norms, grid: as in `upsample_backward`.
+        avg_map: as in `patch_embed`.
+    """
+    target, dtype = launch.architecture(dtokens.device), saved.tokens.values.dtype
+    config, shared, (blocks, first) = _backward_arguments(saved, norms)
+    dmaps = [torch.empty_like(x, memory_format=memory_format(x)) for x in saved.maps]
+    launch.run(
+        _map_gradient_kernel,
+        dtokens.shape[0] * first[-1],
+        config,
+        maps=tuple(saved.maps),
+        z_ptr=saved.z,
+        douts=tuple(douts),
+        gammas=_affine_of(norms, "weight"),
+        betas=_affine_of(norms, "bias"),
+        saved_ptr=saved.statistics,
+        norm_gradients_ptr=gradients.norms,
+        dtokens_ptr=dtokens,
+        avg_weights=launch.weights(launch.depthwise(m) for m in avg_map),
+        dmaps=tuple(dmaps),
+        STRIDES=tuple(x.stride() for x in saved.maps),
+        OUT_STRIDES=tuple(y.stride() for y in douts),
+        MAP_STRIDES=tuple(x.stride() for x in dmaps),
+        GRID=grid,
+        FROM_BATCH=_from_batch(norms),
+        SHARED=tuple(_shared_windows(x.shape[2], grid[0]) for x in saved.maps),
+        PRECISION=launch.precision(dtype, target),
+        BLOCKS=blocks,
+        FIRST=first,
+        **shared,
+    )
+    return dmaps
+
+
+def _backward_arguments(saved: Saved, norms: Sequence[Any]) -> tuple[dict[str, int], dict[str, Any], Any]:
+    """Configuration, common arguments and tiles of the kernels that go over the maps again."""
+    tokens, sizes = saved.tokens, tuple((x.shape[2], x.shape[3]) for x in saved.maps)
+    widest = max(w for _, w in sizes)
+    layout = "channels_last" if all(x.stride(1) == 1 for x in saved.maps) else "contiguous"
+    target = launch.architecture(saved.z.device)
+    config = launch.configuration(f"merge_gradient_{layout}", target, tokens.values.dtype, widest)
+    return (
+        config,
+        {
+            "CHANNELS": tokens.channels,
+            "SIZES": sizes,
+            "NORM": tuple(norm is not None for norm in norms),
+            "EPS": tuple(0.0 if norm is None else norm.eps for norm in norms),
+            "ACC": launch.triton_type(tokens.accumulation),
+        },
+        _tiles(tokens.channels, sizes, config["tile"], config["block_c"], launch.padded(widest)),
+    )
+
+
+def _from_batch(norms: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple(norm is not None and uses_batch_statistics(norm) for norm in norms)
+
+
+def _affine_of(norms: Sequence[Any], name: str) -> tuple[Tensor | None, ...]:
+    """BatchNorm's weights or biases, None where there is none."""
+    return tuple(None if norm is None else getattr(norm, name) for norm in norms)
+
+
+@functools.cache
+def _shared_windows(size: int, windows: int) -> int:
+    """How many windows of `adaptive_avg_pool1d` at most have a position in common."""
+    inside = [0] * size
+    for w in range(windows):
+        for position in range(w * size // windows, -(-(w + 1) * size // windows)):
+            inside[position] += 1
+    return max(inside)
 
 
 def _updates(norm: Any) -> bool:
