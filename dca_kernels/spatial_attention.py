@@ -38,7 +38,7 @@ def _spatial_attention_kernel(
             _attend(
                 tokens_ptr, normalised_ptr, level_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i],
                 v_biases[i], p_weights[i], p_biases[i], attended_ptr, averages_ptr,
-                scores_ptr + (b * ALL_HEADS + every_head) * 2 * N, b, head, offs_m, N, total(CHANNELS),
+                scores_ptr, (b * ALL_HEADS + every_head) * 2 * N, b, head, offs_m, N, total(CHANNELS),
                 offset(CHANNELS, i), total(CHANNELS) // HEADS[i], CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
             )  # fmt: skip
 
@@ -46,7 +46,7 @@ def _spatial_attention_kernel(
 @triton.jit
 def _attend(
     tokens_ptr, normalised_ptr, level_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, v_weight_ptr, v_bias_ptr,
-    p_weight_ptr, p_bias_ptr, attended_ptr, averages_ptr, scores_ptr, b, head, offs_m,
+    p_weight_ptr, p_bias_ptr, attended_ptr, averages_ptr, scores_ptr, scores_offset, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _attend(
     query = _load_tokens(normalised_ptr, offs_m, offs_k, mask_m, mask_k, TOTAL)
     if scores_ptr is not None:  # the backward will need them
         key_scores = tl.sum(query.to(ACC) * key[None, :], 1)
-        tl.store(scores_ptr + offs_m, key_scores, mask=mask_m)
+        tl.store(scores_ptr + scores_offset + offs_m, key_scores, mask=mask_m)
     query = (query.to(ACC) * pair[None, :] + key[None, :]).to(query.dtype)
 
     most = tl.full(offs_m.shape, float("-inf"), ACC)
@@ -88,7 +88,7 @@ def _attend(
     out_offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
     mask = mask_m[:, None] & mask_v[None, :]
     if scores_ptr is not None:
-        tl.store(scores_ptr + N + offs_m, most + tl.log2(normaliser), mask=mask_m)
+        tl.store(scores_ptr + scores_offset + N + offs_m, most + tl.log2(normaliser), mask=mask_m)
         tl.store(averages_ptr + out_offs, average, mask=mask)
     p_weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC)
     weight = p_weight * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
