@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint wheel clean
+.PHONY: help bench test newest lint wheel clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -13,6 +13,9 @@ bench: .venv/bench  ## Run the main job: reference and fused module on a real im
 
 test: .venv/test  ## Run the tests (ARGS="-k NAME": some of them)
 	$(BIN)/python -m pytest $(ARGS)
+
+newest: .venv/newest  ## Run the tests of the kernels with the newest Triton
+	PYTHONPATH=.venv/newest $(BIN)/python -m pytest tests/test_interpreter.py tests/test_triton.py $(ARGS)
 
 lint: .venv/test  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -29,7 +32,16 @@ clean:  ## Remove what the other commands made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp file for each extra that is installed.
-.venv/bench .venv/test: pyproject.toml constraints.txt
+.venv/bench: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(@F)]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
+
+# A GPU build of torch has brought the triton that belongs to it; beside any other one, the tests' own is installed.
+.venv/test: .venv/bench
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+.venv/newest: .venv/test
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.9.0

@@ -81,7 +81,7 @@ def choose(argument: str, device: torch.device) -> str:
 
 @functools.cache  # one log line a device type
 def _automatic(device_type: str) -> str:
-    reason = why_not("triton", torch.device(device_type)) or "forward only, not yet run on a GPU; runs when named"
+    reason = why_not("triton", torch.device(device_type)) or "not yet run on a GPU; runs when named"
     _logger.info("backend 'auto' runs 'torch' on %s ('triton': %s)", device_type, reason)
     return "torch"
 

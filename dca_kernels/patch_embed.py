@@ -98,7 +98,8 @@ def _sum_windows(
 ):  # fmt: skip
     """Sums over windows [C_i, BLOCK_Q]; for each lane, mean and centred squares over the rows that are the block's own.
 
-    Neighbouring windows may share a row (and a column): it is the own one of the later window.
+    Neighbouring windows may share a row (and a column): it is the own one of the later window. Means are those of the
+    map less its first pixel: small where it varies little.
     """
     PADDED: tl.constexpr = triton.next_power_of_2(WINDOW[1])
     offs_c = tl.arange(0, padded(CHANNELS))
@@ -107,6 +108,7 @@ def _sum_windows(
     begin, end = window_begin(p, SIZE[0], GRID[0]), window_end(p, SIZE[0], GRID[0])
     own_end = window_begin(p + 1, SIZE[0], GRID[0])
     x_ptrs = x_ptr + begin * STRIDE[2] + offs_c[:, None] * STRIDE[1] + column[None, :] * STRIDE[3]
+    first = _first_pixel(x_ptr, CHANNELS, STRIDE, ACC)
     sums = tl.zeros(mask.shape, ACC)
     means = tl.zeros(mask.shape, ACC)
     squares = tl.zeros(mask.shape, ACC)
@@ -114,10 +116,18 @@ def _sum_windows(
         x = tl.load(x_ptrs + r * STRIDE[2], mask=mask & (begin + r < end), other=0.0).to(ACC)
         sums += x
         if FROM_BATCH:
+            x -= first[:, None]
             delta = tl.where(begin + r < own_end, x - means, 0.0)
             means += delta / (r + 1)
             squares += delta * (x - means)
     return tl.sum(tl.reshape(sums, [padded(CHANNELS), BLOCK_Q, PADDED]), 2), means, squares
+
+
+@triton.jit
+def _first_pixel(x_ptr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    """What is taken off a map before it is summed: its own first pixel, since any constant does."""
+    offs_c = tl.arange(0, padded(CHANNELS))
+    return tl.load(x_ptr + offs_c * STRIDE[1], mask=offs_c < CHANNELS, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -148,7 +158,7 @@ def _adjoint(
     offs_q = q_begin + tl.arange(0, BLOCK_Q)
     offs_w = band_begin(q_begin, SIZE[1], GRID[1]) + tl.arange(0, COLUMNS)
     mask = (offs_c < CHANNELS)[:, None] & (offs_w < SIZE[1])[None, :]
-    first = tl.load(x_ptr + offs_c * STRIDE[1], mask=offs_c < CHANNELS, other=0.0).to(ACC)
+    first = _first_pixel(x_ptr, CHANNELS, STRIDE, ACC)
     x_ptrs = x_ptr + offs_c[:, None] * STRIDE[1] + offs_w[None, :] * STRIDE[3]
     begin = band_begin(p, SIZE[0], GRID[0])
     strip = tl.zeros(mask.shape, ACC)
@@ -183,9 +193,9 @@ def patch_embed(
         training: whether there will be a backward.
 
     Returns:
-        The tokens with their statistics for `following`; and for BatchNorm, where any scale needs them: mean and
-        centred squares of each block of pixels, (B, blocks, 2, C), and the transposed interpolation of each map less
-        its first pixel, (B, N, C) (docs/algebra.md, "Upsample and merge"); and for the backward the averages,
+        The tokens with their statistics for `following`; and for BatchNorm, where any scale needs them, of each map
+        less its first pixel: mean and centred squares of each block of pixels, (B, blocks, 2, C), and the transposed
+        interpolation, (B, N, C) (docs/algebra.md, "Upsample and merge"); and for the backward the averages,
         (B, N, C).
     """
     batch, channels = maps[0].shape[0], tuple(x.shape[1] for x in maps)

@@ -110,12 +110,13 @@ def _batch_statistics_kernel(
                 z_ptr + image, adjoint_ptr + image, tables_ptr + i * 3 * (GRID[0] + GRID[1]), own, mask_c,
                 SIZES[i][0] * SIZES[i][1], GRID, TOTAL, ACC, BLOCK_N,
             )  # fmt: skip
-            mean = x_mean + z_mean
+            x_ptrs = maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1]
+            mean = x_mean + z_mean + tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
             squares = x_squares + z_squares + 2 * products
             if GUARDED:
                 if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
                     mean, squares = _direct_moments(
-                        maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1], z_ptr + image + own, mask_c,
+                        x_ptrs, z_ptr + image + own, mask_c,
                         SIZES[i], STRIDES[i], GRID, TOTAL, ACC, BLOCK_P,
                     )  # fmt: skip
             tl.store(statistics_ptr + b * 2 * TOTAL + own, mean, mask=mask_c)
@@ -129,7 +130,7 @@ def _merge_moments(
     moments_ptr, offs_c, mask_c, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and centred squares of a map from those of its blocks, in float64: each [BLOCK_C]."""
+    """Mean and centred squares of a map less its first pixel, from those of its blocks, in float64: each [BLOCK_C]."""
     mean = tl.zeros(offs_c.shape, tl.float64)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, _, count = _load_moments(moments_ptr, start, offs_c, mask_c, SIZE, GRID, TOTAL, BLOCKS, BLOCK_N)
@@ -218,7 +219,7 @@ def _table(tables_ptr, k, position, SIZE: tl.constexpr, begin):
 @triton.jit
 def _load_grid(ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr):
     """[positions, channels] of a token grid, zero beyond it."""
-    mask = (p < GRID[0]) & (q >= 0) & (q < GRID[1])
+    mask = (p >= 0) & (p < GRID[0]) & (q >= 0) & (q < GRID[1])
     ptrs = ptr + (p * GRID[1] + q)[:, None] * TOTAL + offs_c[None, :]
     return tl.load(ptrs, mask=mask[:, None] & mask_c[None, :], other=0.0)
 

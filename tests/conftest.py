@@ -1,11 +1,36 @@
-"""Fresh memory holds NaN in every test: an element that is never written cannot pass for a value."""
+"""Kernels are interpreted where there is no GPU; in every test, fresh memory holds NaN.
 
+An element that is never written cannot pass for a value then.
+"""
+
+import importlib.util
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 torch.set_num_threads(1)  # the shapes are small: on busy cores, threads that wait for each other take 100 times as long
+torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    from tests import interpreter
+
+    interpreter.install()
+    # Prepares checks that only debug=True makes, in a third of the time of all.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton 3.6's interpreter takes int() of an array of one element, which NumPy will no longer allow.
+    message = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton.runtime.interpreter"
+    config.addinivalue_line("filterwarnings", message)
 
 
 @pytest.fixture(autouse=True)

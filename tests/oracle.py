@@ -1,12 +1,14 @@
 """What the tests share: golden vectors, pairs of modules with equal weights, seeded inputs, comparisons.
 
 One forward and backward is a dict of tensors under the names that the golden vectors use: `output.<i>`,
-`grad_input.<i>`, `grad.<parameter>`, `after.<buffer>`.
+`grad_input.<i>`, `grad.<parameter>`, `after.<buffer>`. Of a backend without a backward it is the outputs and buffers.
 """
 
+import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,8 +21,13 @@ import dca_kernels
 import reference
 from benchmarks.parity import MAX_RATIO, RMS_RATIO
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
+# The backends whose backward runs everywhere; the kernels' has tests of its own (test_triton_backward.py), since
+# interpreted it takes many times a forward.
+TRAINABLE = ["torch"]
 IMPLEMENTATIONS = ["reference", *BACKENDS]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, and of what they are compared with
+INTERPRETED = DEVICE == "cpu"  # a kernel takes seconds for what a GPU does in microseconds
 
 Results = dict[str, Tensor]
 
@@ -44,14 +51,28 @@ class Config:
         return {k: v for k, v in asdict(self).items() if k not in ("sizes", "batch")}
 
 
+# In blocks of 16, two or three along each axis, with a tail: 34 tokens, 20 channels, rows of 17 windows and 35 pixels.
+TILED = Config((20, 6), (2, 17), channel_head=(2, 1), spatial_head=(2, 1), sizes=((5, 35), (2, 18)))
+
+
 # Modules and inputs
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tests run."""
+    return DEVICE if backend == "triton" else "cpu"
+
+
+def full_size(backend: str) -> bool:
+    """Whether a backend is fast enough here for large maps and many draws."""
+    return not (backend == "triton" and INTERPRETED)
 
 
 def build(implementation: str, *args, **kwargs) -> nn.Module:
     """The reference, or the fused module on a backend."""
     if implementation == "reference":
         return reference.DCA(*args, **kwargs)
-    return dca_kernels.DCA(*args, **kwargs, backend=implementation)
+    return dca_kernels.DCA(*args, **kwargs, backend=implementation).to(device_of(implementation))
 
 
 def pair(
@@ -61,7 +82,7 @@ def pair(
     ours, theirs = build(backend, **config.arguments), build("reference", **config.arguments)
     randomise(theirs, seed)
     ours.load_state_dict(theirs.state_dict())
-    return ours.to(dtype).train(train), theirs.to(dtype).train(train)
+    return ours.to(dtype).train(train), theirs.to(device_of(backend), dtype).train(train)
 
 
 @torch.no_grad()
@@ -80,28 +101,69 @@ def randomise(module: nn.Module, seed: int) -> None:
             tensor.copy_(0.3 * noise + (name.endswith("weight")))
 
 
-def random_maps(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+def random_maps(
+    config: Config, dtype: torch.dtype = torch.float64, seed: int = 0, backend: str = "torch"
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1000 + seed)
     shapes = [(config.batch, c, *size) for c, size in zip(config.features, config.sizes, strict=True)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device_of(backend), dtype) for shape in shapes]
 
 
 def random_like(tensors: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Upstream gradients for outputs of these shapes and dtypes."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    return [torch.randn(t.shape, generator=generator).to(t.dtype) for t in tensors]
+    return [torch.randn(t.shape, generator=generator).to(t) for t in tensors]
 
 
-def evaluate(module: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor] | None = None) -> Results:
-    """One forward and backward, by default from random upstream gradients. `maps` keep their strides."""
-    maps = [x.detach().requires_grad_() for x in maps]
+def evaluate(
+    module: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor] | None = None, backward: bool = True
+) -> Results:
+    """One forward, and one backward, by default from random upstream gradients. `maps` keep their strides."""
+    maps = [x.detach().requires_grad_(backward) for x in maps]
     module.zero_grad()
-    outputs = module(maps)
-    torch.autograd.backward(outputs, random_like(outputs) if upstream is None else upstream)
+    with torch.set_grad_enabled(backward):
+        outputs = module(maps)
     results = {f"output.{i}": y.detach() for i, y in enumerate(outputs)}
-    results |= {f"grad_input.{i}": x.grad for i, x in enumerate(maps)}
-    results |= {f"grad.{name}": p.grad for name, p in module.named_parameters()}
+    if backward:
+        torch.autograd.backward(outputs, random_like(outputs) if upstream is None else upstream)
+        results |= {f"grad_input.{i}": x.grad for i, x in enumerate(maps)}
+        results |= {f"grad.{name}": p.grad for name, p in module.named_parameters()}
     return results | {f"after.{name}": b.clone() for name, b in module.named_buffers()}
+
+
+# Layouts of maps
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """With a storage offset, and NaN between rows."""
+    wide = x.new_full((*x.shape[:3], x.shape[3] + 2), float("nan"))
+    wide[..., 1:-1] = x
+    return wide[..., 1:-1]
+
+
+def _part_of_cat(x: Tensor) -> Tensor:
+    nan = torch.full_like(x, float("nan"))
+    return torch.cat([nan, x, nan], 1)[:, x.shape[1] : 2 * x.shape[1]]
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    """Contiguous, but not from a multiple of 16 bytes on."""
+    storage = x.new_full((x.numel() + 1,), float("nan"))
+    storage[1:] = x.flatten()
+    return storage[1:].view(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "batch_innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "sliced": _sliced,
+    "part_of_cat": _part_of_cat,
+    "misaligned": _misaligned,
+    "expanded_batch": lambda x: x[:1].expand_as(x),
+    "expanded_rows": lambda x: x[:, :, :1].expand_as(x),
+}
 
 
 # Comparisons
@@ -125,9 +187,9 @@ def assert_same(actual: Results, expected: Results, rtol: float = 1e-9) -> None:
 
 def assert_parity(config: Config, backend: str, train: bool, seed: int = 0) -> None:
     """The fused module's outputs, gradients and buffers are the reference's, in float64."""
-    ours, theirs = pair(config, backend, train=train, seed=seed)
-    maps = random_maps(config, seed=seed)
-    assert_same(evaluate(ours, maps), evaluate(theirs, maps))
+    maps = random_maps(config, seed=seed, backend=backend)
+    modules = pair(config, backend, train=train, seed=seed)
+    assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
 
 
 def assert_identical(actual: Results, expected: Results) -> None:
@@ -175,11 +237,15 @@ class Golden:
         for name, value in results.items():
             kind, _, i = name.partition(".")
             if kind in ("output", "grad_input"):
-                sampled[name] = value.flatten()[self._index[int(i)]]
+                sampled[name] = value.flatten()[self._index[int(i)].to(value.device)]
                 sampled[f"{kind}_sum.{i}"] = value.sum((0, 2, 3))
             elif kind == "grad" or name in self.results:  # of the buffers, the official run kept mean and variance only
                 sampled[name] = value
-        return sampled
+        return {name: value.cpu() for name, value in sampled.items()}
+
+    def expected(self, backward: bool) -> Results:
+        """What the official module computed, or of it the outputs and buffers only."""
+        return {name: value for name, value in self.results.items() if backward or not name.startswith("grad")}
 
 
 def _normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -214,10 +280,43 @@ def _rms(tensor: Tensor) -> Tensor:
 
 def promoted(module: nn.Module, config: Config) -> nn.Module:
     """The reference in float64, with the weights of `module` as they are in its own dtype."""
-    exact = build("reference", **config.arguments).double().train(module.training)
+    device = next(module.parameters()).device
+    exact = build("reference", **config.arguments).to(device, torch.float64).train(module.training)
     exact.load_state_dict(module.state_dict())
     return exact
 
 
+@contextmanager
+def resized_blocks(factor: float) -> Iterator[None]:
+    """Kernels take blocks of `factor` times the size, down to 16: their results should be the same."""
+    from dca_kernels import launch
+
+    def resized(*args) -> dict[str, int]:
+        smallest = {"tile": 256}
+        return {
+            name: max(min(size, smallest.get(name, 16)), int(factor * size))
+            if name == "tile" or name.startswith("block")
+            else size
+            for name, size in configuration(*args).items()
+        }
+
+    configuration = launch.configuration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "configuration", resized)
+        yield
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def over_backends(names: Sequence[str]) -> pytest.MarkDecorator:
+    """Once for each of some backends."""
+    marks = {"triton": [needs_triton]}
+    return pytest.mark.parametrize("backend", [pytest.param(name, marks=marks.get(name, [])) for name in names])
+
+
+# NumPy warns of what a GPU computes without a word; where all is finite, a warning stays an error.
+not_finite = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 both_modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = over_backends(BACKENDS)
+each_trainable = over_backends(TRAINABLE)

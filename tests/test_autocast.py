@@ -1,23 +1,25 @@
-"""Autocast on the CPU, with float32 parameters."""
+"""Autocast, with float32 parameters."""
 
 import pytest
 import torch
 from torch import nn
 
 from tests.oracle import (
+    TRAINABLE,
     Config,
     assert_identical,
     assert_same,
     assert_within_budget,
     both_modes,
     each_backend,
+    each_trainable,
     evaluate,
     pair,
     promoted,
     random_maps,
 )
 
-CONFIG = Config()
+CONFIG = Config(patch=(2, 4), sizes=((8, 16), (4, 8)))
 MAPS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 each_map_dtype = pytest.mark.parametrize("dtype", MAPS.values(), ids=[f"{name}_maps" for name in MAPS])
 each_autocast = pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["to_bfloat16", "to_float16"])
@@ -25,7 +27,8 @@ each_autocast = pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float
 
 def under(autocast: torch.dtype, module: nn.Module) -> nn.Module:
     """The module with its forward under autocast; a backward is then outside of it, as PyTorch advises."""
-    module.forward = torch.autocast("cpu", autocast)(module.forward)
+    device = next(module.parameters()).device
+    module.forward = torch.autocast(device.type, autocast)(module.forward)
     return module
 
 
@@ -36,9 +39,10 @@ def under(autocast: torch.dtype, module: nn.Module) -> nn.Module:
 def test_dtypes_and_error_budget(dtype: torch.dtype, autocast: torch.dtype, train: bool, backend: str) -> None:
     modules = pair(CONFIG, backend, torch.float32, train)
     exact = promoted(modules[1], CONFIG)
-    maps = random_maps(CONFIG, dtype)
-    ours, theirs = (evaluate(under(autocast, module), maps) for module in modules)
-    expected = evaluate(exact, [x.double() for x in maps])
+    maps = random_maps(CONFIG, dtype, backend=backend)
+    ours, theirs = (evaluate(under(autocast, module), maps, backward=backend in TRAINABLE) for module in modules)
+    expected = evaluate(exact, [x.double() for x in maps], backward=backend in TRAINABLE)
+    assert ours.keys() == theirs.keys() == expected.keys()
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype, name
         if name.startswith("output"):
@@ -48,7 +52,7 @@ def test_dtypes_and_error_budget(dtype: torch.dtype, autocast: torch.dtype, trai
 
 @each_autocast
 @both_modes
-@each_backend
+@each_trainable
 def test_float32_maps_lose_nothing(autocast: torch.dtype, train: bool, backend: str) -> None:
     maps = random_maps(CONFIG, torch.float32)
     plain, cast = (pair(CONFIG, backend, torch.float32, train)[0] for _ in range(2))
@@ -59,19 +63,23 @@ def test_float32_maps_lose_nothing(autocast: torch.dtype, train: bool, backend: 
 @each_backend
 def test_float64_is_left_alone(train: bool, backend: str) -> None:
     ours, theirs = (under(torch.bfloat16, module) for module in pair(CONFIG, backend, train=train))
-    maps = random_maps(CONFIG)
-    assert_same(evaluate(ours, maps), evaluate(theirs, maps))
+    maps = random_maps(CONFIG, backend=backend)
+    assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in (ours, theirs)))
 
 
 @each_backend
 def test_maps_of_unequal_dtypes(backend: str) -> None:
     ours, theirs = (under(torch.bfloat16, module) for module in pair(CONFIG, backend, torch.float32))
-    maps = [x.to(dtype) for x, dtype in zip(random_maps(CONFIG), (torch.float32, torch.bfloat16), strict=True)]
-    assert [y.dtype for y in ours(maps)] == [y.dtype for y in theirs(maps)] == [torch.float32, torch.bfloat16]
+    maps = [
+        x.to(dtype)
+        for x, dtype in zip(random_maps(CONFIG, backend=backend), (torch.float32, torch.bfloat16), strict=True)
+    ]
+    with torch.no_grad():
+        assert [y.dtype for y in ours(maps)] == [y.dtype for y in theirs(maps)] == [torch.float32, torch.bfloat16]
 
 
 @both_modes
-@each_backend
+@each_trainable
 def test_backward_under_autocast(train: bool, backend: str) -> None:
     # PyTorch's own part of the backward is in bfloat16 then, for the reference too.
     modules = pair(CONFIG, backend, torch.float32, train)

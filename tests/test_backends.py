@@ -1,6 +1,9 @@
 """Which backend runs: argument, context, environment, automatic; and never another than the one named."""
 
+import importlib.util
 import logging
+import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -8,9 +11,10 @@ import torch
 
 import dca_kernels
 from dca_kernels import backends, fused, use_backend
-from tests.oracle import Config, random_maps
+from tests.oracle import Config, needs_triton, random_maps
 
 CPU = torch.device("cpu")
+WHY_NOT = backends.why_not
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +103,79 @@ def test_modules_follow_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded == ["torch"]
 
 
-def test_without_the_fixture_triton_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=r"^backend: 'triton' cannot run on cpu: \w+"):
+# What the fixture replaces
+
+
+def assert_why_not(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_not", WHY_NOT)
+    assert WHY_NOT("triton", CPU) == reason
+    with pytest.raises(RuntimeError, match=f"^backend: 'triton' cannot run on cpu: {re.escape(reason)}$"):
         dca_kernels.DCA([8, 16], patch=4, backend="triton")(random_maps(Config(), torch.float32))
+
+
+@needs_triton
+@pytest.mark.parametrize("value", [None, "", "0", "true"])
+def test_compiled_kernels_do_not_run_on_a_cpu(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert_why_not("its kernels run on GPUs (for tests: TRITON_INTERPRET=1)", monkeypatch)
+
+
+def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_why_not("triton is not installed", monkeypatch)
+
+
+@needs_triton
+def test_other_devices_are_named() -> None:
+    assert WHY_NOT("triton", torch.device("meta")) == "its kernels run on CUDA and ROCm devices"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "capability, hip, reason",
+    [
+        ((7, 5), None, "it needs compute capability 8.0 or newer, got 7.5"),
+        ((8, 0), None, None),
+        ((9, 0), None, None),
+        ((6, 0), "6.4", None),
+    ],
+)
+def test_gpus(
+    capability: tuple[int, int], hip: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert WHY_NOT("triton", torch.device("cuda")) == reason
+
+
+@needs_triton
+def test_auto_does_not_take_triton_even_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "why_not", WHY_NOT)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    caplog.set_level(logging.INFO, "dca_kernels")
+    assert WHY_NOT("triton", CPU) is None
+    assert backends.choose("auto", CPU) == "torch"
+    (message,) = caplog.messages
+    assert message.startswith("backend 'auto' runs 'torch' on cpu ('triton': forward only")
+
+
+@needs_triton
+def test_each_way_of_naming_triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dca_kernels import pipeline
+
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(pipeline, "refine", lambda dca, maps, norms, dtypes: ["refined"] * len(maps))
+    monkeypatch.setattr(fused, "refine", lambda *args: pytest.fail("the torch backend ran"))
+    maps = random_maps(Config(), torch.float32)
+    module = dca_kernels.DCA([8, 16], patch=4)
+    assert dca_kernels.DCA([8, 16], patch=4, backend="triton")(maps) == ("refined", "refined")
+    with use_backend("triton"):
+        assert module(maps) == ("refined", "refined")
+    monkeypatch.setenv("DCA_BACKEND", "triton")
+    assert module(maps) == ("refined", "refined")

@@ -69,7 +69,7 @@ MAPS: dict[str, tuple[Callable[[list[Tensor]], object], type[Exception], str]] =
         ValueError,
         "maps: expected 2 tensors, one for each of features, got 3",
     ),
-    "not_a_tensor": (_second(Tensor.numpy), TypeError, "maps[1]: expected a tensor, got ndarray"),
+    "not_a_tensor": (_second(lambda x: x.cpu().numpy()), TypeError, "maps[1]: expected a tensor, got ndarray"),
     "channels": (
         _second(lambda x: x[:, :8]),
         ValueError,
@@ -107,14 +107,16 @@ MAPS: dict[str, tuple[Callable[[list[Tensor]], object], type[Exception], str]] =
 @each_backend
 def test_maps(change: Callable, error: type[Exception], message: str, train: bool, backend: str) -> None:
     module, _ = pair(Config(), backend, torch.float32, train)
-    _assert_raises_and_keeps_state(module, change(random_maps(Config(), torch.float32)), error, message)
+    maps = random_maps(Config(), torch.float32, backend=backend)
+    message = message.replace("device cpu", f"device {maps[0].device}")
+    _assert_raises_and_keeps_state(module, change(maps), error, message)
 
 
 @each_backend
 def test_one_value_per_channel_in_train_mode(backend: str) -> None:
     config = Config(batch=1, sizes=((4, 4), (1, 1)))
     ours, theirs = pair(config, backend)
-    maps = random_maps(config)
+    maps = random_maps(config, backend=backend)
     message = "maps[1]: expected more than 1 value per channel when training, got input size (1, 16, 1, 1)"
     _assert_raises_and_keeps_state(ours, maps, ValueError, message)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

@@ -1,6 +1,7 @@
 """The swap-in contract: names, initial weights, exact zeros, BatchNorm in every form, copies."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -14,12 +15,14 @@ from torch.nn.utils import prune
 import dca_kernels
 import reference
 from tests.oracle import (
+    TRAINABLE,
     Config,
     assert_identical,
     assert_same,
     both_modes,
     build,
     each_backend,
+    each_trainable,
     evaluate,
     pair,
     random_maps,
@@ -93,7 +96,7 @@ def zero_gradients(config: Config, train: bool) -> set[str]:
 
 @each_config
 @both_modes
-@each_backend
+@each_trainable
 def test_zero_gradients_are_exact(config: Config, train: bool, backend: str) -> None:
     # Zero and not None: with None an optimiser would skip these parameters' weight decay.
     module, _ = pair(config, backend, torch.float32, train)
@@ -132,6 +135,7 @@ def _patch_forward(head: nn.Sequential) -> None:
     head[0].forward = lambda x: 2 * original(x)
 
 
+HEADS_CONFIG = Config(patch=(1, 4), sizes=((6, 8), (5, 3)))
 HEADS = {
     "subclass": _subclass_norm,
     "norm_hook": lambda head: head[0].register_forward_hook(lambda module, args, out: 2 * out),
@@ -156,11 +160,12 @@ HEADS = {
 @both_modes
 @each_backend
 def test_any_head(change: Callable[[nn.Sequential], None], train: bool, backend: str) -> None:
-    modules = pair(Config(), backend, train=train)
+    modules = pair(HEADS_CONFIG, backend, train=train)
     for module in modules:
         for head in module.bn_relu:
             change(head)
-    results = [evaluate(module, random_maps(Config())) for module in modules]
+    maps = random_maps(HEADS_CONFIG, backend=backend)
+    results = [evaluate(module, maps, backward=backend in TRAINABLE) for module in modules]
     assert_same(*results)
 
 
@@ -170,7 +175,8 @@ def test_layout_before_a_changed_head(backend: str) -> None:
     seen = []
     for head in module.bn_relu:
         head[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    module([x.to(memory_format=torch.channels_last) for x in random_maps(Config())])
+    maps = [x.to(memory_format=torch.channels_last) for x in random_maps(Config(), backend=backend)]
+    evaluate(module, maps, backward=backend in TRAINABLE)
     assert all(y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous() for y in seen)
     assert len(seen) == 2
 
@@ -181,7 +187,8 @@ def test_global_hooks_are_called(backend: str) -> None:
         lambda module, args, out: 2 * out if isinstance(module, nn.BatchNorm2d) else None
     )
     try:
-        results = [evaluate(module, random_maps(Config())) for module in pair(Config(), backend)]
+        maps = random_maps(Config(), backend=backend)
+        results = [evaluate(module, maps, backward=backend in TRAINABLE) for module in pair(Config(), backend)]
     finally:
         hook.remove()
     assert_same(*results)
@@ -216,7 +223,7 @@ def test_modules_whose_forward_would_not_run_are_refused(change: Callable[[nn.Mo
     change(module)
     before = {name: b.clone() for name, b in module.named_buffers()}
     with pytest.raises(TypeError, match=r"^expected (an )?nn\.(Conv2d|LayerNorm)"):
-        module(random_maps(Config()))
+        evaluate(module, random_maps(Config(), backend=backend), backward=backend in TRAINABLE)
     assert_identical(dict(module.named_buffers()), before)
 
 
@@ -227,7 +234,8 @@ def test_parametrizations(backend: str) -> None:
         for conv in (module.upconvs[0].conv.conv, module.avg_map[1].proj.depthwise):
             torch.nn.utils.parametrizations.weight_norm(conv)
             conv.parametrizations.weight.original0.data.mul_(3)
-    assert_same(*(evaluate(module, random_maps(Config())) for module in modules))
+    maps = random_maps(Config(), backend=backend)
+    assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
 
 
 @each_backend
@@ -241,11 +249,13 @@ def test_replicas_of_data_parallel(backend: str) -> None:
                 setattr(replica, name, names[child])
             for name, tensor in [*original._parameters.items(), *original._buffers.items()]:
                 setattr(replica, name, tensor)
-        results.append({f"output.{i}": y for i, y in enumerate(replicas[0](random_maps(Config())))})
+        maps = random_maps(Config(), backend=backend)
+        with torch.no_grad():
+            results.append({f"output.{i}": y for i, y in enumerate(replicas[0](maps))})
     assert_same(*results)
 
 
-@each_backend
+@each_trainable
 def test_maps_of_a_frozen_encoder(backend: str) -> None:
     module, _ = pair(Config(), backend)
     with torch.inference_mode():
@@ -260,7 +270,8 @@ def test_one_changed_head_of_two(backend: str) -> None:
     modules = pair(Config(), backend)
     for module in modules:
         module.bn_relu[1] = nn.Identity()
-    results = [evaluate(module, random_maps(Config())) for module in modules]
+    maps = random_maps(Config(), backend=backend)
+    results = [evaluate(module, maps, backward=backend in TRAINABLE) for module in modules]
     assert_same(*results)
 
 
@@ -281,10 +292,11 @@ def _saved(module: nn.Module) -> nn.Module:
 @each_backend
 def test_copies_compute_the_same(duplicate: Callable[[nn.Module], nn.Module], backend: str) -> None:
     module, _ = pair(Config(), backend)
-    maps = random_maps(Config())
-    evaluate(module, maps)  # a copy after use, as a checkpoint is
+    maps = random_maps(Config(), backend=backend)
+    run = functools.partial(evaluate, maps=maps, backward=backend in TRAINABLE)
+    run(module)  # a copy after use, as a checkpoint is
     other = duplicate(module)
-    assert_identical(evaluate(other, maps), evaluate(module, maps))
+    assert_identical(run(other), run(module))
 
 
 def test_repr_names_the_arguments() -> None:

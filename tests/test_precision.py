@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from dca_kernels import fused
 from tests.oracle import (
+    TRAINABLE,
     Config,
     Results,
     assert_same,
     assert_within_budget,
     both_modes,
     each_backend,
+    each_trainable,
     evaluate,
+    full_size,
     pair,
     promoted,
     random_like,
@@ -25,6 +28,7 @@ from tests.oracle import (
 )
 
 CONFIG = Config((8, 16, 24), 4, sizes=((32, 32), (16, 16), (8, 8)))
+SMALL = Config((8, 16), (2, 8), sizes=((8, 32), (4, 16)))  # for the interpreter
 SEEDS = range(8)  # a ratio of two maxima is luck with one draw
 KINK = 0.1  # low precision puts values this close to zero on the other side of the ReLU
 
@@ -39,20 +43,22 @@ def runs(backend: str, dtype: torch.dtype, train: bool, case: str = "random", se
     The upstream gradient is zero where float64 has a value near the ReLU's kink: there, one rounding decides between
     a gradient and none, and the error says nothing.
     """
-    ours, theirs = pair(CONFIG, backend, dtype, train, seed)
-    maps = random_maps(CONFIG, dtype, seed)
+    config = CONFIG if full_size(backend) else SMALL
+    ours, theirs = pair(config, backend, dtype, train, seed)
+    maps = random_maps(config, dtype, seed, backend)
     CASES[case](maps, ours)
     theirs.load_state_dict(ours.state_dict())
-    exact = promoted(theirs, CONFIG)
+    exact = promoted(theirs, config)
     exact_maps = [x.double() for x in maps]
-    before_relu = _before_relu(promoted(theirs, CONFIG), exact_maps)
+    before_relu = _before_relu(promoted(theirs, config), exact_maps)
     upstream = [
         (g * (y.abs() > KINK)).to(dtype) for g, y in zip(random_like(before_relu, seed), before_relu, strict=True)
     ]
+    backward = backend in TRAINABLE
     return [
-        evaluate(ours, maps, upstream),
-        evaluate(theirs, maps, upstream),
-        evaluate(exact, exact_maps, [g.double() for g in upstream]),
+        evaluate(ours, maps, upstream, backward),
+        evaluate(theirs, maps, upstream, backward),
+        evaluate(exact, exact_maps, [g.double() for g in upstream], backward),
     ]
 
 
@@ -72,7 +78,7 @@ def pooled_runs(backend: str, dtype: torch.dtype, train: bool, case: str = "rand
     A parameter's gradient is pooled over scales and blocks too: alone it has too few elements for a ratio of errors.
     """
     pooled = defaultdict(list)
-    for seed in SEEDS:
+    for seed in SEEDS if full_size(backend) else SEEDS[:2]:
         results = runs(backend, dtype, train, case, seed)
         for name in results[0]:
             if not name.endswith("num_batches_tracked"):
@@ -81,14 +87,27 @@ def pooled_runs(backend: str, dtype: torch.dtype, train: bool, case: str = "rand
     return {quantity: [torch.cat(parts) for parts in zip(*draws, strict=True)] for quantity, draws in pooled.items()}
 
 
-@pytest.mark.parametrize("kind", ["output", "after", "grad_input", "grad"])
+def assert_kind_within_budget(kind: str, train: bool, dtype: torch.dtype, backend: str) -> None:
+    values = {name: v for name, v in pooled_runs(backend, dtype, train).items() if name.startswith(f"{kind}.")}
+    assert values
+    for quantity, parts in values.items():
+        assert_within_budget(*parts, dtype, quantity)
+
+
+@pytest.mark.parametrize("kind", ["output", "after"])
 @both_modes
 @each_dtype
 @each_backend
 def test_error_budget(kind: str, train: bool, dtype: torch.dtype, backend: str) -> None:
-    for quantity, values in pooled_runs(backend, dtype, train).items():
-        if quantity.startswith(f"{kind}."):
-            assert_within_budget(*values, dtype, quantity)
+    assert_kind_within_budget(kind, train, dtype, backend)
+
+
+@pytest.mark.parametrize("kind", ["grad_input", "grad"])
+@both_modes
+@each_dtype
+@each_trainable
+def test_error_budget_of_gradients(kind: str, train: bool, dtype: torch.dtype, backend: str) -> None:
+    assert_kind_within_budget(kind, train, dtype, backend)
 
 
 @torch.no_grad()
@@ -127,6 +146,8 @@ CASES: dict[str, Callable[[list[Tensor], nn.Module], None]] = {
 @each_dtype
 @each_backend
 def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend: str) -> None:
+    if case == "large_affine" and dtype == torch.float32 and not full_size(backend):
+        pytest.skip("a few weights in many make nearly all of the error: more draws than the interpreter has time for")
     largest = torch.finfo(dtype).max
     for quantity, (ours, theirs, exact) in pooled_runs(backend, dtype, train, case).items():
         assert ours[exact.abs() < largest].isfinite().all(), quantity

@@ -1,0 +1,520 @@
+"""What a whole forward moves and computes, counted without a GPU: in Triton's CPU interpreter, and of plain PyTorch.
+
+Nothing here is a time that was measured. `python -m benchmarks.traffic` prints the tables.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from benchmarks import cases
+from dca_kernels.backends import use_backend
+
+SECTOR = 32  # bytes: the least that a GPU's memory moves
+GROUPS = ("maps", "tokens", "parameters")
+SLACK = 1.25  # how many times its bound a forward may move
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MODES = ("eval", "train")
+
+_MAPS = re.compile(r"d?(maps|outs)")  # d: gradients
+_PARAMETERS = re.compile(r".*(weights|biases|gammas|betas)|means|variances|counters|tables_ptr")
+
+
+@dataclass(frozen=True)
+class KernelTraffic:
+    """One launch. Bytes; masked-off lanes do not count.
+
+    Attributes:
+        kernel: its function's name without `_` and `_kernel`.
+        programs: of its grid.
+        requested_loaded: bytes that its programs load: what the caches deliver.
+        requested_stored: bytes that its programs store.
+        loaded: sectors that it loads at least once, for each of GROUPS: the least that memory delivers.
+        stored: the same of what it stores.
+        handed_on: of `stored["tokens"]`, what a later launch loads; what two launches store counts for the second.
+        products: floating-point operations of `tl.dot`, padding included, for each kind of arithmetic: bf16, fp16, fp64
+            or, of float32, tf32, tf32x3 (which is three on the hardware) or ieee.
+    """
+
+    kernel: str
+    programs: int
+    requested_loaded: int
+    requested_stored: int
+    loaded: dict[str, int]
+    stored: dict[str, int]
+    handed_on: int
+    products: dict[str, int]
+
+    @property
+    def unique(self) -> int:
+        """Bytes that memory moves at least; a sector that is loaded and stored counts twice."""
+        return sum(self.loaded.values()) + sum(self.stored.values())
+
+    @property
+    def requested(self) -> int:
+        return self.requested_loaded + self.requested_stored
+
+    @property
+    def flops(self) -> int:
+        return sum(self.products.values())
+
+
+@dataclass(frozen=True)
+class OperatorTraffic:
+    """One PyTorch operator that would be a kernel on a GPU: bytes of the distinct tensors that it reads and writes."""
+
+    operator: str
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Estimates: bytes a second of a copy, and operations a second of large products, of each kind of arithmetic."""
+
+    bandwidth: float
+    rates: dict[str, float]
+
+
+GPUS = {"H200": Gpu(4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "tf32x3": 395e12 / 3})}
+
+
+# Triton kernels
+
+
+class _Buffer:
+    """One tensor's memory as one launch sees it: which sectors it loads and stores."""
+
+    def __init__(self, tensor: Tensor, group: str) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor = tensor  # keeps the memory: no later tensor may get the same addresses
+        self.group = group
+        self.begin, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        self.loaded = np.zeros(-(-self.end // SECTOR) - self.begin // SECTOR, dtype=bool)
+        self.stored = np.zeros_like(self.loaded)
+
+
+class _Launch:
+    """What one launch does, while it runs."""
+
+    def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
+        self.kernel = kernel.removeprefix("_").removesuffix("_kernel")
+        self.programs = 0
+        self.patched: set[int] = set()  # modules whose functions see the interpreter's language
+        self.loaded = self.stored = 0
+        self.products: Counter[str] = Counter()
+        self.buffers: dict[int, _Buffer] = {}
+        for name, value in arguments.items():
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, Tensor):
+                    self.buffers.setdefault(tensor.untyped_storage().data_ptr(), _Buffer(tensor, _group(name)))
+
+    def load(self, pointers: Any, mask: Any) -> None:
+        self.loaded += self._touch(pointers, mask, "loaded")
+
+    def store(self, pointers: Any, mask: Any) -> None:
+        self.stored += self._touch(pointers, mask, "stored")
+
+    def _touch(self, pointers: Any, mask: Any, direction: str) -> int:
+        """Mark the sectors of the pointers that exist; return how many bytes all lanes together ask for."""
+        lanes = np.broadcast_to(mask.data, pointers.data.shape).astype(bool, copy=False)  # ints after some `&`
+        addresses = pointers.data[lanes]
+        if addresses.size == 0:
+            return 0
+        first, last, seen = int(addresses.min()), int(addresses.max()), 0
+        for buffer in self.buffers.values():
+            if buffer.begin <= last and first < buffer.end:
+                own = addresses
+                if first < buffer.begin or buffer.end <= last:
+                    own = addresses[(addresses >= buffer.begin) & (addresses < buffer.end)]
+                getattr(buffer, direction)[own // SECTOR - buffer.begin // SECTOR] = True
+                seen += own.size
+        if seen != addresses.size:
+            raise IndexError(
+                f"{self.kernel}: {addresses.size - seen} of {addresses.size} addresses lie outside of its tensors"
+            )
+        return addresses.size * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def dot(self, a: Any, b: Any, precision: Any) -> None:
+        name = a.dtype.scalar.name
+        self.products[precision.name.lower() if name == "fp32" else name] += 2 * a.data.size * b.data.shape[-1]
+
+    def sectors(self, direction: str) -> dict[str, int]:
+        """Bytes of the marked sectors of each group."""
+        return {
+            group: SECTOR * sum(int(getattr(b, direction).sum()) for b in self.buffers.values() if b.group == group)
+            for group in GROUPS
+        }
+
+
+def _group(argument: str) -> str:
+    """Which of GROUPS a kernel's argument belongs to, by the names that all kernels share."""
+    if _MAPS.fullmatch(argument):
+        return "maps"
+    return "parameters" if _PARAMETERS.fullmatch(argument) else "tokens"
+
+
+def count_kernels(run: Callable[[], object]) -> list[KernelTraffic]:
+    """What each launch that `run` makes in Triton's interpreter moves and computes, in order.
+
+    Values only matter where a kernel branches on them: in bfloat16 they are wrong unless the interpreter is corrected.
+
+    Raises:
+        RuntimeError: kernels are compiled.
+    """
+    launches: list[_Launch] = []
+    with _recorded(launches):
+        run()
+    handed_on = _handed_on(launches)
+    return [
+        KernelTraffic(
+            kernel=launch.kernel,
+            programs=launch.programs,
+            requested_loaded=launch.loaded,
+            requested_stored=launch.stored,
+            loaded=launch.sectors("loaded"),
+            stored=launch.sectors("stored"),
+            handed_on=bytes_handed_on,
+            products=dict(launch.products),
+        )
+        for launch, bytes_handed_on in zip(launches, handed_on, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _recorded(launches: list[_Launch]) -> Iterator[None]:
+    """The interpreter writes down in `launches` what it does. Its methods are wrapped: they may be corrected ones."""
+    import triton  # not above: what is counted of plain PyTorch, and the tables, do without
+    from triton.runtime import interpreter
+
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels are compiled: TRITON_INTERPRET=1 is not set")
+
+    def launch(method: Callable, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(_Launch(executor.fn.__name__, dict(zip(executor.arg_names, args, strict=False)) | kwargs))
+        return method(executor, *args, **kwargs)
+
+    def grid(method: Callable, builder: Any, *sizes: int) -> Any:
+        launches[-1].programs = int(np.prod(sizes))
+        return method(builder, *sizes)
+
+    def load(method: Callable, builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].load(pointers, mask)
+        return method(builder, pointers, mask, *rest)
+
+    def store(method: Callable, builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].store(pointers, mask)
+        return method(builder, pointers, value, mask, *rest)
+
+    def atomic(method: Callable, builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].load(pointers, mask)
+        launches[-1].store(pointers, mask)
+        return method(builder, operation, pointers, value, mask, *rest)
+
+    def dot(method: Callable, builder: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        launches[-1].dot(a, b, precision)
+        return method(builder, a, b, d, precision, *rest)
+
+    def patch_language(method: Callable, function: Any) -> Any:
+        """Once for each module and launch, not for every call: a third of the time."""
+        module = id(function.__globals__)
+        if module in launches[-1].patched:
+            return None
+        launches[-1].patched.add(module)
+        return method(function)
+
+    builder = interpreter.InterpreterBuilder
+    wrappers = {
+        (interpreter.GridExecutor, "__call__"): launch,
+        (interpreter, "_patch_lang"): patch_language,
+        (builder, "set_grid_dim"): grid,
+        (builder, "create_masked_load"): load,
+        (builder, "create_masked_store"): store,
+        (builder, "create_atomic_rmw"): atomic,
+        (builder, "create_dot"): dot,
+    }
+    # Checks of integers are prepared always, and made only with debug=True: a part of the time, too.
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    with mock.patch.object(interpreter.interpreter_builder, "options", options), contextlib.ExitStack() as stack:
+        for (owner, name), wrapper in wrappers.items():
+            stack.enter_context(mock.patch.object(owner, name, _wrapped(getattr(owner, name), wrapper)))
+        yield
+
+
+def _wrapped(method: Callable, wrapper: Callable) -> Callable:
+    return lambda *args, **kwargs: wrapper(method, *args, **kwargs)
+
+
+def _handed_on(launches: Sequence[_Launch]) -> list[int]:
+    """For each launch, the bytes of tokens that it stores last before a later launch loads them."""
+    wanted: dict[int, np.ndarray] = {}
+    bytes_handed_on = []
+    for launch in reversed(launches):
+        bytes_handed_on.append(0)
+        for address, buffer in launch.buffers.items():
+            later = wanted.setdefault(address, np.zeros_like(buffer.loaded))
+            if buffer.group == "tokens":
+                bytes_handed_on[-1] += SECTOR * int((buffer.stored & later).sum())
+            wanted[address] = later & ~buffer.stored | buffer.loaded
+    return bytes_handed_on[::-1]
+
+
+# Plain PyTorch
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[OperatorTraffic] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
+        memory = {t.untyped_storage().data_ptr() for t in read}
+        fresh = any(t.untyped_storage().data_ptr() not in memory for t in written)
+        name = function.overloadpacket.__name__
+        if (fresh or function._schema.is_mutable) and "empty" not in name:
+            self.seen.append(OperatorTraffic(name, _bytes(read), _bytes(written)))
+        return results
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Of distinct tensors; what is repeated by a stride of zero counts once."""
+    distinct = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}
+    return sum(
+        t.element_size() * int(np.prod([n if stride else 1 for n, stride in zip(t.shape, t.stride(), strict=True)]))
+        for t in distinct.values()
+    )
+
+
+def count_reference(run: Callable[[], object]) -> list[OperatorTraffic]:
+    """What each operator of plain PyTorch reads and writes, in order.
+
+    Counted is the operator that PyTorch dispatches below autograd, as one kernel, if it has a result in memory of its
+    own or changes an argument in place: views, `empty` and what reads a number are none. It reads each distinct tensor
+    among its arguments once and writes its results once. That is a floor: the kernels behind one operator may be
+    several, and BatchNorm in training, for one, reads its input twice.
+    """
+    with _Operators() as operators:
+        run()
+    return operators.seen
+
+
+# Tables
+
+
+def roofline(kernels: Sequence[KernelTraffic], gpu: str) -> list[dict[str, Any]]:
+    """The least time of each kernel on a GPU, the larger of its bytes over bandwidth and its products over their rate.
+
+    ESTIMATES, not measurements: microseconds from GPUS, as if every kernel were alone, launched for nothing, and had
+    nothing but products to compute. The last row is the sum.
+    """
+    rows = []
+    for kernel in kernels:
+        memory = kernel.unique / GPUS[gpu].bandwidth * 1e6
+        compute = sum(flops / GPUS[gpu].rates[kind] for kind, flops in kernel.products.items()) * 1e6
+        rows.append(
+            {"kernel": kernel.kernel, "memory_us": memory, "compute_us": compute, "floor_us": max(memory, compute)}
+        )
+    total = {key: sum(row[key] for row in rows) for key in ("memory_us", "compute_us", "floor_us")}
+    return [*rows, {"kernel": "sum"} | total]
+
+
+def bound(kernels: Sequence[KernelTraffic], map_bytes: int) -> float:
+    """Bytes that a forward may move: SLACK times what its design cannot avoid.
+
+    That is two reads and a write of the maps, and a write and a read of each token buffer, of what one kernel stores
+    for a later one: tokens, statistics, covariance, mixing matrix, z. A design with larger buffers has a larger bound.
+    """
+    return SLACK * (3 * map_bytes + 2 * sum(kernel.handed_on for kernel in kernels))
+
+
+def main_table(
+    patch: int = 28, modes: Sequence[str] = MODES, dtypes: Sequence[str] = tuple(DTYPES), gpu: str = "H200"
+) -> list[dict[str, Any]]:
+    """One row a forward (mode, dtype, implementation) on one tile of the bundled image; JSON-able.
+
+    In mode "train" BatchNorm takes the batch's statistics; nothing is kept for a backward in either mode.
+    Rows of `triton` have a list of their kernels, with each one's floor, and how the sum of their unique bytes compares
+    with the bound; operators of plain PyTorch between the kernels are launches and bytes like any other. A process
+    counts one forward, and interprets its kernels: here they may be compiled.
+    """
+    forwards = [(mode, dtype) for mode in modes for dtype in dtypes]
+    workers = min(len(forwards), os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"),  # many small products
+        concurrent.futures.ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
+        tqdm(total=len(forwards), desc=f"forwards, {workers} at a time", leave=False) as progress,
+    ):
+        counts = [pool.submit(_count_forward, patch, mode, dtype, gpu) for mode, dtype in forwards]
+        for _ in concurrent.futures.as_completed(counts):
+            progress.update()
+    return [row for count in counts for row in count.result()]
+
+
+def _count_forward(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
+    from dca_kernels import launch  # imports triton
+
+    maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], torch.device("cpu"))
+    modules = cases.modules(patch, DTYPES[dtype], torch.device("cpu"))
+    forward = {
+        name: functools.partial(cases.step, module.train(mode == "train"), maps, None)
+        for name, module in modules.items()
+    }
+    with use_backend("triton"):
+        with np.errstate(all="ignore"):  # bfloat16 overflows in an interpreter that is not corrected
+            kernels = count_kernels(forward["fused"])
+        with mock.patch.object(launch, "run", lambda *args, **kwargs: None):
+            between = count_reference(forward["fused"])
+    operators = count_reference(forward["reference"])
+
+    unique = {group: sum(k.loaded[group] + k.stored[group] for k in kernels) for group in GROUPS}
+    between_bytes = sum(o.read + o.written for o in between)
+    total, limit = sum(unique.values()) + between_bytes, bound(kernels, sum(x.nbytes for x in maps))
+    floors = roofline(kernels, gpu)
+    case = {"mode": mode, "dtype": dtype, "batch": 1, "patch": patch, "features": list(cases.FEATURES)}
+    ours = {
+        "implementation": "triton",
+        "launches": len(kernels) + len(between),
+        "bytes": total,
+        **{f"{group}_bytes": unique[group] for group in GROUPS},
+        "requested_bytes": sum(k.requested for k in kernels) + between_bytes,
+        "flops": sum(k.flops for k in kernels),
+        "bound_bytes": limit,
+        "of_bound": total / limit,
+        "gpu": gpu,
+        "floor_us": floors[-1]["floor_us"],
+        "kernels": [asdict(k) | floor for k, floor in zip(kernels, floors[:-1], strict=True)],
+    }
+    theirs = {
+        "implementation": "reference",
+        "launches": len(operators),
+        "bytes": sum(o.read + o.written for o in operators),
+    }
+    return [case | ours, case | theirs]
+
+
+def describe(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as GitHub Markdown: a summary, then the kernels of each forward."""
+    ours = [row for row in rows if row["implementation"] == "triton"]
+    lines = []
+    for row in ours:
+        theirs = next(r for r in rows if r["implementation"] == "reference" and _title(r) == _title(row))
+        lines.append(
+            [
+                _title(row),
+                row["launches"],
+                theirs["launches"],
+                *(_megabytes(row[f"{group}_bytes"]) for group in GROUPS),
+                _megabytes(row["bytes"]),
+                _megabytes(theirs["bytes"]),
+                _megabytes(row["bound_bytes"]),
+                f"{row['of_bound']:.2f}",
+            ]
+        )
+    headers = [
+        "forward",
+        "launches",
+        "of reference",
+        *(f"{group} MB" for group in GROUPS),
+        "total MB",
+        "of reference",
+        "bound MB",
+        "of bound",
+    ]
+    parts = [f"Unique bytes, summed over kernels:\n\n{_markdown(lines, headers)}"]
+    for row in ours:
+        heading = f"{_title(row)}. Floors are ESTIMATES for one {row['gpu']}; no time was measured:"
+        parts.append(f"{heading}\n\n{_kernel_table(row['kernels'])}")
+    return "\n\n".join(parts)
+
+
+def _kernel_table(kernels: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for kernel in kernels:
+        loaded, stored = sum(kernel["loaded"].values()), sum(kernel["stored"].values())
+        requested = kernel["requested_loaded"] + kernel["requested_stored"]
+        lines.append(
+            [
+                kernel["kernel"],
+                kernel["programs"],
+                *(_megabytes(kernel["loaded"][group] + kernel["stored"][group]) for group in GROUPS),
+                _megabytes(loaded),
+                _megabytes(stored),
+                f"{requested / (loaded + stored):.1f}",
+                f"{sum(kernel['products'].values()) / 1e9:.3f}",
+                f"{kernel['floor_us']:.2f}",
+            ]
+        )
+    headers = [
+        "kernel",
+        "programs",
+        *(f"{group} MB" for group in GROUPS),
+        "loaded MB",
+        "stored MB",
+        "requested / unique",
+        "GFLOP",
+        "floor us",
+    ]
+    return _markdown(lines, headers)
+
+
+def _title(row: dict[str, Any]) -> str:
+    return f"{row['mode']}, {row['dtype']}, batch {row['batch']}, grid {row['patch']} x {row['patch']}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _markdown(lines: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic",
+        description="Counts kernels, bytes and products of one forward, of the Triton kernels in Triton's CPU "
+        "interpreter and of the reference. No GPU is needed and no time is measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="dtype of maps and weights")
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES), help="of BatchNorm")
+    parser.add_argument(
+        "--patch", type=int, default=28, metavar="P", help="side of the token grid; a map has up to 8 P pixels a side"
+    )
+    parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose floors are estimated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
+    chosen = parser.parse_args()
+    if chosen.patch < 2:
+        parser.error("--patch: expected an integer of at least 2, since the encoder normalises over each map")
+    rows = main_table(chosen.patch, chosen.mode, chosen.dtype, chosen.gpu)
+    print(describe(rows))
+    if chosen.json is not None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A correction of bfloat16 in Triton's CPU interpreter, which up to 3.9.0 truncates casts and computes on raw bits.
+
+Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32.
+"""
+
+import functools
+
+import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+# What takes bfloat16 as it is, besides the corrected methods: these move elements.
+ALLOWED = {
+    f"create_{name}"
+    for name in (
+        *("masked_load", "store", "masked_store", "fp_ext", "bitcast", "select", "reshape", "trans"),
+        *("expand_dims", "broadcast", "splat", "join", "split"),
+    )
+}
+
+_cast_others = InterpreterBuilder.cast_impl
+_convert_others = InterpreterBuilder.create_fp_to_fp
+_dot_others = InterpreterBuilder.create_dot
+_check_reduced = ReduceScanOpInterface.check_tensor
+
+
+def install() -> None:
+    """Correct the interpreter for the rest of the process. A second call changes nothing."""
+    if InterpreterBuilder.cast_impl is _cast:
+        return
+    for name, method in list(vars(InterpreterBuilder).items()):
+        if name.startswith("create_") and name not in ALLOWED:
+            setattr(InterpreterBuilder, name, _refusing(method))
+    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.create_fp_to_fp = _convert
+    InterpreterBuilder.create_dot = _dot
+    ReduceScanOpInterface.check_tensor = _check
+
+
+def _is_bfloat16(operand) -> bool:
+    return isinstance(operand, TensorHandle | tl.tensor) and operand.dtype.scalar == tl.bfloat16
+
+
+def _refuse(operands) -> None:
+    if any(map(_is_bfloat16, operands)):
+        raise TypeError("bfloat16 arithmetic in the interpreter: cast to float32 first")
+
+
+def _refusing(method):
+    @functools.wraps(method)
+    def checked(self, *args, **kwargs):
+        _refuse((*args, *kwargs.values()))
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _check(self, tensors) -> None:
+    """Reductions and scans call this first; they work on the arrays and never reach the builder."""
+    _check_reduced(self, tensors)
+    _refuse(tensors)
+
+
+def _widened(handle: TensorHandle) -> TensorHandle:
+    """Bfloat16 is the upper half of a float32."""
+    if not _is_bfloat16(handle):
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _narrowed(handle: TensorHandle, to_integer=np.rint) -> TensorHandle:
+    """One rounding, as on a GPU, from float64 too; the default takes the nearest and ties to even.
+
+    Bfloat16 keeps 8 bits of a number, and below 2**-126 multiples of 2**-133.
+    """
+    values = handle.data.astype(np.float64)
+    step = np.maximum(np.frexp(values)[1] - 8, -133)
+    rounded = np.ldexp(to_integer(np.ldexp(values, -step)), step).astype(np.float32)
+    return TensorHandle((rounded.view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # a GPU casts to infinity and casts NaN without a warning
+def _cast(self, src, dst_type):
+    if dst_type.scalar == tl.bfloat16:
+        return _narrowed(_widened(src))
+    return _cast_others(self, _widened(src), dst_type)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _convert(self, src, dst_type, rounding_mode):
+    if dst_type.scalar == tl.bfloat16 and rounding_mode == ir.ROUNDING_MODE.RTZ:
+        return _narrowed(src, np.trunc)
+    return _convert_others(self, src, dst_type, rounding_mode)
+
+
+def _dot(self, a, b, *args):
+    return _dot_others(self, _widened(a), _widened(b), *args)

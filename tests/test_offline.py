@@ -1,0 +1,92 @@
+"""The committed table of machine code: it belongs to the kernels as they are, and nothing in it is out of bounds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[1]
+OFFLINE = ROOT / "benchmarks" / "results" / "offline"
+
+CODE = json.loads((OFFLINE / "machine_code.json").read_text())
+TRAFFIC = json.loads((OFFLINE / "traffic.json").read_text())
+NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
+MEMORY_BOUND = ("patch_embed", "upsample")
+
+
+def rows(*targets: str, **conditions: str) -> list[dict]:
+    chosen = [r for r in CODE["rows"] if r["target"] in targets and all(r[k] == v for k, v in conditions.items())]
+    assert chosen
+    return chosen
+
+
+def name(row: dict) -> str:
+    return f"{row['kernel']}, {row['case']}, {row['dtype']}, {row['target']}"
+
+
+def compiled(code: str) -> subprocess.CompletedProcess:
+    """Runs Python in a process where kernels are compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_nothing_spills_on_data_centre_gpus() -> None:
+    assert [name(r) for r in rows("sm_80", "sm_90", "sm_100") if r["spilled"] or r["local_memory"]] == []
+
+
+def test_shared_memory_fits_every_target() -> None:
+    assert [name(r) for r in rows(*NVIDIA, "gfx942") if r["shared"] > r["shared_limit"]] == []
+
+
+def test_there_are_no_float_atomics() -> None:
+    assert [name(r) for r in rows(*NVIDIA, "gfx942") if r["atomics"]] == []
+
+
+@pytest.mark.parametrize("kernel", MEMORY_BOUND)
+def test_memory_bound_kernels_move_16_bytes_at_a_time(kernel: str) -> None:
+    assert [name(r) for r in rows(*NVIDIA, kernel=kernel) if not (r["loads_128"] and r["stores_128"])] == []
+
+
+@pytest.mark.parametrize("kernel", ["covariance", "mix", "spatial_attention", "conv"])
+def test_products_run_on_tensor_cores(kernel: str) -> None:
+    low = [r for r in rows(*NVIDIA, "gfx942", kernel=kernel) if r["dtype"] in ("bfloat16", "float16")]
+    assert low and all(r["tensor_core"] for r in low)
+
+
+@pytest.mark.skipif(CODE["triton"] != triton.__version__, reason=f"the table is of triton {CODE['triton']}")
+def test_the_table_belongs_to_these_kernels() -> None:
+    """Every launch of every case has its row; three are compiled again and give the same one."""
+    code = """
+import json, sys
+from pathlib import Path
+from benchmarks import offline
+rows = {(r["target"], r["digest"]): r for r in json.loads(Path(sys.argv[1]).read_text())["rows"]}
+missing = {
+    f"{one.name}, {case.name}, {case.dtype}, {target}"
+    for target in offline.TARGETS for case in offline.CASES for one in offline.record(case, target)
+    if (target, offline.digest(one)) not in rows
+}
+assert not missing, ("run `python -m benchmarks offline`: not in the table", sorted(missing)[:9], len(missing))
+case = next(c for c in offline.CASES if c.name == "eval" and c.dtype == offline.torch.bfloat16)
+for one in offline.record(case, "sm_90"):
+    if one.name in ("patch_embed", "spatial_attention", "conv"):
+        fresh, kept = offline.row(case, "sm_90", one), rows["sm_90", offline.digest(one)]
+        assert {**fresh, "case": ""} == {**kept, "case": ""}, (fresh, kept)
+"""
+    result = compiled(code.replace("sys.argv[1]", repr(str(OFFLINE / "machine_code.json"))))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_forward_is_at_most_eight_launches() -> None:
+    launches = {(r["mode"], r["launches"]) for r in TRAFFIC if r["implementation"] == "triton"}
+    assert launches == {("eval", 7), ("train", 8)}
+
+
+def test_bytes_are_within_the_bound() -> None:
+    counted = [r for r in TRAFFIC if r["implementation"] == "triton"]
+    assert len(counted) == 4 and all(r["bytes"] <= r["bound_bytes"] for r in counted)

@@ -1,0 +1,496 @@
+"""The kernels: shapes, tiles and layouts that only they care about, what an image may not do to another, launches."""
+
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.oracle import (
+    DEVICE,
+    INTERPRETED,
+    LAYOUTS,
+    TILED,
+    Config,
+    assert_identical,
+    assert_parity,
+    assert_same,
+    assert_within_budget,
+    both_modes,
+    evaluate,
+    full_size,
+    not_finite,
+    pair,
+    promoted,
+    random_maps,
+    resized_blocks,
+)
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dca_kernels import launch, module, upsample
+
+forward = functools.partial(evaluate, backward=False)
+
+
+def kernels_and_maps(
+    config: Config, dtype: torch.dtype = torch.float64, train: bool = True
+) -> tuple[nn.Module, list[Tensor]]:
+    return pair(config, "triton", dtype, train)[0], random_maps(config, dtype, backend="triton")
+
+
+# Shapes
+
+SHAPES = {
+    "tail_of_one_token": Config((8, 16), (5, 13), sizes=((10, 26), (5, 13))),  # 65
+    "tail_of_one_window": Config((8, 4), (2, 17), sizes=((4, 35), (2, 17))),
+    "thin_maps": Config((8, 4, 4), (3, 2), sizes=((1, 12), (9, 1), (1, 1))),
+    "long_rows": Config((4, 4), (2, 3), sizes=((2, 300), (3, 7))),
+    "odd_channels": Config((1, 3, 6, 100), 3, spatial_head=(1, 1, 2, 10), sizes=((6, 6), (4, 5), (3, 3), (2, 2))),
+    "odd_heads": Config((6, 12, 18), 3, channel_head=(3, 1, 6), spatial_head=(2, 12, 9), sizes=((6, 6),) * 3),
+    "one_token_of_many_pixels": Config((4, 4), 1, sizes=((17, 19), (1, 1))),
+    "eight_scales": Config((4,) * 8, (1, 2), sizes=((4, 4), (3, 3), (2, 2), (1, 1), (5, 2), (2, 5), (4, 3), (2, 2))),
+    "many_images": Config((4,), 2, sizes=((3, 3),), batch=17, channel_att=False, spatial_att=False),
+}
+PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=4)
+LARGE = {
+    "paper": PAPER,
+    "paper_ragged": replace(PAPER, sizes=((223, 225), (111, 113), (57, 55), (29, 27)), batch=3),
+    "many_tokens": replace(PAPER, features=(32, 64), patch=(40, 33), sizes=((160, 132), (80, 66)), batch=2),
+}
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+@both_modes
+def test_shapes(config: Config, train: bool) -> None:
+    assert_parity(config, "triton", train)
+
+
+@pytest.mark.skipif(not full_size("triton"), reason="no GPU: minutes for the interpreter")
+@pytest.mark.parametrize("config", LARGE.values(), ids=LARGE)
+@both_modes
+def test_large_shapes(config: Config, train: bool) -> None:
+    assert_parity(config, "triton", train)
+
+
+@pytest.mark.parametrize("config", [TILED, replace(TILED, channel_att=False)], ids=["both", "spatial_only"])
+@both_modes
+def test_many_blocks(config: Config, train: bool) -> None:
+    with resized_blocks(0):
+        assert_parity(config, "triton", train)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    scales = draw(st.integers(1, 3))
+    several = {"min_size": scales, "max_size": scales}
+    unit = draw(st.sampled_from([1, 2, 3, 4]))
+    heads = st.sampled_from([h for h in (1, 2, 3, 4) if unit % h == 0])
+    side = st.integers(1, 11)
+    return Config(
+        features=draw(st.lists(st.integers(1, 6).map(lambda k: k * unit), **several)),
+        patch=draw(st.tuples(st.integers(1, 4), st.integers(1, 6))),
+        channel_att=draw(st.booleans()),
+        spatial_att=draw(st.booleans()),
+        n=draw(st.integers(1, 3)),
+        channel_head=draw(st.lists(heads, **several)),
+        spatial_head=draw(st.lists(heads, **several)),
+        sizes=draw(st.lists(st.tuples(side, side), **several)),
+        batch=draw(st.integers(0, 3)),
+    )
+
+
+@settings(derandomize=True, max_examples=25 if INTERPRETED else 200, deadline=None)
+@given(data=st.data(), config=configs(), train=st.booleans(), small=st.booleans(), seed=st.integers(0, 100))
+def test_any_module(data: st.DataObject, config: Config, train: bool, small: bool, seed: int) -> None:
+    train &= all(config.batch * h * w != 1 for h, w in config.sizes)
+    layouts = st.sampled_from([layout for name, layout in LAYOUTS.items() if not name.startswith("expanded")])
+    modules = pair(config, "triton", train=train, seed=seed)
+    maps = [data.draw(layouts)(x) for x in random_maps(config, seed=seed, backend="triton")]
+    with resized_blocks(0) if small else nullcontext():
+        assert_same(*(forward(m, maps) for m in modules))
+
+
+# Layouts, beside `test_layout_of_the_maps`
+
+RAGGED = Config((8, 12), (3, 5), sizes=((9, 11), (4, 5)))
+
+
+@pytest.mark.parametrize("names", [("channels_last", "part_of_cat"), ("transposed", "channels_last")], ids=" and ".join)
+@both_modes
+def test_layouts_that_differ(names: tuple[str, str], train: bool) -> None:
+    # Tiles are chosen by the layout, so sums may be in another order.
+    maps = [LAYOUTS[name](x) for name, x in zip(names, random_maps(RAGGED, backend="triton"), strict=True)]
+    results = [
+        forward(pair(RAGGED, "triton", train=train)[0], inputs) for inputs in (maps, [x.contiguous() for x in maps])
+    ]
+    assert_same(*results, rtol=1e-12)
+
+
+def test_layouts_after_each_other() -> None:
+    # Triton compiles anew for pointers that are not aligned: neither version may be taken for the other.
+    model, maps = kernels_and_maps(RAGGED, torch.float32, train=False)
+    expected = forward(model, maps)
+    misaligned = [LAYOUTS["misaligned"](x) for x in maps]
+    assert not any(x.data_ptr() % 16 == 0 for x in misaligned)
+    for inputs in (misaligned, maps, misaligned):
+        assert_identical(forward(model, inputs), expected)
+
+
+# One image, and one pixel, against the others
+
+FEW = Config((8, 12), (3, 5), sizes=((9, 11), (4, 5)), batch=3)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (2, 65)], ids=["few_tokens", "many_tokens"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_image_does_not_depend_on_the_batch(count: int, grid: tuple[int, int]) -> None:
+    model, maps = kernels_and_maps(replace(FEW, patch=grid), torch.float32, train=False)
+    every = forward(model, maps)
+    some = forward(model, [x[:count] for x in maps])
+    for i in range(len(maps)):
+        assert torch.equal(every[f"output.{i}"][:count], some[f"output.{i}"])
+
+
+@not_finite
+@both_modes
+def test_nan_comes_through(train: bool) -> None:
+    # The ReLU must not hide it; and through the attentions it reaches every pixel of its image.
+    model, maps = kernels_and_maps(FEW, torch.float32, train)
+    maps[0][1, 3, 2, 2] = float("nan")
+    for output in (result for name, result in forward(model, maps).items() if name.startswith("output")):
+        assert output[1].isnan().all()
+        assert train or not output[[0, 2]].isnan().any()
+
+
+def test_nothing_to_differentiate_needs_no_context() -> None:
+    model, maps = kernels_and_maps(RAGGED, train=False)
+    expected = forward(model, maps)
+    outputs = model.requires_grad_(False)(maps)
+    assert all(torch.equal(y, expected[f"output.{i}"]) for i, y in enumerate(outputs))
+    with torch.inference_mode():
+        maps = random_maps(RAGGED, backend="triton")
+        outputs = model(maps)
+    assert all(torch.equal(y, expected[f"output.{i}"]) for i, y in enumerate(outputs))
+
+
+# BatchNorm: beside `test_any_head`, what differs from scale to scale
+
+
+def _freeze_first(model: nn.Module) -> None:
+    model.bn_relu[0].eval()
+
+
+def _cumulative_second(model: nn.Module) -> None:
+    model.bn_relu[1][0].momentum = None
+
+
+def _only_second_in_training(model: nn.Module) -> None:
+    model.eval()
+    model.bn_relu[1].train()
+
+
+def _half_affine(model: nn.Module) -> None:
+    model.bn_relu[0][0].bias = None
+
+
+NORMS = {
+    "first_frozen": _freeze_first,
+    "second_cumulative": _cumulative_second,
+    "only_second_in_training": _only_second_in_training,
+    "no_bias": _half_affine,
+    "synchronised": lambda model: setattr(model, "bn_relu", nn.SyncBatchNorm.convert_sync_batchnorm(model.bn_relu)),
+}
+
+
+@pytest.mark.parametrize("change", NORMS.values(), ids=NORMS)
+def test_norms_that_differ(change: Callable[[nn.Module], None]) -> None:
+    modules = pair(RAGGED, "triton")
+    for m in modules:
+        change(m)
+    if change is NORMS["synchronised"]:  # on a CPU, it runs in eval mode only
+        modules = [m.eval() for m in modules]
+    maps = random_maps(RAGGED, backend="triton")
+    assert_same(*(forward(m, maps) for m in modules))
+    assert_same(*(forward(m, maps) for m in modules))  # with what the first forward left in the buffers
+
+
+def test_a_head_that_is_called_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    module._say_called.cache_clear()
+    caplog.set_level(logging.INFO, "dca_kernels")
+    model, maps = kernels_and_maps(RAGGED)
+    model.bn_relu[1][1].register_forward_hook(lambda module, args, out: out + 1)
+    for _ in range(2):
+        forward(model, maps)
+    assert caplog.messages == [
+        "bn_relu[1] (BatchNorm2d) is not a plain BatchNorm2d and ReLU: it is called as it is, not fused"
+    ]
+
+
+# Cancellation in BatchNorm's statistics, which are taken without the sum whose statistics they are
+
+
+def batch_of_ramps(delta: float) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """Two modules in float32, and maps with which up(z) + x has `delta` times the standard deviation of x.
+
+    Without attention, and with weights of one, tokens are averages over windows. Those of a ramp are a ramp again, and
+    interpolated they are one with 4 * 3 / 15 of the slope: the convolution takes that away.
+    """
+    config = Config((8,), 4, channel_att=False, spatial_att=False, sizes=((16, 16),))
+    ours, theirs = pair(config, "triton", torch.float32)
+    with torch.no_grad():
+        for m in (ours, theirs):
+            m.avg_map[0].proj.depthwise.weight.fill_(1.0)
+            m.avg_map[0].proj.depthwise.bias.zero_()
+            m.upconvs[0].conv.conv.weight.copy_(-torch.eye(8)[:, :, None, None] / (4 * 3 / 15))
+    (noise,) = random_maps(config, torch.float32, backend="triton")
+    slopes = random_maps(replace(config, sizes=((1, 2),)), torch.float32, seed=1, backend="triton")[0]
+    line = torch.linspace(-1, 1, 16, device=DEVICE)
+    return ours, theirs, [slopes[..., :1] * line[:, None] + slopes[..., 1:] * line + delta * noise]
+
+
+def assert_statistics_within_budget(delta: float) -> None:
+    ours, theirs, maps = batch_of_ramps(delta)
+    exact = build_exact(theirs)
+    results = [forward(ours, maps), forward(theirs, maps), forward(exact, [x.double() for x in maps])]
+    for name in ("output.0", "after.bn_relu.0.0.running_var", "after.bn_relu.0.0.running_mean"):
+        assert_within_budget(*(result[name].double() for result in results), torch.float32, name)
+
+
+def build_exact(model: nn.Module) -> nn.Module:
+    return promoted(model, Config((8,), 4, channel_att=False, spatial_att=False))
+
+
+@pytest.mark.parametrize("delta", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
+def test_maps_that_the_tokens_cancel(delta: float) -> None:
+    assert_statistics_within_budget(delta)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep the constant that they were compiled with")
+def test_the_direct_pass_is_what_keeps_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
+    monkeypatch.setattr(upsample, "CANCELLATION", tl.constexpr(1e30))
+    with pytest.raises(AssertionError, match="budget"):
+        assert_statistics_within_budget(1e-3)
+
+
+MISSED = "z keeps the mean of the tokens, and is rounded at its size: 2.5 times the budget"
+
+
+@pytest.mark.parametrize("mean", [1e2, pytest.param(1e4, marks=pytest.mark.xfail(reason=MISSED))])
+def test_means_far_above_the_standard_deviation(mean: float) -> None:
+    config = Config(patch=(2, 4), sizes=((8, 16), (4, 8)))
+    draws: dict[str, list[list[Tensor]]] = defaultdict(list)
+    for seed in range(4):  # a ratio of two errors is luck with one draw
+        ours, theirs = pair(config, "triton", torch.float32, seed=seed)
+        maps = [x + mean for x in random_maps(config, torch.float32, seed, "triton")]
+        exact = forward(promoted(theirs, config), [x.double() for x in maps])
+        results = [forward(ours, maps), forward(theirs, maps), exact]
+        for name in (name for name in exact if not name.endswith("num_batches_tracked")):
+            draws[name].append([result[name].double().flatten() for result in results])
+    for name, values in draws.items():
+        assert_within_budget(*(torch.cat(parts) for parts in zip(*values, strict=True)), torch.float32, name)
+
+
+# Launches
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of programs of each launch."""
+    programs: list[int] = []
+    run = launch.run
+
+    def counted(kernel: object, count: int, *args, **kwargs) -> None:
+        if count:
+            programs.append(count)
+        run(kernel, count, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "run", counted)
+    return programs
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+@both_modes
+def test_number_of_launches(scales: int, train: bool, launches: list[int]) -> None:
+    config = Config((4,) * scales, 2, sizes=((4, 4),) * scales, batch=2)
+    forward(*kernels_and_maps(config, torch.float32, train))
+    assert 0 < len(launches) <= (8 if train else 7)
+
+
+@both_modes
+def test_no_images_launch_nothing(train: bool, launches: list[int]) -> None:
+    forward(*kernels_and_maps(replace(RAGGED, batch=0), torch.float32, train))
+    assert not launches
+
+
+class RecordingKernel:
+    """Stands for a kernel; remembers its grid and what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        return lambda **kwargs: self.calls.append((grid, kwargs))
+
+
+ONE = {"num_warps": 4, "num_stages": 2}
+
+
+def test_run_passes_everything_on() -> None:
+    kernel, x = RecordingKernel(), torch.zeros(1)
+    launch.run(kernel, 3, ONE | {"block_n": 16}, x=x, N=5)
+    # FP fusion is named because its default differs between versions of Triton.
+    assert kernel.calls == [((3,), {"x": x, "N": 5, "enable_fp_fusion": True} | ONE)]
+
+
+def test_run_without_programs_launches_nothing() -> None:
+    kernel = RecordingKernel()
+    launch.run(kernel, 0, ONE, x=torch.zeros(1))
+    assert not kernel.calls
+
+
+def test_run_refuses_more_programs_than_a_grid_has() -> None:
+    kernel = RecordingKernel()
+    with pytest.raises(ValueError, match=f"^maps: .*at most {2**31 - 1} programs a launch, got {2**31}$"):
+        launch.run(kernel, 2**31, ONE, x=torch.zeros(1))
+    assert not kernel.calls
+
+
+def test_launches_are_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnSecondGpu(Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            log.append(device)
+
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        def __exit__(self, *args: object) -> None:
+            log.append("exit")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            return lambda **kwargs: log.append("launch")
+
+    log: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    launch.run(Kernel(), 1, ONE, N=3, x=torch.zeros(1).as_subclass(OnSecondGpu))
+    assert log == [torch.device("cuda", 1), "enter", "launch", "exit"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU: CUDA graphs")
+@both_modes
+def test_a_cuda_graph_replays_with_new_data(train: bool) -> None:
+    # Captured at all: no synchronisation, and no memory whose size depends on values.
+    config = Config()
+    model, maps = kernels_and_maps(config, torch.float32, train)
+    twin, others = pair(config, "triton", torch.float32, train)[0], random_maps(config, torch.float32, 1, "triton")
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(maps)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = model(maps)
+        for x, other in zip(maps, others, strict=True):
+            x.copy_(other)
+        model.load_state_dict(state)
+        graph.replay()
+    expected = forward(twin, others)
+    assert_identical(
+        {f"output.{i}": y for i, y in enumerate(outputs)} | {f"after.{name}": b for name, b in model.named_buffers()},
+        expected,
+    )
+
+
+# The table of block sizes
+
+TABLE = {
+    "first": {
+        "size": "apples",
+        "rows": [
+            {"if": {"architecture": ["sm_90"], "dtype": ["float16", "bfloat16"], "max_size": 64}, "then": {"row": 0}},
+            {"if": {"architecture": ["sm_90"]}, "then": {"row": 1}},
+            {"if": {"max_size": 32}, "then": {"row": 2}},
+            {"if": {"dtype": ["float64"]}, "then": {"row": 3}},
+            {"then": {"row": 4}},
+        ],
+    },
+    "limited": {"size": "pears", "rows": [{"if": {"max_size": 128}, "then": {"row": 0}}]},
+}
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(launch, "_table", lambda: TABLE)
+    launch.configuration.cache_clear()
+    yield
+    launch.configuration.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, size, row",
+    [
+        ("sm_90", torch.bfloat16, 64, 0),
+        ("sm_90", torch.float16, 1, 0),
+        ("sm_90", torch.bfloat16, 65, 1),
+        ("sm_90", torch.float32, 64, 1),
+        ("gfx942", torch.bfloat16, 32, 2),
+        ("interpreter", torch.float64, 33, 3),
+        ("sm_80", torch.float32, 33, 4),
+    ],
+)
+def test_the_first_row_that_holds(architecture: str, dtype: torch.dtype, size: int, row: int, table: None) -> None:
+    for _ in range(2):
+        assert launch.configuration("first", architecture, dtype, size) == {"row": row}
+
+
+def test_no_row_is_an_error_that_names_the_size(table: None) -> None:
+    assert launch.configuration("limited", "sm_80", torch.float32, 128) == {"row": 0}
+    message = r"too large for the triton backend's limited in torch\.float32: pears, got 129; the torch backend has no"
+    with pytest.raises(ValueError, match=message):
+        launch.configuration("limited", "sm_80", torch.float32, 129)
+
+
+ARCHITECTURES = ("interpreter", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+
+
+@pytest.mark.parametrize("kernel", launch._table())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_has_blocks_or_names_its_limit(kernel: str, architecture: str) -> None:
+    limits = launch._table()[kernel]["rows"][-1].get("if", {})
+    assert set(limits) <= {"max_size"}
+    largest = limits.get("max_size", 2**20)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for size in {1, 16, 100, largest // 2, largest}:
+            config = launch.configuration(kernel, architecture, dtype, size)
+            assert {"num_warps", "num_stages"} < config.keys()
+            assert all(isinstance(value, int) and value > 0 for value in config.values())
+        if limits:
+            with pytest.raises(ValueError, match=f"triton backend's {kernel} in {dtype}: .*, got {largest + 1};"):
+                launch.configuration(kernel, architecture, dtype, largest + 1)
+
+
+@both_modes
+def test_a_module_that_is_too_large_says_so(train: bool) -> None:
+    config = Config((1100,), 1, channel_att=False, spatial_head=(1,), sizes=((1, 1),))
+    model, maps = kernels_and_maps(config, torch.float32, train)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"too large for the triton backend.s .*, got 2048; the torch backend"):
+        forward(model, maps)
+    assert_identical(model.state_dict(), before)

@@ -1,0 +1,204 @@
+"""Where the kernels read and write: nothing beyond any tensor, and offsets past 2**31 elements."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.oracle import (
+    DEVICE,
+    INTERPRETED,
+    TILED,
+    Config,
+    assert_identical,
+    assert_same,
+    both_modes,
+    evaluate,
+    pair,
+    random_maps,
+    resized_blocks,
+)
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+import triton.language as tl
+
+from dca_kernels import launch
+
+MARGIN = 5000  # elements of NaN on either side
+
+
+class Halo:
+    """Puts tensors into the middle of buffers of NaN."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def around(self, x: Tensor) -> Tensor:
+        """A tensor of the same values and strides; it has no gaps."""
+        buffer = torch.full((x.numel() + 2 * MARGIN,), math.nan, dtype=x.dtype, device=x.device)
+        self.buffers.append(buffer)
+        return buffer.as_strided(x.shape, x.stride(), MARGIN).copy_(x)
+
+    def assert_untouched(self) -> None:
+        assert self.buffers
+        for buffer in self.buffers:
+            assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all()
+
+
+@pytest.fixture
+def halo(monkeypatch: pytest.MonkeyPatch) -> Halo:
+    """All floating memory that the package asks for has a margin of NaN; whoever reads there shows it."""
+    halo = Halo()
+
+    def widened(allocate):
+        def allocate_with_margin(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if sys._getframe(1).f_globals["__name__"].startswith("dca_kernels") and tensor.is_floating_point():
+                return halo.around(tensor.fill_(math.nan))
+            return tensor
+
+        return allocate_with_margin
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, widened(getattr(owner, name)))
+    return halo
+
+
+RAGGED = Config((6, 12), (3, 5), channel_head=(2, 1), spatial_head=(1, 6), sizes=((9, 11), (4, 5)))
+CONFIGS = {
+    "ragged": RAGGED,
+    "spatial_only": replace(RAGGED, channel_att=False),
+    "smaller_than_grid": replace(RAGGED, sizes=((1, 2), (2, 1))),
+    "two_blocks": replace(RAGGED, n=2),
+}
+
+
+def _move_into(halo: Halo, model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = halo.around(tensor.data)
+    return [halo.around(x) for x in maps]
+
+
+def assert_stays_inside(config: Config, halo: Halo, dtype: torch.dtype, train: bool, channels_last: bool) -> None:
+    maps = random_maps(config, dtype, backend="triton")
+    if channels_last:
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    expected = evaluate(pair(config, "triton", dtype, train)[0], maps, backward=False)
+    model, _ = pair(config, "triton", dtype, train)
+    halo.buffers.clear()
+    results = evaluate(model, _move_into(halo, model, maps), backward=False)
+    assert_identical(results, expected)
+    assert all(t.isfinite().all() for t in results.values())
+    halo.assert_untouched()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@both_modes
+def test_nothing_beyond_the_tensors(config: Config, train: bool, halo: Halo) -> None:
+    assert_stays_inside(config, halo, torch.float32, train, channels_last=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@both_modes
+def test_nothing_beyond_the_tensors_in_small_blocks(dtype: torch.dtype, train: bool, halo: Halo) -> None:
+    with resized_blocks(0):
+        assert_stays_inside(TILED, halo, dtype, train, channels_last=dtype == torch.bfloat16)
+
+
+@triton.jit
+def careless_kernel(source, target, SHIFT: tl.constexpr):
+    tl.store(target + SHIFT, tl.load(source))
+
+
+def test_a_write_into_the_margin_is_seen() -> None:
+    halo = Halo()
+    target = halo.around(torch.zeros(4, device=DEVICE))
+    careless_kernel[(1,)](torch.ones(1, device=DEVICE), target, 3)
+    halo.assert_untouched()
+    careless_kernel[(1,)](torch.ones(1, device=DEVICE), target, 4)
+    with pytest.raises(AssertionError):
+        halo.assert_untouched()
+
+
+# Offsets past 2**31
+
+STRIDE = 2**30 + 8  # from the third image on, more than 32 bit hold
+FAR = Config((2, 4), 2, channel_head=(1, 1), spatial_head=(1, 2), sizes=((4, 5), (2, 3)), batch=3)
+
+
+@pytest.fixture
+def overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter checks integer arithmetic; a compiled kernel would read from elsewhere."""
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        options = replace(interpreter.interpreter_builder.options, debug=True, sanitize_overflow=True)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture
+def far_storage(tmp_path: Path) -> Iterator[Tensor]:
+    """A little over 2**31 float32, of which a file keeps only what is written."""
+    count = 2 * STRIDE + 64
+    if INTERPRETED:
+        yield torch.from_file(str(tmp_path / "sparse"), shared=True, size=count)
+    else:
+        yield torch.empty(count, device=DEVICE)
+
+
+@both_modes
+def test_images_far_apart(train: bool, far_storage: Tensor, overflow_is_an_error: None) -> None:
+    near = random_maps(FAR, torch.float32, backend="triton")
+    expected = evaluate(pair(FAR, "triton", torch.float32, train)[0], near, backward=False)
+    far = far_storage.as_strided(near[0].shape, (STRIDE, *near[0].stride()[1:])).copy_(near[0])
+    model, _ = pair(FAR, "triton", torch.float32, train)
+    assert_identical(evaluate(model, [far, near[1]], backward=False), expected)
+
+
+@triton.jit
+def narrow_kernel(source, target, stride):
+    tl.store(target + tl.program_id(0), tl.load(source + tl.program_id(0) * stride, mask=tl.program_id(0) < 1, other=0))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter checks integers")
+def test_an_offset_of_32_bits_is_noticed(overflow_is_an_error: None) -> None:
+    source, target = torch.zeros(8), torch.zeros(3)
+    narrow_kernel[(2,)](source, target, STRIDE)
+    with pytest.raises(Exception, match="int32 overflow detected for operation mul"):
+        narrow_kernel[(3,)](source, target, STRIDE)
+
+
+@both_modes
+def test_an_image_that_spans_too_much_is_refused(
+    train: bool, far_storage: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = pair(FAR, "triton", torch.float32, train)
+    near = random_maps(FAR, torch.float32, backend="triton")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "run", lambda *args, **kwargs: pytest.fail("launched"))
+        far = far_storage.as_strided(near[1].shape, (0, 2**29, 2**28, 2**27))  # 4 channels, 2 rows, 3 columns
+        message = rf"^maps\[1\]: expected an image whose elements lie within {2**31} of the first, got {2**31}$"
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model([near[0], far])
+    assert_identical(model.state_dict(), before)
+
+
+@both_modes
+def test_an_image_that_spans_all_that_it_may(train: bool, far_storage: Tensor) -> None:
+    # No check of the arithmetic here: what a mask leaves out may lie, and overflow, further on.
+    near = random_maps(FAR, torch.float32, backend="triton")
+    shape, strides = near[0].shape, (0, 2**30, 2**28, 2**26 - 1)
+    assert 2**31 - 4 == sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    far = far_storage.as_strided(shape, strides)
+    far[0].copy_(near[0][0])
+    maps = ([far, near[1]], [near[0][:1].expand(shape), near[1]])
+    assert_same(*(evaluate(pair(FAR, "triton", torch.float32, train)[0], m, backward=False) for m in maps), rtol=1e-6)
