@@ -162,7 +162,7 @@ def test_auto_does_not_take_triton_even_where_it_runs(
     assert WHY_NOT("triton", CPU) is None
     assert backends.choose("auto", CPU) == "torch"
     (message,) = caplog.messages
-    assert message.startswith("backend 'auto' runs 'torch' on cpu ('triton': forward only")
+    assert message.startswith("backend 'auto' runs 'torch' on cpu ('triton': not yet run on a GPU")
 
 
 @needs_triton
