@@ -82,9 +82,10 @@ def test_maps_of_unequal_dtypes(backend: str) -> None:
 @each_trainable
 def test_backward_under_autocast(train: bool, backend: str) -> None:
     # PyTorch's own part of the backward is in bfloat16 then, for the reference too.
-    modules = pair(CONFIG, backend, torch.float32, train)
-    exact = promoted(modules[1], CONFIG)
-    maps = random_maps(CONFIG, torch.float32)
+    config = Config()
+    modules = pair(config, backend, torch.float32, train)
+    exact = promoted(modules[1], config)
+    maps = random_maps(config, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (evaluate(module, maps) for module in modules)
     expected = evaluate(exact, [x.double() for x in maps])
