@@ -1,6 +1,7 @@
 """What is measured: the skip maps of a U-Net encoder over tiles of a real image, and two modules of equal weights."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,20 @@ SEED = 0
 
 def load_image(path: Path | None) -> np.ndarray:
     """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or scikit-image's tissue slide (512 x 512)."""
-    image = data.immunohistochemistry() if path is None else io.imread(path)
+    image = data.immunohistochemistry() if path is None else _read(path)
     if image.ndim == 2:
         image = color.gray2rgb(image)
     if image.ndim != 3 or image.shape[2] not in (3, 4):
         raise ValueError(f"{path}: expected a grey, RGB or RGBA image, got an array of shape {image.shape}")
     limit = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1.0
     return np.asarray(image[..., :3], np.float32) / np.float32(limit)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return io.imread(BytesIO(path.read_bytes()))  # of a path, the readers that fail leave the file open
+    except OSError as error:
+        raise ValueError(f"{path}: expected an image: {error}") from error
 
 
 def cut_tiles(image: np.ndarray, count: int, side: int) -> Tensor:
