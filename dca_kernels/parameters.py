@@ -139,7 +139,7 @@ def flatten(dca: Any, norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]
                 for name in ("q_map", "k_map", "v_map", "projection"):
                     modules += [_depthwise(getattr(attention, name)) for attention in getattr(block, attentions)]
     modules += [checked(upconv.conv.conv, nn.Conv2d) for upconv in dca.upconvs]
-    parameters: list[Tensor] = [t for module in modules for t in (module.weight, module.bias)]
+    parameters = [t for module in modules for t in (module.weight, module.bias) if t is not None]
     parameters += [t for norm in norms for t in _affine_of(norm) if t is not None]
     fused = [norm for norm in norms if norm is not None]
     buffers = [t for norm in fused for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]

@@ -131,48 +131,38 @@ def _load_tokens(ptr, offs_n, offs_c, mask_n, mask_c, TOTAL: tl.constexpr):
 def _spatial_attention_backward_kernel(
     normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
     p_weights, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M tokens of one head, as queries and as keys and values of every scale, against all tokens.
+    """One program: BLOCK_M tokens of one head of one scale, as queries and as keys and values, against all tokens.
 
-    The scales that have as many heads as each other are a group: a head of all of them sees the same channels. GROUPS
-    are the numbers of heads. Writes the gradients of the normalised tokens (B, GROUPS, N, C), through the scores, and
-    of the values (B, N, C); and sums over its tokens: of pair and key, (B, BLOCKS, S, 2, C), and of weight and bias of the
-    result, (B, BLOCKS, 2, C).
+    Writes the gradients of the normalised tokens (B, S, N, C), through the scores, and of the values (B, N, C); and
+    sums over its tokens: of pair and key, (B, BLOCKS, S, 2, C), and of weight and bias of the result,
+    (B, BLOCKS, 2, C).
     """
     ALL_HEADS: tl.constexpr = _first_head(HEADS, len(HEADS))
-    TOTAL: tl.constexpr = total(CHANNELS)
-    SCALES: tl.constexpr = len(CHANNELS)
     BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_M)
-    b, tile = split_program(_first_head(GROUPS, len(GROUPS)) * BLOCKS)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    every_head = ALL_HEADS - 1 - tile // BLOCKS
     block = tile % BLOCKS
-    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    for g in tl.static_range(len(GROUPS)):
-        head = tile // BLOCKS - _first_head(GROUPS, g)
-        if (head >= 0) & (head < GROUPS[g]):
-            DK: tl.constexpr = TOTAL // GROUPS[g]
-            offs_k = head * DK + tl.arange(0, padded(DK))
-            mask = (offs_m < N)[:, None] & (offs_k < (head + 1) * DK)[None, :]
-            dnormalised = tl.zeros([BLOCK_M, padded(DK)], ACC)
-            for i in tl.static_range(SCALES):
-                if HEADS[i] == GROUPS[g]:
-                    dnormalised += _attend_backward(
-                        normalised_ptr, level_ptr, averages_ptr,
-                        scores_ptr + (b * ALL_HEADS + _first_head(HEADS, i) + head) * 2 * N, dattended_ptr,
-                        q_weights[i], q_biases[i], k_weights[i], v_weights[i], p_weights[i], dvalues_ptr,
-                        dpair_ptr + ((b * BLOCKS + block) * SCALES + i) * 2 * TOTAL,
-                        dweight_ptr + (b * BLOCKS + block) * 2 * TOTAL, b, head, offs_m, N, TOTAL, offset(CHANNELS, i),
-                        DK, CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
-                    )  # fmt: skip
-            dnormalised_ptrs = dnormalised_ptr + (b * len(GROUPS) + g) * N * TOTAL + offs_m[:, None] * TOTAL
-            tl.store(dnormalised_ptrs + offs_k[None, :], dnormalised, mask=mask)
+    for i in tl.static_range(len(CHANNELS)):
+        head = every_head - _first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            _attend_backward(
+                normalised_ptr, level_ptr, averages_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
+                dattended_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i], p_weights[i],
+                dnormalised_ptr + (b * len(CHANNELS) + i) * N * total(CHANNELS), dvalues_ptr,
+                dpair_ptr + ((b * BLOCKS + block) * len(CHANNELS) + i) * 2 * total(CHANNELS),
+                dweight_ptr + (b * BLOCKS + block) * 2 * total(CHANNELS), b, head,
+                block * BLOCK_M + tl.arange(0, BLOCK_M), N, total(CHANNELS), offset(CHANNELS, i),
+                total(CHANNELS) // HEADS[i], CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
 def _attend_backward(
     normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    v_weight_ptr, p_weight_ptr, dvalues_ptr, dpair_ptr, dweight_ptr, b, head, offs_m,
+    v_weight_ptr, p_weight_ptr, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -224,6 +214,8 @@ def _attend_backward(
     through_pairs *= 0.6931471805599453
     through_keys = tl.where(mask_m, through_keys * 0.6931471805599453, 0.0)
     dtokens = through_pairs * pair[None, :] + through_keys[:, None] * key[None, :]
+    mask = mask_m[:, None] & mask_k[None, :]
+    tl.store(dnormalised_ptr + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
     mask = mask_m[:, None] & mask_v[None, :]
     tl.store(dvalues_ptr + image + offs_m[:, None] * TOTAL + own[None, :], dvalues, mask=mask)
     tokens_m = tokens_m.to(ACC)
@@ -232,7 +224,6 @@ def _attend_backward(
     dattended = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL).to(ACC)
     tl.store(dweight_ptr + own, tl.sum(dattended * average_m, 0), mask=mask_v)
     tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended, 0), mask=mask_v)
-    return dtokens
 
 
 @triton.jit
@@ -391,16 +382,15 @@ def spatial_attention_backward(
     batch, count, width = tokens.shape
     scales = len(tokens.channels)
     heads = tuple(attention.heads)
-    groups = tuple(dict.fromkeys(heads))
     config, shared = _configured("spatial_attention_backward", tokens, heads)
     blocks = launch.blocks(count, config["block_m"])
-    dnormalised = tokens.new_empty(batch, len(groups), count, width, dtype=tokens.values.dtype)
+    dnormalised = tokens.new_empty(batch, scales, count, width, dtype=tokens.values.dtype)
     dvalues = torch.empty_like(tokens.values)
     dpair = tokens.new_empty(batch, blocks, scales, 2, width)
     dweight = tokens.new_empty(batch, blocks, 2, width)
     launch.run(
         _spatial_attention_backward_kernel,
-        batch * sum(groups) * blocks,
+        batch * sum(heads) * blocks,
         config,
         normalised_ptr=saved.normalised,
         level_ptr=saved.level,
@@ -416,7 +406,6 @@ def spatial_attention_backward(
         dvalues_ptr=dvalues,
         dpair_ptr=dpair,
         dweight_ptr=dweight,
-        GROUPS=groups,
         **shared,
     )
 

@@ -771,9 +771,9 @@ def _map_gradient(
     tl.store(sums_ptrs, _sum_pairs(pooled * x, BLOCK_C, BLOCK_H), mask=mask_c)
     tl.store(sums_ptrs + TOTAL, _sum_pairs(pooled, BLOCK_C, BLOCK_H), mask=mask_c)
     if tile % ROWS == 0:
-        for k in range(ROWS, MOST):
-            tl.store(sums_ptrs + k * 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-            tl.store(sums_ptrs + (k * 2 + 1) * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+        for missing in range(ROWS, MOST):
+            tl.store(sums_ptrs + missing * 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+            tl.store(sums_ptrs + (missing * 2 + 1) * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
 
 
 class Saved(NamedTuple):
