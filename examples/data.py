@@ -108,21 +108,20 @@ def find(root: Path, share: float, seed: int) -> Data:
     return Data(pairs.layout, train, validation, pairs.classes)
 
 
-def check(samples: Sequence[Sample], classes: int, side: int, size: int | None, quiet: bool) -> None:
+def check(samples: Sequence[Sample], classes: int, side: int, size: int | None) -> None:
     """Read every sample once, before anything is trained on the first.
 
     Args:
         classes: the number of them, with the background.
         side: of the crops, which no sample may be smaller than.
         size: as for `load`.
-        quiet: whether no progress bar is shown.
 
     Raises:
         DataError: names each file that cannot be used, what was expected of it and what it is (up to ten).
     """
     examine = partial(_examine, classes=classes, side=side, size=size)
     with ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(examine, samples), "checking", len(samples), leave=False, disable=quiet))
+        results = list(tqdm(pool.map(examine, samples), "checking", len(samples), leave=False))
     problems = [problem for problem, _ in results if problem]
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -262,8 +261,8 @@ def _synapse(root: Path, folder: Path) -> Pairs:
 
 def _read(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected an image that can be read, got {type(error).__name__}: {error}") from error
     return image
@@ -308,7 +307,7 @@ def _read_polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 def _read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             image, label = (arrays[name] for name in ("image", "label"))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: expected arrays `image` and `label`, got {type(error).__name__}: {error}") from error
