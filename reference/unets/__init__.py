@@ -10,5 +10,6 @@ Source: section 4 of the paper, and the authors' MIT-licensed networks, whose la
 """
 
 from reference.unets.unet import UNet
+from reference.unets.vnet import VNet
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "VNet"]
