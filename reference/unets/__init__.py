@@ -9,7 +9,8 @@ DCA the skip maps are taken before the last norm and activation of their level, 
 Source: section 4 of the paper, and the authors' MIT-licensed networks, whose layers and parameter counts these have.
 """
 
+from reference.unets.r2unet import R2UNet
 from reference.unets.unet import UNet
 from reference.unets.vnet import VNet
 
-__all__ = ["UNet", "VNet"]
+__all__ = ["R2UNet", "UNet", "VNet"]
