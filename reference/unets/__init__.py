@@ -10,7 +10,8 @@ Source: section 4 of the paper, and the authors' MIT-licensed networks, whose la
 """
 
 from reference.unets.r2unet import R2UNet
+from reference.unets.resunetpp import ResUNetPP
 from reference.unets.unet import UNet
 from reference.unets.vnet import VNet
 
-__all__ = ["R2UNet", "UNet", "VNet"]
+__all__ = ["R2UNet", "ResUNetPP", "UNet", "VNet"]
