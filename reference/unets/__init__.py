@@ -9,10 +9,11 @@ DCA the skip maps are taken before the last norm and activation of their level, 
 Source: section 4 of the paper, and the authors' MIT-licensed networks, whose layers and parameter counts these have.
 """
 
+from reference.unets.doubleunet import DoubleUNet
 from reference.unets.multiresunet import MultiResUNet
 from reference.unets.r2unet import R2UNet
 from reference.unets.resunetpp import ResUNetPP
 from reference.unets.unet import UNet
 from reference.unets.vnet import VNet
 
-__all__ = ["MultiResUNet", "R2UNet", "ResUNetPP", "UNet", "VNet"]
+__all__ = ["DoubleUNet", "MultiResUNet", "R2UNet", "ResUNetPP", "UNet", "VNet"]
