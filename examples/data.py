@@ -23,9 +23,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
-from skimage.draw import polygon
-from skimage.transform import resize
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
 from tqdm import tqdm
 
 ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
@@ -147,8 +147,10 @@ def load(sample: Sample, size: int | None = None) -> tuple[np.ndarray, np.ndarra
     columns = slice(*sample.columns)
     image, mask = image[:, columns], mask[:, columns]
     if size is not None:
-        image = resize(image, (size, size), order=1, anti_aliasing=True).astype(np.float32)
-        mask = resize(mask, (size, size), order=0, anti_aliasing=False, preserve_range=True).astype(np.int64)
+        pixels, labels = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None].double()
+        pixels = F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
+        image = pixels.permute(1, 2, 0).numpy()
+        mask = F.interpolate(labels[None], (size, size), mode="nearest-exact")[0, 0].long().numpy()
     return image, mask
 
 
@@ -291,18 +293,18 @@ def _read_mask(path: Path) -> np.ndarray:
 def _read_polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
     try:
         regions = list(ElementTree.parse(path).iter("Region"))
-        outlines = [[(float(v.attrib["Y"]), float(v.attrib["X"])) for v in region.iter("Vertex")] for region in regions]
+        outlines = [[(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")] for region in regions]
     except (ElementTree.ParseError, KeyError, ValueError) as error:
         raise DataError(
             f"{path}: expected XML with Region and Vertex X, Y, got {type(error).__name__}: {error}"
         ) from error
     if not any(outlines):
         raise DataError(f"{path}: expected Region elements with Vertex elements, found none")
-    mask = np.zeros(shape, np.int64)
+    mask = Image.new("1", (shape[1], shape[0]))
     for outline in outlines:
         if len(outline) > 2:  # MoNuSeg has a few slips of the pen
-            mask[polygon(*np.array(outline).T, shape)] = 1
-    return mask
+            ImageDraw.Draw(mask).polygon(outline, fill=1)
+    return np.asarray(mask, np.int64)
 
 
 def _read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,6 @@ from reference import unets
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend above comes first: there may be no screen
 
-HOSTS = ("UNet", "VNet", "R2UNet", "ResUNetPP", "DoubleUNet", "MultiResUNet")
 ATTENTIONS: dict[str, Any] = {"none": False, "reference": reference.DCA, "fused": dca_kernels.DCA}
 FREE = ("epochs", "out", "restart", "workers")  # arguments that a resumed run may change
 
@@ -93,8 +92,8 @@ class Crops(Dataset):
 
 
 def to_input(image: np.ndarray) -> Tensor:
-    """(H, W, 3) in 0 .. 1 -> (3, H, W) in -1 .. 1."""
-    return torch.from_numpy(image * np.float32(2) - np.float32(1)).permute(2, 0, 1)
+    """(H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -108,11 +107,16 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER", help="GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or "
         "any folder with images/ and masks/; nothing: the nuclei image of the stardist package")  # fmt: skip
-    add("--host", choices=HOSTS, default="UNet", help="the network")
+    add("--host", choices=unets.__all__, default="UNet", help="the network")
     add("--dca", choices=ATTENTIONS, default="fused", help="its attention: none, the plain PyTorch one, the fused one")
-    add("--patch", type=int, metavar="P", help="side of the token grid; nothing: an eighth of --crop, as in the paper")
+    add(
+        "--patch",
+        type=int,
+        metavar="P",
+        help="side of the token grid; nothing: as in the paper, --crop / 8 (ResUNetPP: / 4)",
+    )
     add("--resize", type=int, metavar="N", help="resize images to N x N first (polyps: 256 or 352); nothing: do not")
-    add("--crop", type=int, default=128, metavar="N", help="side of the crops to train on, and of the tiles to predict")
+    add("--crop", type=int, default=64, metavar="N", help="side of the crops to train on, and of the tiles to predict")
     add("--batch", type=int, default=4, metavar="B", help="crops in a batch, a process")
     add("--epochs", type=int, default=8, help="how often to validate and save; each image is seen once an epoch")
     add("--steps", type=int, metavar="N", help="batches an epoch; nothing: one crop of each image, at least 10 batches")
@@ -144,7 +148,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--workers, --seed: expected integers of at least 0")
     if chosen.fsdp and "RANK" not in os.environ:
         parser.error("--fsdp: expected several processes: torchrun --nproc-per-node N -m examples.train ...")
-    chosen.patch = chosen.patch or chosen.crop // 8
+    chosen.patch = chosen.patch or chosen.crop // (4 if chosen.host == "ResUNetPP" else 8)
     source = chosen.data.resolve().name if chosen.data else "nuclei"
     chosen.out = chosen.out or Path("runs") / f"{source}-{chosen.host}-{chosen.dca}"
     return chosen
@@ -207,12 +211,13 @@ def distribute(network: nn.Module, process: Process, fsdp: bool) -> nn.Module:
     return shard(network)
 
 
-def average_buffers(network: nn.Module, process: Process) -> None:
+def average_statistics(network: nn.Module, process: Process) -> None:
     """BatchNorm's running statistics, of each process's own batches so far, become their average."""
-    for buffer in network.buffers():
-        if process.count > 1 and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= process.count
+    for module in network.modules() if process.count > 1 else ():
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            for statistic in (module.running_mean, module.running_var):
+                dist.all_reduce(statistic)
+                statistic /= process.count
 
 
 def autocast(chosen: argparse.Namespace, process: Process) -> torch.autocast:
@@ -267,7 +272,7 @@ def train_epoch(
         bar.set_postfix(loss=f"{loss.item():.3f}")
     if process.count > 1:
         dist.all_reduce(total)
-    average_buffers(network, process)
+    average_statistics(network, process)
     return total.item() / (steps * process.count)
 
 
