@@ -37,7 +37,7 @@ class Setup:
     tiles: int | None = None  # all that there are
 
 
-SMALL = Setup(100, 32, 4, (8, 16, 32))
+SMALL = Setup(100, 32, 4, (4, 8, 16))
 TINY = Setup(3, 16, 2, (4, 8, 16), batch=2, tiles=2)  # what the interpreter can do in some seconds
 PAPER = Setup(200, 224, 28, (32, 64, 128, 256, 512))
 
