@@ -36,12 +36,17 @@ COLOURS = 3  # as VGG-19 takes
 
 
 def vgg19() -> list[Level]:
-    """The convolutions of VGG-19 (Simonyan and Zisserman, arXiv 1409.1556), untrained; levels end before a pooling."""
+    """The convolutions of VGG-19 (Simonyan and Zisserman, arXiv 1409.1556), untrained; levels end before a pooling.
+
+    There is no norm in it: initial weights are He's, as torchvision's, so that the maps do not fade with depth.
+    """
     levels = []
     for i, (before, after) in enumerate(pairwise([COLOURS, *VGG_WIDTHS])):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if i else []
         for channels in pairwise([before] + [after] * VGG_CONVS[i]):
             layers += [conv(*channels), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
         levels.append(Level(nn.Sequential(*layers[:-1]), layers[-1]))
     return levels
 

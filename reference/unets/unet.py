@@ -1,5 +1,6 @@
 """U-Net (Ronneberger et al., arXiv 1505.04597) as the DCA paper has it: half the width, with BatchNorm."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import nn
@@ -31,15 +32,19 @@ class UNet(EncoderDecoder):
         in_channels, out_channels: of the image and of the logits.
         dca: False, True or a factory (see `reference.unets`).
         patch: token grid of DCA, the image's side over 8 in the paper; P for P x P or (P_h, P_w).
-        width: channels of the finest level; each further level has twice as many. The paper's network has 32.
+        widths: channels of each level, finest first, the last one below all skip maps; the paper's where not given.
 
-    Images are (B, in_channels, H, W) with H and W multiples of 16.
+    Images are (B, in_channels, H, W) with H and W multiples of 16 (2 to the number of skip maps).
     """
 
     def __init__(
-        self, in_channels: int = 3, out_channels: int = 1, dca: Attention = False, patch: Patch = 28, width: int = 32
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        dca: Attention = False,
+        patch: Patch = 28,
+        widths: Sequence[int] = (32, 64, 128, 256, 512),
     ) -> None:
-        widths = [width * 2**i for i in range(5)]
         levels = []
         for i, (before, after) in enumerate(pairwise([in_channels, *widths[:-1]])):
             pool = nn.MaxPool2d(2) if i else nn.Identity()
@@ -52,6 +57,6 @@ class UNet(EncoderDecoder):
                 Decoder(nn.Sequential(upsample(), conv_norm_act(before, after)), double_conv(2 * after, after))
                 for before, after in pairwise(reversed(widths))
             ],
-            head=conv(width, out_channels, 1),
-            dca=build_dca(dca, widths[:-1], [8, 4, 2, 1], patch),
+            head=conv(widths[0], out_channels, 1),
+            dca=build_dca(dca, widths[:-1], [2**i for i in reversed(range(len(levels)))], patch),
         )
