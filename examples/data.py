@@ -274,11 +274,13 @@ def _read_image(path: Path) -> np.ndarray:
     image = _read(path)
     if image.mode not in ("F", "I", "I;16", "I;16B"):
         return np.asarray(image.convert("RGB"), np.float32) / 255
-    grey = np.asarray(image, np.float32)  # of more than 8 bits, of which cameras use a part
-    low, high = float(grey.min()), float(grey.max())
-    if not np.isfinite(grey).all() or low == high:
-        raise DataError(f"{path}: expected finite values of which some differ, got {low} .. {high}")
-    return np.repeat(((grey - low) / (high - low))[..., None], 3, axis=2)
+    grey = np.asarray(image, np.float32)  # of more than 8 bits, of which a camera uses some
+    white = np.percentile(grey, 99.8)
+    if not (np.isfinite(grey).all() and white > 0):
+        raise DataError(
+            f"{path}: expected finite values, at least 0.2% of them above 0, got {grey.min()} .. {grey.max()}"
+        )
+    return np.repeat(np.clip(grey / white, 0, 1, dtype=np.float32)[..., None], 3, axis=2)
 
 
 def _read_mask(path: Path) -> np.ndarray:

@@ -191,7 +191,12 @@ def build(chosen: argparse.Namespace, classes: int) -> nn.Module:
     torch.manual_seed(chosen.seed)
     host = getattr(unets, chosen.host)
     outputs = 1 if classes == 2 else classes
-    return host(in_channels=3, out_channels=outputs, dca=ATTENTIONS[chosen.dca], patch=chosen.patch)
+    network = host(in_channels=3, out_channels=outputs, dca=ATTENTIONS[chosen.dca], patch=chosen.patch)
+    network.eval()(torch.zeros(1, 3, chosen.crop, chosen.crop)).sum().backward()
+    for parameter in network.parameters():  # as the official ones, some networks hold a few that they do not use
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    return network
 
 
 def distribute(network: nn.Module, process: Process, fsdp: bool) -> nn.Module:
