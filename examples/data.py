@@ -163,7 +163,10 @@ def _examine(sample: Sample, classes: int, side: int, size: int | None) -> tuple
     if min(mask.shape) < side:
         return f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {_size(mask)}", False
     if mask.min() < 0 or mask.max() >= classes:
-        return f"{sample.mask}: expected classes 0 .. {classes - 1}, got {mask.min()} .. {mask.max()}", False
+        return (
+            f"{sample.mask}: expected --classes {classes}, 0 .. {classes - 1}, got {mask.min()} .. {mask.max()}",
+            False,
+        )
     return "", bool(mask.any())
 
 

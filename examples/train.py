@@ -105,8 +105,8 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", type=Path, metavar="FOLDER", help="GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or "
-        "any folder with images/ and masks/; nothing: the nuclei image of the stardist package")  # fmt: skip
+    known = "GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or any folder with images/ and masks/"
+    add("--data", type=Path, metavar="FOLDER", help=f"{known}; nothing: the nuclei image of the stardist package")
     add("--host", choices=unets.__all__, default="UNet", help="the network")
     add("--dca", choices=ATTENTIONS, default="fused", help="its attention: none, the plain PyTorch one, the fused one")
     add(
@@ -122,7 +122,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, metavar="N", help="batches an epoch; nothing: one crop of each image, at least 10 batches")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW at the start; it falls to 0 along a cosine")
     add("--val", type=float, default=0.2, metavar="SHARE", help="share to validate on, where the data have no val/")
-    add("--classes", type=int, metavar="N", help="classes with background; nothing: those that the layout has")
+    add("--classes", type=int, metavar="N", help="of .npz slices, with background; nothing: Synapse's 9")
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--fsdp", action="store_true", help="shard gradients and optimizer over the processes (torchrun)")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images; 4 or more on a GPU")
