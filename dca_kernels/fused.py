@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 
-TILE_BYTES = 2**20  # scores in memory at a time: they stay in the cores' level-2 caches
+TILE_BYTES = 2**22  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
 PLANE_BYTES = 2**22  # full-resolution values in flight at a time while a skip map is merged
 NEGLIGIBLE = 1e-18  # smaller attention weights are zero: far below rounding, and subnormal products cost 50x on a CPU
 MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_SpatialAttention`

@@ -51,6 +51,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @both_modes
+@torch._dynamo.config.patch(specialize_float=True)  # else epsilon is dynamic too at first, and all is traced twice
 def test_dynamic_sizes_without_graph_breaks(train: bool) -> None:
     eager, compiled = (pair(SMALL, train=train)[0] for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
@@ -60,7 +61,7 @@ def test_dynamic_sizes_without_graph_breaks(train: bool) -> None:
         maps = random_maps(replace(SMALL, sizes=sizes, batch=batch))
         assert_identical(evaluate(compiled, maps), evaluate(eager, maps))
         counts.append(counter.frame_count)
-    assert counts == counts[:1] * 4
+    assert counts == [1] * 4
 
 
 def test_a_changed_batch_recompiles_once() -> None:
