@@ -594,7 +594,7 @@ def upsample(
             out, _, _ = _merge(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
         outs.append(out)
     for update in updates:
-        _update_running_buffers(*update)
+        update_running_buffers(*update)
     return outs
 
 
@@ -603,7 +603,7 @@ def uses_batch_statistics(norm: Holder) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
+def update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
     """What BatchNorm2d does to its buffers in a forward in train mode; `count` values a channel."""
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dca_kernels import channel_attention as channel
 from dca_kernels import spatial_attention as spatial
 from dca_kernels import upsample as merge
-from dca_kernels.fused import _update_running_buffers, accumulation_dtype, memory_format
+from dca_kernels.fused import update_running_buffers, accumulation_dtype, memory_format
 from dca_kernels.parameters import Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
 from dca_kernels.tokens import Tokens
@@ -60,7 +60,7 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
             for i, (norm, x) in enumerate(zip(norms, maps, strict=True)):
                 bias = dca.upconvs[i].conv.conv.bias.detach()
                 if spec.updates[i]:
-                    _update_running_buffers(norm, mean[i] + bias, variance[i], x.numel() // x.shape[1])
+                    update_running_buffers(norm, mean[i] + bias, variance[i], x.numel() // x.shape[1])
         return outs[:scales]
     if training:
         return list(_Refine.apply(spec, buffers, scales, *maps, *parameters))
