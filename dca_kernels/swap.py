@@ -257,9 +257,10 @@ def _replacement(model: nn.Module, original: nn.Module, backend: str, verify: bo
     if compiled or original._compiled_call_impl is not None:
         raise _Refused("it is compiled: replace it first, then compile")
     _refuse_hooks(original)
-    fused = _fused(original, backend)
-    if verify:
-        _verify(original, fused.grid)
+    with torch.random.fork_rng(devices=[]):
+        fused = _fused(original, backend)
+        if verify:
+            _verify(original, fused.grid)
     vars(fused).update(_hooks(original))  # the same registries: handles given out go on removing
     vars(fused)["_original"] = (original,)  # in a tuple it is no submodule
     return fused
@@ -318,8 +319,8 @@ def _arguments(original: Any) -> dict[str, Any]:
     block = original.attention[0]
     heads = {name: [_heads(a) for a in getattr(block, name, ())] for name in ("c_attention", "s_attention")}
     return {
-        "features": [m.proj.depthwise.weight.shape[0] for m in original.avg_map],
-        "patch": grid[0] if len(set(grid)) == 1 else grid,
+        "features": [m.proj.depthwise.out_channels for m in original.avg_map],
+        "patch": grid[0] if grid[1:] == grid[:1] else grid,
         "channel_att": hasattr(block, "c_attention"),
         "spatial_att": hasattr(block, "s_attention"),
         "n": len(original.attention),
@@ -336,12 +337,17 @@ def _heads(attention: Any) -> int:
     return attention.n_heads if hasattr(attention, "n_heads") else attention.heads
 
 
-def _check_leaf(name: str, module: nn.Module, expected: nn.Module) -> None:
+def _check_leaf(name: str, module: Any, expected: Any) -> None:
+    """By attributes: in training, reading a parametrized weight may change its buffers."""
     checked(module, type(expected))
-    for tensor in ("weight", "bias"):
-        shapes = [None if t is None else tuple(t.shape) for t in (getattr(m, tensor) for m in (expected, module))]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{name}.{tensor}: expected shape {shapes[0]}, got {shapes[1]}")
+    convolution = ("in_channels", "out_channels", "kernel_size", "groups")
+    norm = ("normalized_shape", "elementwise_affine")
+    for attribute in convolution if isinstance(expected, nn.Conv2d) else norm:
+        wanted, got = (getattr(m, attribute) for m in (expected, module))
+        if wanted != got:
+            raise ValueError(f"{name}: expected {attribute} {wanted}, got {got}")
+    if module.bias is None:
+        raise ValueError(f"{name}: expected a bias, got None")
 
 
 def _tensor_names(module: nn.Module) -> list[str]:
@@ -360,13 +366,10 @@ def _verify(original: nn.Module, grid: tuple[int, int]) -> None:
     """
     small = [min(side, SIDE + (side > min(grid))) for side in grid]  # oblong where the grid is
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             theirs: Any = _stand_in(original, grid, small)
             ours = _fused(copy.deepcopy(theirs), "torch")
-            shapes = [
-                (2, head[0].num_features, *size)
-                for head, size in zip(theirs.bn_relu, _sizes(theirs, small), strict=True)
-            ]
+            shapes = [(2, c, *size) for c, size in zip(ours.features, _sizes(theirs, small), strict=True)]
             maps, upstream = [_normal(shape, 1) for shape in shapes], [_normal(shape, 2) for shape in shapes]
             for mode in ("evaluation", "training"):
                 results = [_run(m.train(mode == "training"), maps, upstream) for m in (ours, theirs)]
@@ -384,7 +387,7 @@ def _stand_in(original: nn.Module, grid: Sequence[int], small: Sequence[int]) ->
     copied: Any = copy.deepcopy(original, {id(hooks): OrderedDict() for hooks in registries})
     copied.to("cpu", torch.float64).requires_grad_()
     for i, projection in enumerate(copied.avg_map):
-        norm = nn.BatchNorm2d(projection.proj.depthwise.weight.shape[0], device="cpu", dtype=torch.float64)
+        norm = nn.BatchNorm2d(projection.proj.depthwise.out_channels, device="cpu", dtype=torch.float64)
         copied.bn_relu[i] = nn.Sequential(norm, nn.ReLU())
     for m in copied.modules():
         for name in ("patch", "grid", "output_size"):
