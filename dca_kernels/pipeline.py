@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dca_kernels import channel_attention as channel
 from dca_kernels import spatial_attention as spatial
 from dca_kernels import upsample as merge
-from dca_kernels.fused import update_running_buffers, accumulation_dtype, memory_format
+from dca_kernels.fused import accumulation_dtype, memory_format, update_running_buffers
 from dca_kernels.parameters import Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
 from dca_kernels.tokens import Tokens
