@@ -99,4 +99,6 @@ def load(name: str) -> ModuleType:
     """The module that holds a backend's `refine`."""
     if name == "torch":
         return fused
-    return importlib.import_module("dca_kernels.pipeline")  # imports triton
+    from dca_kernels import pipeline  # imports triton
+
+    return pipeline
