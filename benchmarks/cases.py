@@ -51,7 +51,7 @@ SIZES = {
     "resunetpp": Size((32, 64, 128), 56),
     "grid56": Size(FEATURES, 56),
     "grid112": Size(FEATURES, 112),
-    "tiny": Size((8, 16), 8),  # for tests: nothing of its times holds for the others
+    "tiny": Size((8, 16), 4),  # for tests: nothing of its times holds for the others
 }
 
 

@@ -1,0 +1,272 @@
+"""`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there."""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import calibrate, cases, console, floor, measure, parity, providers, rows
+from benchmarks.cases import Problem
+from benchmarks.environment import describe, environment, source
+from benchmarks.measure import Call
+from benchmarks.providers import PROVIDERS, Graphed, Provider, Subject
+from benchmarks.rows import Row
+
+BROKEN = 3  # exit status: the GPU's context is lost, and another process must go on
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem, its providers and modes: what is built, checked and timed together."""
+
+    size: str
+    problem: Problem
+    providers: tuple[str, ...]
+    modes: tuple[str, ...]
+
+    def row(self, provider: str, mode: str, **values: Any) -> Row:
+        problem = self.problem
+        return Row(
+            case=problem.case,
+            size=self.size,
+            patch=problem.size.patch,
+            batch=problem.batch,
+            dtype=str(problem.dtype).removeprefix("torch."),
+            phase="train" if problem.training else "eval",
+            mode=mode,
+            provider=provider,
+            **values,
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a group is timed, the longest call that is, and whether memory is measured."""
+
+    seconds: float = 10.0
+    longest: float = 20.0
+    memory: bool = True
+    small: bool = False  # one round, and calibration with small arrays: for tests
+
+
+def call_of(subject: Subject, mode: str) -> Call:
+    if mode == "forward":
+        return Call(subject.release, subject.forward)
+    if mode == "backward":
+        return Call(subject.forward, subject.backward)
+
+    def full() -> None:
+        subject.forward()
+        subject.backward()
+
+    return Call(subject.release, full)
+
+
+def measured(group: Group, image: np.ndarray, effort: Effort = Effort()) -> list[Row]:
+    """The rows of a group: parity first, and no time of what is outside its budget."""
+    device, problem = measure.device(), group.problem
+    shared: dict[str, Any] = {"environment": environment()}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    calls: dict[str, dict[str, Call]] = {mode: {} for mode in group.modes}
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    batch = parity.gate_batch(problem, device)
+    gate_problem = dataclasses.replace(problem, batch=batch)
+    gate = None
+    for name in group.providers:
+        provider = PROVIDERS[name]
+        reasons = {mode: providers.why_not(provider, problem, mode, device) for mode in group.modes}
+        if batch == 0:
+            needed = dataclasses.replace(problem, batch=1).reference_bytes(8)
+            reasons = {mode: reasons[mode] or f"parity needs about {needed / 1e9:.0f} GB of memory" for mode in reasons}
+        runnable = [mode for mode, reason in reasons.items() if reason is None]
+        values: dict[str, Any] = {}
+        if runnable:
+            gate = gate or parity.Gate(gate_problem, *providers.inputs_of(gate_problem, image, device))
+            values, subject = _checked(gate, provider, problem, image, effort)
+            for mode in runnable if subject is not None else []:
+                calls[mode][name] = call_of(subject, mode)
+        for mode in group.modes:
+            found[name, mode] = values if reasons[mode] is None else {"not_run": reasons[mode]}
+    del gate
+
+    for mode, of_mode in calls.items():
+        if not of_mode:
+            continue
+        shared_of_mode = _floor(problem, mode, effort)
+        seconds = [_prepared_seconds(call) for call in of_mode.values()]
+        rounds = 1 if effort.small else measure.rounds_for(seconds, effort.seconds / len(group.modes))
+        for samples in measure.latency(of_mode, rounds):  # noqa: B007  the last round has them all
+            pass
+        for name, call in of_mode.items():
+            times, hosts = zip(*samples[name], strict=True)
+            host = None if hosts[0] is None else float(np.median(hosts))
+            found[name, mode] = (
+                found[name, mode] | measure.percentiles(times) | {"rounds": rounds, "host_ms": host} | shared_of_mode
+            )
+            if device.type == "cuda":
+                call.prepare()
+                found[name, mode]["launches"] = measure.count_launches(call.run)
+                found[name, mode] |= measure.memory(call) if effort.memory else {}
+            call.prepare()
+    if device.type == "cpu" and effort.memory:
+        for name in dict.fromkeys(name for of_mode in calls.values() for name in of_mode):
+            for mode, counts in _memory_elsewhere(name, problem, image, [m for m in calls if name in calls[m]]).items():
+                found[name, mode] = found[name, mode] | counts
+    return [group.row(name, mode, **shared, **values) for (name, mode), values in found.items()]
+
+
+def _checked(
+    gate: parity.Gate, provider: Provider, problem: Problem, image: np.ndarray, effort: Effort
+) -> tuple[dict[str, Any], Subject | None]:
+    """What a provider's rows share, and its subject where it is to be timed."""
+    try:
+        error, well = gate.check(provider)
+        values = {
+            "parity": well,
+            "parity_batch": gate.problem.batch,
+            "max_error": error.largest,
+            "rms_error": error.rms,
+        }
+        if not well:
+            return values | {"not_run": "outside its error budget"}, None
+        subject = providers.build(provider, problem, *providers.inputs_of(problem, image, measure.device()))
+        if provider.graph:
+            subject = Graphed(subject, providers.has_backward(provider, problem))
+        call = call_of(subject, "full" if providers.has_backward(provider, problem) else "forward")
+        first = measure.seconds(call.run)
+        values["first_ms"] = first * 1e3
+        second = _prepared_seconds(call)
+    except (RuntimeError, MemoryError) as error:  # out of memory, a compiler's or a launch's error
+        if _lost(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return {"not_run": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}, None
+    if second > effort.longest:
+        return values | {"not_run": f"a call takes {second:.0f} s, more than {effort.longest:g} s"}, None
+    return values, subject
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether the GPU answers no more."""
+    if not torch.cuda.is_available() or isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _prepared_seconds(call: Call) -> float:
+    call.prepare()
+    return measure.seconds(call.run)
+
+
+def _floor(problem: Problem, mode: str, effort: Effort) -> dict[str, float | None]:
+    rates = calibrate.rates(problem.dtype, effort.small)
+    return {"floor_ms": floor.milliseconds(problem, mode, rates), **rates}
+
+
+def _memory_elsewhere(
+    name: str, problem: Problem, image: np.ndarray, modes: Sequence[str]
+) -> dict[str, dict[str, float | int | None]]:
+    """`measure.memory` of each mode, in a fresh process."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_memory, name, problem, image, modes, torch.get_num_threads()).result()
+
+
+def _memory(
+    name: str, problem: Problem, image: np.ndarray, modes: Sequence[str], threads: int
+) -> dict[str, dict[str, float | int | None]]:
+    torch.set_num_threads(threads)
+    provider = PROVIDERS[name]
+    subject = providers.build(provider, problem, *providers.inputs_of(problem, image, measure.device()))
+    counts = {}
+    for mode in modes:
+        call = call_of(subject, mode)
+        call.prepare()
+        call.run()
+        counts[mode] = measure.memory(call)
+    return counts
+
+
+def groups(chosen: argparse.Namespace) -> Iterator[Group]:
+    """The selection, in the registry's order."""
+    for case, dtype, batch, phase in itertools.product(chosen.case, chosen.dtype, chosen.batch, chosen.phase):
+        sizes = [s for s in chosen.size if s in cases.sizes_of(case) or s == "tiny" and case not in cases.HOSTS]
+        named = tuple(p for p in providers.providers_of(case) if p in chosen.provider)
+        modes = tuple(m for m in cases.MODES[phase] if m in chosen.mode)
+        for size in sizes if modes and named else []:
+            problem = Problem(case, cases.SIZES[size], batch, cases.DTYPES[dtype], phase == "train")
+            yield Group(size, problem, named, modes)
+
+
+def parser() -> argparse.ArgumentParser:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks run",
+        description="Times cases, sizes, modes and providers, each checked against float64 first, and writes a row for "
+        "each as soon as it is measured. What this machine cannot run is a row too, which says why. Rows that are "
+        "there already, from the same code, are kept: after a stop, the same command does the rest.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known = {
+        "case": (cases.CASES, cases.CASES),
+        "size": (cases.SIZES, [s for s in cases.SIZES if s != "tiny"]),
+        "dtype": (cases.DTYPES, ["bfloat16", "float32"] if gpu else ["float32"]),
+        "phase": (cases.MODES, list(cases.MODES)),
+        "mode": (("forward", "backward", "full"), ["forward", "backward", "full"]),
+        "provider": (providers.PROVIDERS, list(providers.PROVIDERS)),
+    }
+    for name, (choices, default) in known.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(default), help="which")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(cases.BATCHES), metavar="B", help="images")
+    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="to time one case at one size, about")
+    parser.add_argument("--longest", type=float, default=Effort.longest, help="seconds; a longer call is not timed")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--small", action="store_true", help="one round, small calibration: for tests")
+    parser.add_argument("--out", type=Path, default=rows.LATEST / "run.jsonl", metavar="FILE", help="where rows go")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
+    effort = Effort(chosen.seconds, chosen.longest, not chosen.no_memory, chosen.small)
+    image, done = cases.load_image(None), rows.finished(chosen.out, source())
+    print(f"environment: {describe(environment())}", flush=True)
+    status = 0
+    for group in console.progress(list(groups(chosen)), desc="cases"):
+        wanted = itertools.product(group.providers, group.modes)
+        if all(group.row(*pair).key in done for pair in wanted):
+            continue
+        try:
+            new = measured(group, image, effort)
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            new = [
+                group.row(*pair, not_run=reason, environment=environment())
+                for pair in itertools.product(group.providers, group.modes)
+            ]
+            if _lost(error):
+                status = BROKEN
+        rows.append(new, chosen.out)
+        if status == BROKEN:
+            print("the GPU answers no more; run the same command again to go on", flush=True)
+            return status
+        if any(row.parity is False for row in new):
+            status = 1
+    print(f"rows: {chosen.out}")
+    return status
