@@ -91,6 +91,7 @@ class AutogradSubject:
     def __init__(self, module: Any, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
         self.module, self.inputs, self.gradients = module, list(inputs), gradients
         self.outputs: list[Tensor] | None = None
+        self.parameter_gradients: list[Tensor] = []
         self.leaves = [x for x in self.inputs if x.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
@@ -104,10 +105,12 @@ class AutogradSubject:
         wanted = [*self.leaves, *self.parameters]
         gradients = torch.autograd.grad(self.outputs, wanted, self.gradients, allow_unused=True)
         self.outputs = None
+        self.parameter_gradients = [g for g in gradients[len(self.leaves) :] if g is not None]
         return list(gradients[: len(self.leaves)])
 
     def release(self) -> None:
         self.outputs = None
+        self.parameter_gradients = []
 
 
 class _Spread(nn.Module):
@@ -175,9 +178,7 @@ def _module(implementation: str, problem: Problem) -> nn.Module:
     return other
 
 
-def inputs_of(
-    problem: Problem, image: np.ndarray, device: torch.device
-) -> tuple[list[Tensor], list[Tensor] | None]:
+def inputs_of(problem: Problem, image: np.ndarray, device: torch.device) -> tuple[list[Tensor], list[Tensor] | None]:
     """Inputs in the problem's dtype, and upstream gradients in training.
 
     Tokens are those that `patch_embed` makes of the slide's skip maps, for every stage.

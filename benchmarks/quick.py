@@ -87,11 +87,16 @@ def main(arguments: Sequence[str]) -> int:
     todo = [(mode, batch) for mode in chosen.mode for batch in (chosen.batch[:1] if chosen.quick else chosen.batch)]
     for mode, batch in console.progress(todo, desc="cases", leave=False):
         problem = Problem("dca", size, batch, dtype, mode == "train")
-        group = run.Group(f"grid {chosen.patch} x {chosen.patch}", problem, names, ("full" if mode == "train" else "forward",))
+        group = run.Group(
+            f"grid {chosen.patch} x {chosen.patch}", problem, names, ("full" if mode == "train" else "forward",)
+        )
         found += run.measured(group, image, effort)
 
     print(f"\n{table(found)}\n")
-    for name, reason in ((COMPILED, "--quick" if chosen.quick else None), ("triton", None if "triton" in names else "no GPU")):
+    for name, reason in (
+        (COMPILED, "--quick" if chosen.quick else None),
+        ("triton", None if "triton" in names else "no GPU"),
+    ):
         if reason is not None:
             print(f"{name}: not run: {reason}")
     chosen.json.unlink(missing_ok=True)
