@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases, measure, providers
 from benchmarks.cases import Problem
-from benchmarks.providers import Provider
+from benchmarks.providers import Provider, Subject
 
 # The error budget, here and in the tests: two results that round about as often as each other differ in their largest
 # error by less than a factor of two; a root mean square moves less from draw to draw than a maximum.
@@ -67,27 +67,34 @@ class Gate:
                 self.gradients = [g * (y.abs() > KINK) for g, y in zip(gradients, before_relu, strict=True)]
                 subject.gradients = [g.double() for g in self.gradients]
             self.exact_gradients = list(subject.backward())
-        del subject
-        self.baseline = self._errors(plain)
+        self.baseline = self._errors(self._results(self.subject(plain)))
 
-    def check(self, provider: Provider) -> tuple[Error, bool]:
-        """The error of a provider's outputs, and whether all is within the budget."""
-        eager = dataclasses.replace(provider, graph=False)  # a graph replays the same kernels
-        errors = self._errors(eager)
-        exact = [self.exact, self.exact_gradients]
-        well = all(
+    def subject(self, provider: Provider) -> Subject:
+        """A provider on the gate's inputs, eager or compiled; a graph replays the same kernels."""
+        return providers.build(provider, self.problem, self.inputs, self.gradients)
+
+    def check(self, subject: Subject) -> tuple[Error, bool, float]:
+        """The error of the outputs, whether all is within the budget, and the seconds of this, the first, call."""
+        results: list[Sequence[Tensor]] = []
+        seconds = measure.seconds(lambda: results.extend(self._results(subject)))
+        errors = self._errors(results)
+        within = (
             within_budget(ours, theirs, values, self.problem.dtype)
-            for ours, theirs, values in zip(errors, self.baseline, exact, strict=False)
+            for ours, theirs, values in zip(errors, self.baseline, (self.exact, self.exact_gradients), strict=False)
         )
-        return errors[0], well
+        return errors[0], all(within), seconds
 
-    def _errors(self, provider: Provider) -> list[Error]:
-        """Of the outputs, and of the gradients where there are exact ones."""
-        subject = providers.build(provider, self.problem, self.inputs, self.gradients)
-        errors = [Error.of([y.detach() for y in subject.forward()], self.exact)]
-        if self.exact_gradients and providers.has_backward(provider, self.problem):
-            errors.append(Error.of(subject.backward(), self.exact_gradients))
-        return errors
+    def _results(self, subject: Subject) -> list[Sequence[Tensor]]:
+        """Outputs, and in training what the backward gives where there is one."""
+        results: list[Sequence[Tensor]] = [[y.detach() for y in subject.forward()]]
+        if self.problem.training and subject.has_backward:
+            results.append(subject.backward())
+        return results
+
+    def _errors(self, results: Sequence[Sequence[Tensor]]) -> list[Error]:
+        """Of the outputs, and of the gradients where there are any."""
+        exact = (self.exact, self.exact_gradients)
+        return [Error.of(ours, theirs) for ours, theirs in zip(results, exact, strict=False) if theirs]
 
 
 def gate_batch(problem: Problem, device: torch.device) -> int:

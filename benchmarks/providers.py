@@ -32,6 +32,10 @@ class Provider:
     graph: bool = False
 
     @property
+    def ours(self) -> bool:
+        return self.implementation in ("torch", "triton")
+
+    @property
     def name(self) -> str:
         return self.implementation + self.compiled + (" graph" if self.graph else "")
 
@@ -49,11 +53,6 @@ def providers_of(case: str) -> list[str]:
     return [name for name, p in PROVIDERS.items() if p.implementation != "without" or case in cases.HOSTS]
 
 
-def has_backward(provider: Provider, problem: Problem) -> bool:
-    """The kernels' `upsample` has the gradient of `patch_embed` in its own."""
-    return problem.training and not (provider.implementation == "triton" and problem.case == "patch_embed")
-
-
 def why_not(provider: Provider, problem: Problem, mode: str, device: torch.device) -> str | None:
     """Why a provider is not run on a device, or None where it is."""
     if provider.graph and device.type != "cuda":
@@ -62,7 +61,7 @@ def why_not(provider: Provider, problem: Problem, mode: str, device: torch.devic
         reason = backends.why_not("triton", device)
         if reason is not None:
             return "no GPU" if device.type == "cpu" else reason
-        if mode != "forward" and not has_backward(provider, problem):
+        if problem.case == "patch_embed" and mode != "forward":
             return "its backward is part of upsample's"
     if provider.compiled and device.type == "cpu" and measure.compiler() is None:
         return "torch.compile needs a C++ compiler"
@@ -75,6 +74,8 @@ def why_not(provider: Provider, problem: Problem, mode: str, device: torch.devic
 
 class Subject(Protocol):
     """One provider of a case, with its inputs."""
+
+    has_backward: bool
 
     def forward(self) -> Sequence[Tensor]: ...
 
@@ -90,6 +91,7 @@ class AutogradSubject:
 
     def __init__(self, module: Any, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
         self.module, self.inputs, self.gradients = module, list(inputs), gradients
+        self.has_backward = gradients is not None
         self.outputs: list[Tensor] | None = None
         self.parameter_gradients: list[Tensor] = []
         self.leaves = [x for x in self.inputs if x.requires_grad]
@@ -201,13 +203,14 @@ def inputs_of(problem: Problem, image: np.ndarray, device: torch.device) -> tupl
 class Graphed:
     """A subject captured as CUDA graphs: one a forward, one a backward, replayed in that order."""
 
-    def __init__(self, subject: Subject, with_backward: bool) -> None:
+    def __init__(self, subject: Subject) -> None:
+        self.has_backward = subject.has_backward
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is made once must not be captured
             for _ in range(3):
                 subject.forward()
-                if with_backward:
+                if self.has_backward:
                     subject.backward()
                 subject.release()
         torch.cuda.current_stream().wait_stream(side)
@@ -215,7 +218,7 @@ class Graphed:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward):
             self.outputs = [y.detach() for y in subject.forward()]
-        if with_backward:
+        if self.has_backward:
             with torch.cuda.graph(self._backward, pool=self._forward.pool()):
                 self.gradients = subject.backward()
 

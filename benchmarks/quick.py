@@ -80,30 +80,24 @@ def main(arguments: Sequence[str]) -> int:
     print(f"environment: {describe(environment())}")
     size, dtype = Size(cases.FEATURES, chosen.patch), cases.DTYPES[chosen.dtype]
     names = PROVIDERS[:-1] if chosen.quick else PROVIDERS
-    # The device's own time is what counts here, not the interpreter's: kernels run on a GPU.
     names = tuple(name for name in names if name != "triton" or measure.device().type == "cuda")
     effort = run.Effort(seconds=1.0 if chosen.quick else 12.0, longest=120.0)
     found: list[Row] = []
     todo = [(mode, batch) for mode in chosen.mode for batch in (chosen.batch[:1] if chosen.quick else chosen.batch)]
     for mode, batch in console.progress(todo, desc="cases", leave=False):
         problem = Problem("dca", size, batch, dtype, mode == "train")
-        group = run.Group(
-            f"grid {chosen.patch} x {chosen.patch}", problem, names, ("full" if mode == "train" else "forward",)
-        )
+        step = "full" if mode == "train" else "forward"
+        group = run.Group(f"grid {chosen.patch} x {chosen.patch}", problem, names, (step,))
         found += run.measured(group, image, effort)
 
     print(f"\n{table(found)}\n")
-    for name, reason in (
-        (COMPILED, "--quick" if chosen.quick else None),
-        ("triton", None if "triton" in names else "no GPU"),
-    ):
-        if reason is not None:
-            print(f"{name}: not run: {reason}")
+    for name in (name for name in PROVIDERS if name not in names):
+        print(f"{name}: not run: {'--quick' if name == COMPILED else 'no GPU'}")
     chosen.json.unlink(missing_ok=True)
     rows.append(found, chosen.json)
     print(f"rows: {chosen.json}\n{plots.draw(plots.bars, found, chosen.plot)}")
-    if any(row.parity is False for row in found):
-        print("parity: FAILED. A module is outside its error budget; nothing was timed where it is.")
+    if any(row.wrong for row in found):
+        print("parity: FAILED. A fused module is outside its error budget; nothing was timed where it is.")
         return 1
     print("parity: within the error budget everywhere")
     for row in (row for row in found if row.provider in ("torch", "triton") and row.not_run is None):

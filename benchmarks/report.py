@@ -39,11 +39,9 @@ def grouped(found: Iterable[Row], wanted: Callable[[Row], bool]) -> dict[Group, 
 def _rank(group: Group) -> tuple[int, ...]:
     """Of a group among others: as the registry has them, not by the alphabet."""
     case, size, batch, dtype, phase, mode = group
-    order = (cases.CASES, cases.DTYPES, cases.MODES, cases.MODES["train"], cases.SIZES)
-    places = [
-        list(names).index(n) if n in names else -1
-        for names, n in zip(order, (case, dtype, phase, mode, size), strict=True)
-    ]
+    names = (case, dtype, phase, mode, size)
+    known = (cases.CASES, cases.DTYPES, cases.MODES, cases.MODES["train"], cases.SIZES)
+    places = [list(k).index(name) if name in k else -1 for name, k in zip(names, known, strict=True)]
     return *places, int(batch)
 
 

@@ -70,6 +70,11 @@ class Row:
         return *self.group, self.provider
 
     @property
+    def wrong(self) -> bool:
+        """Whether it is ours and outside of its error budget; such a one was not timed."""
+        return self.parity is False and self.p50_ms is None
+
+    @property
     def title(self) -> str:
         return f"{self.case}, {self.size}, batch {self.batch}, {self.dtype}, {self.phase} {self.mode}"
 

@@ -60,6 +60,7 @@ class TritonStage:
         from dca_kernels.tokens import Tokens, normalised_of, statistics_of  # imports triton
 
         self.dca, self.stage, self.training = dca, stage, gradients is not None
+        self.has_backward = self.training and stage != "patch_embed"
         self.norms = [head[0] for head in dca.bn_relu]
         scales = len(dca.features)
         self.maps = list(inputs if stage == "patch_embed" else inputs[scales:])

@@ -158,7 +158,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tune",
         description="Tries the candidate configurations of every kernel at the paper's sizes, each checked against the "
-        "present one's results first, and writes the fastest into dca_kernels/configurations.json for this GPU, each kernel when it is done.",
+        "present one's results first, and writes the fastest into dca_kernels/configurations.json for this GPU, each "
+        "kernel when it is done.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="what to tune")
