@@ -63,7 +63,7 @@ def overheads() -> Rates:
 
 def _median_seconds(call: Callable[[], object]) -> float:
     call()
-    rounds = measure.rounds_for([measure.seconds(call)], 0.2)
+    rounds = measure.rounds_for(measure.seconds(call), 0.2)
     return float(np.median([measure.seconds(call) for _ in range(min(rounds, 20))]))
 
 

@@ -86,9 +86,9 @@ def _cache_bytes() -> int:
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 32 * 2**20
 
 
-def rounds_for(seconds: list[float], budget: float) -> int:
-    """How many rounds of calls that take so many seconds each fit the budget, within bounds."""
-    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, budget / max(sum(seconds), 1e-9))))
+def rounds_for(seconds: float, budget: float) -> int:
+    """How many rounds of so many seconds fit the budget, within bounds."""
+    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, budget / max(seconds, 1e-9))))
 
 
 def percentiles(times: list[float]) -> dict[str, float]:

@@ -109,8 +109,8 @@ def measured(group: Group, image: np.ndarray, effort: Effort = Effort()) -> list
         shared_of_mode = _floor(problem, mode, effort)
         rounds = 1
         if not effort.small:
-            seconds = [_prepared_seconds(call) for call in of_mode.values()]
-            rounds = measure.rounds_for(seconds, effort.seconds / len(group.modes))
+            one_round = measure.seconds(lambda calls=of_mode: list(measure.latency(calls, 1)))
+            rounds = measure.rounds_for(one_round, effort.seconds / len(group.modes))
         for samples in measure.latency(of_mode, rounds):  # noqa: B007  the last round has them all
             pass
         for name, call in of_mode.items():
