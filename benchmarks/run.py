@@ -1,7 +1,7 @@
 """`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there."""
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import itertools
 import multiprocessing
@@ -77,7 +77,8 @@ def measured(group: Group, image: np.ndarray, effort: Effort = Effort()) -> list
     shared: dict[str, Any] = {"environment": environment()}
     found: dict[tuple[str, str], dict[str, Any]] = {}
     calls: dict[str, dict[str, Call]] = {mode: {} for mode in group.modes}
-    torch.compiler.reset()
+    if any(PROVIDERS[name].compiled for name in group.providers):
+        torch.compiler.reset()  # the limit of recompilations is one module's, not a process's
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -194,7 +195,10 @@ def _memory_elsewhere(
     """`measure.memory` of each mode, in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_memory, name, problem, image, modes, torch.get_num_threads()).result()
+        try:
+            return pool.submit(_memory, name, problem, image, modes, torch.get_num_threads()).result()
+        except concurrent.futures.process.BrokenProcessPool:  # killed for want of memory: the times still stand
+            return {}
 
 
 def _memory(
