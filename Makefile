@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test newest lint wheel clean
+.PHONY: help bench test train newest lint wheel clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -11,11 +11,15 @@ help:  ## Show this list
 bench: .venv/bench  ## Run the main job: reference and fused module on a real image (ARGS="--help": its options)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-test: .venv/test  ## Run the tests (ARGS="-k NAME": some of them)
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/test  ## Run the tests, a process for each core (ARGS="-k NAME": some of them)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
 
-newest: .venv/newest  ## Run the tests of the kernels with the newest Triton
-	PYTHONPATH=.venv/newest $(BIN)/python -m pytest tests/test_interpreter.py tests/test_triton.py $(ARGS)
+train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": its options, your own data)
+	$(BIN)/python -m examples.train $(ARGS)
+
+newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
+	PYTHONPATH=.venv/newest $(BIN)/python -m pytest --numprocesses auto tests/test_interpreter.py tests/test_triton.py \
+		--deselect tests/test_triton.py::test_any_module $(ARGS)
 
 lint: .venv/test  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -37,10 +41,16 @@ clean:  ## Remove what the other commands made
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
+.venv/train: .venv/bench
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	$(BIN)/python -m pip install --quiet --no-deps stardist==0.9.2  # for its microscope image alone
+	touch $@
+
 # A GPU build of torch has brought the triton that belongs to it; beside any other one, the tests' own is installed.
 .venv/test: .venv/bench
 	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps stardist==0.9.2  # for its microscope image alone
 	touch $@
 
 .venv/newest: .venv/test

@@ -2,6 +2,7 @@
 
 from dca_kernels.backends import use_backend
 from dca_kernels.module import DCA
+from dca_kernels.swap import add_dca, inspect, replace_dca, restore_dca
 
-__all__ = ["DCA", "use_backend"]
+__all__ = ["DCA", "add_dca", "inspect", "replace_dca", "restore_dca", "use_backend"]
 __version__ = "0.1.0"

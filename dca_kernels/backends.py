@@ -21,6 +21,7 @@ NAMES = ("torch", "triton")
 
 _logger = logging.getLogger("dca_kernels")
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
+_latest = "auto"  # what a thread set `_in_context` to last, where torch.compile sees that it changes
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -44,14 +45,20 @@ def why_not(name: str, device: torch.device) -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every DCA inside the `with` block, whose own `backend` is "auto", on the named backend.
 
+    The block counts for its own thread or task. Only a compiled module goes by the block that any thread entered or
+    left last, and is compiled anew when it names another backend.
+
     Raises:
         ValueError: `name` is not "auto", "torch" or "triton".
     """
+    global _latest
     token = _in_context.set(check_name(name, "use_backend"))
+    _latest = name
     try:
         yield
     finally:
         _in_context.reset(token)
+        _latest = _in_context.get()
 
 
 def check_name(name: str, source: str) -> str:
@@ -68,7 +75,8 @@ def choose(argument: str, device: torch.device) -> str:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
         ValueError: DCA_BACKEND holds an unknown name.
     """
-    requests = [("backend", argument), ("use_backend", _in_context.get())]
+    in_context = _latest if torch.compiler.is_compiling() else _in_context.get()
+    requests = [("backend", argument), ("use_backend", in_context)]
     requests.append(("DCA_BACKEND", check_name(os.environ.get("DCA_BACKEND", "auto"), "DCA_BACKEND")))
     for source, name in requests:
         if name != "auto":
@@ -76,14 +84,15 @@ def choose(argument: str, device: torch.device) -> str:
             if reason is not None:
                 raise RuntimeError(f"{source}: {name!r} cannot run on {device}: {reason}")
             return name
-    return _automatic(device.type)
+    if not torch.compiler.is_compiling():
+        _say_automatic(device.type)
+    return "torch"
 
 
 @functools.cache  # one log line a device type
-def _automatic(device_type: str) -> str:
+def _say_automatic(device_type: str) -> None:
     reason = why_not("triton", torch.device(device_type)) or "not yet run on a GPU; runs when named"
     _logger.info("backend 'auto' runs 'torch' on %s ('triton': %s)", device_type, reason)
-    return "torch"
 
 
 def load(name: str) -> ModuleType:

@@ -1,7 +1,7 @@
 """Stage 2 of the `triton` backend: channel cross-attention. docs/algebra.md derives the three products."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
+from dca_kernels.parameters import Attention, LayerNorm
 from dca_kernels.primitives import (
     blocks_before,
     load_concatenated,
@@ -17,9 +18,11 @@ from dca_kernels.primitives import (
     padded,
     split_program,
     statistics_pointers,
+    store_affine_gradients,
     store_layer_norm_backward,
     store_normalised,
     sum_blocks,
+    sum_images,
     total,
 )
 from dca_kernels.tokens import Tokens, statistics_of
@@ -33,8 +36,7 @@ def _covariance_kernel(
 ):  # fmt: skip
     """One program: one tile of X^T X, X the normalised tokens less their mean.
 
-    X^T X is symmetric: a tile below the diagonal is stored transposed as well. Writes mean (B, C) and covariance
-    (B, C, C).
+    X^T X is symmetric: only its lower triangle is made. Writes mean (B, C) and covariance (B, C (C + 1) / 2).
     """
     ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     TILES: tl.constexpr = ROWS * (ROWS + 1) // 2
@@ -59,13 +61,17 @@ def _covariance_kernel(
             tokens_ptr, statistics_ptr, mean_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
         )
         covariance = tl.dot(tl.trans(x_i), x_j, covariance, input_precision=PRECISION, out_dtype=ACC)
-    covariance_ptr += b * TOTAL * TOTAL
-    mask = mask_i[:, None] & mask_j[None, :]
-    tl.store(covariance_ptr + offs_i[:, None] * TOTAL + offs_j[None, :], covariance, mask=mask)
-    if row != column:
-        tl.store(covariance_ptr + offs_j[:, None] * TOTAL + offs_i[None, :], tl.trans(covariance), mask=tl.trans(mask))
+    covariance_ptr += b * _triangle(TOTAL, 0)
+    mask = mask_i[:, None] & mask_j[None, :] & (offs_i[:, None] >= offs_j[None, :])
+    tl.store(covariance_ptr + _triangle(offs_i[:, None], offs_j[None, :]), covariance, mask=mask)
     if row == column:
         tl.store(mean_ptr + b * TOTAL + offs_i, mean_i, mask=mask_i)
+
+
+@triton.jit
+def _triangle(row, column):
+    """Where an element of a lower triangle is, whose rows follow each other."""
+    return row * (row + 1) // 2 + column
 
 
 @triton.jit
@@ -113,7 +119,7 @@ def _mixing_kernel(
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
-    covariance_ptr += b * TOTAL * TOTAL
+    covariance_ptr += b * _triangle(TOTAL, 0)
     mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
@@ -154,7 +160,8 @@ def _attention_weights(
     N: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """softmax over d of C^-1/2 (weight_c weight_d covariance[c, d] + N q_mean_c k_mean_d) in a head; covariance."""
-    covariance = tl.load(covariance_ptr + own[:, None] * TOTAL + offs_d[None, :], mask=mask, other=0.0)
+    lower = _triangle(tl.maximum(own[:, None], offs_d[None, :]), tl.minimum(own[:, None], offs_d[None, :]))
+    covariance = tl.load(covariance_ptr + lower, mask=mask, other=0.0)
     logits = weight_c[:, None] * weight_d[None, :] * covariance
     logits = (logits + N * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
     same_head = (offs_c // own_width)[:, None] == (offs_d // (TOTAL // HEADS))[None, :]
@@ -247,7 +254,7 @@ def _mixing_gradient_kernel(
             mask=(offs_n < N)[:, None] & mask_i[None, :],
             other=0.0,
         )
-        dshift += tl.sum(dmixed, 0)
+        dshift += tl.sum(dmixed.to(ACC), 0)
         dmixing = tl.dot(tl.trans(dmixed.to(x.dtype)), x, dmixing, input_precision=PRECISION, out_dtype=ACC)
     mask = mask_i[:, None] & mask_j[None, :]
     tl.store(dmixing_ptr + b * TOTAL * TOTAL + offs_i[:, None] * TOTAL + offs_j[None, :], dmixing, mask=mask)
@@ -271,7 +278,7 @@ def _mixing_backward_kernel(
     TOTAL: tl.constexpr = total(CHANNELS)
     BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     b, tile = split_program(BLOCKS)
-    covariance_ptr += b * TOTAL * TOTAL
+    covariance_ptr += b * _triangle(TOTAL, 0)
     mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
@@ -394,13 +401,14 @@ def _mix_backward(
 
 @triton.jit
 def _channel_gradients_kernel(
-    rows_ptr, columns_ptr, gradients_ptr, batch,
-    CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, REMOVED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    rows_ptr, columns_ptr, daffine_ptr, gradients_ptr, batch,
+    CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, AFFINE_BLOCKS: tl.constexpr, REMOVED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one scale's maps, summed over images in a fixed order.
 
-    gradients (S, 4, C) of k weight, k bias, v weight and v bias, then (4, C) of q weight, q bias, p weight and p bias.
-    BLOCK_ROWS is how many channels a program of `_mixing_backward_kernel` had.
+    gradients (S, 4, C) of k weight, k bias, v weight and v bias, then (4, C) of q weight, q bias, p weight and p bias,
+    then (2, C) of LayerNorm's. BLOCK_ROWS is how many channels a program of `_mixing_backward_kernel` had.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     SCALES: tl.constexpr = len(CHANNELS)
@@ -412,22 +420,20 @@ def _channel_gradients_kernel(
         if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
             own_ptr = columns_ptr + blocks_before(CHANNELS, BLOCK_ROWS, i) * 5 * TOTAL
             for k in tl.static_range(4):
-                gradient = tl.zeros([BLOCK_C], ACC)
-                for image in range(batch):
-                    image_ptr = own_ptr + (image + tl.zeros([], tl.int64)) * BLOCKS * 5 * TOTAL + k * TOTAL
-                    gradient += sum_blocks(
-                        image_ptr, offs_c, mask_c, triton.cdiv(CHANNELS[i], BLOCK_ROWS), 5 * TOTAL, ACC
-                    )
+                gradient = sum_images(
+                    own_ptr + k * TOTAL, offs_c, mask_c, batch, triton.cdiv(CHANNELS[i], BLOCK_ROWS), 5 * TOTAL,
+                    BLOCKS * 5 * TOTAL, ACC,
+                )  # fmt: skip
                 tl.store(gradients_ptr + (i * 4 + k) * TOTAL + offs_c, gradient, mask=mask_c)
             mask_own = (offs_c >= offset(CHANNELS, i)) & (offs_c < offset(CHANNELS, i) + CHANNELS[i])
             for k in tl.static_range(4):
-                gradient = tl.zeros([BLOCK_C], ACC)
-                for image in range(batch):
-                    image_ptr = rows_ptr + (image + tl.zeros([], tl.int64)) * 5 * TOTAL + k * TOTAL
-                    gradient += load_vector(image_ptr, offs_c, mask_own, ACC)
+                gradient = sum_images(rows_ptr + k * TOTAL, offs_c, mask_own, batch, 1, 0, 5 * TOTAL, ACC)
                 if (k == 3) and REMOVED[i]:  # BatchNorm removes the constant
                     gradient *= 0.0
                 tl.store(gradients_ptr + (SCALES * 4 + k) * TOTAL + offs_c, gradient, mask=mask_own)
+            if i == 0:
+                affine_ptr = gradients_ptr + (SCALES * 4 + 4) * TOTAL
+                store_affine_gradients(daffine_ptr, affine_ptr, offs_c, batch, TOTAL, AFFINE_BLOCKS, ACC)
 
 
 class Saved(NamedTuple):
@@ -439,35 +445,22 @@ class Saved(NamedTuple):
     covariance: Tensor
 
 
-class Gradients(NamedTuple):
-    """Gradients of a channel attention."""
-
-    tokens: Tensor  # (B, N, C)
-    affine: Tensor  # (2, C), of LayerNorm's weights and biases
-    parameters: tuple[tuple[Tensor, ...], ...]  # of q, k, v map and projection, weights and biases, S each
-
-
 def channel_attention(
-    tokens: Tokens, norms: Sequence[Any], attentions: Sequence[Any], following: Sequence[Any] | None
+    tokens: Tokens, attention: Attention, following: Sequence[LayerNorm] | None
 ) -> tuple[Tokens, Saved]:
     """Attend across channels, with the residual (paper, eq. 3).
 
     Args:
-        tokens: with their statistics for `norms`, or without.
-        norms: S LayerNorms over C_i.
-        attentions: S modules with `q_map`, `k_map`, `v_map`, `projection` and `heads`.
+        tokens: with their statistics for the attention's norms, or without.
+        attention: its parameters.
         following: the LayerNorms of the spatial attention that comes next, None where none does.
 
     Returns:
         The tokens, normalised for `following`, and what the backward needs.
     """
-    statistics, sums = statistics_of(tokens, norms)
+    statistics, sums = statistics_of(tokens, attention.norms)
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
-    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
-    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
-    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
-    projections = [launch.depthwise(attention.projection) for attention in attentions]
     shared = {
         "N": count,
         "CHANNELS": tokens.channels,
@@ -477,7 +470,7 @@ def channel_attention(
     config = launch.configuration("covariance", target, dtype, batch)
     blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
     mean = tokens.new_empty(batch, width)
-    covariance = tokens.new_empty(batch, width, width)
+    covariance = tokens.new_empty(batch, width * (width + 1) // 2)
     launch.run(
         _covariance_kernel,
         batch * blocks * (blocks + 1) // 2,
@@ -504,20 +497,20 @@ def channel_attention(
         covariance_ptr=covariance,
         mean_ptr=mean,
         sums_ptr=sums,
-        gammas=launch.weights(norms),
-        betas=launch.biases(norms),
-        q_weights=launch.weights(q_maps),
-        q_biases=launch.biases(q_maps),
-        k_weights=launch.weights(k_maps),
-        k_biases=launch.biases(k_maps),
-        v_weights=launch.weights(v_maps),
-        v_biases=launch.biases(v_maps),
-        p_weights=launch.weights(projections),
-        p_biases=launch.biases(projections),
+        gammas=launch.weights(attention.norms),
+        betas=launch.biases(attention.norms),
+        q_weights=launch.weights(attention.q_maps),
+        q_biases=launch.biases(attention.q_maps),
+        k_weights=launch.weights(attention.k_maps),
+        k_biases=launch.biases(attention.k_maps),
+        v_weights=launch.weights(attention.v_maps),
+        v_biases=launch.biases(attention.v_maps),
+        p_weights=launch.weights(attention.projections),
+        p_biases=launch.biases(attention.projections),
         mixing_ptr=mixing,
         shift_ptr=shift,
         mean_token_ptr=mean_token,
-        HEADS=tuple(attention.heads for attention in attentions),
+        HEADS=tuple(attention.heads),
         SUM_BLOCKS=sums.shape[1],
         BLOCK_C=config["block_c"],
         **shared,
@@ -552,24 +545,23 @@ def channel_attention(
 
 
 def channel_attention_backward(
-    saved: Saved, dmixed: Tensor, norms: Sequence[Any], attentions: Sequence[Any], removed: Sequence[bool]
-) -> Gradients:
+    saved: Saved, dmixed: Tensor, attention: Attention, removed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
     """The gradients of `channel_attention`, through its LayerNorm and its residual.
 
     Args:
         saved: what the forward returned.
-        dmixed: (B, N, C), the gradient of its result, in the accumulation dtype.
-        norms, attentions: as in the forward.
+        dmixed: (B, N, C), the gradient of its result, in the tokens' dtype.
+        attention: as in the forward.
         removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+
+    Returns:
+        The gradient of the tokens, (B, N, C), and of the parameters, see `split_gradients`.
     """
     tokens = saved.tokens
     batch, count, width = tokens.shape
     scales = len(tokens.channels)
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
-    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
-    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
-    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
-    projections = [launch.depthwise(attention.projection) for attention in attentions]
     shared = {"CHANNELS": tokens.channels, "ACC": launch.triton_type(tokens.accumulation)}
 
     config = launch.configuration("mixing_gradient", target, dtype, batch)
@@ -606,27 +598,27 @@ def channel_attention_backward(
         mean_ptr=saved.mean,
         dmixing_ptr=dmixing,
         dshift_ptr=dshift,
-        gammas=launch.weights(norms),
-        betas=launch.biases(norms),
-        q_weights=launch.weights(q_maps),
-        q_biases=launch.biases(q_maps),
-        k_weights=launch.weights(k_maps),
-        k_biases=launch.biases(k_maps),
-        v_weights=launch.weights(v_maps),
-        v_biases=launch.biases(v_maps),
-        p_weights=launch.weights(projections),
+        gammas=launch.weights(attention.norms),
+        betas=launch.biases(attention.norms),
+        q_weights=launch.weights(attention.q_maps),
+        q_biases=launch.biases(attention.q_maps),
+        k_weights=launch.weights(attention.k_maps),
+        k_biases=launch.biases(attention.k_maps),
+        v_weights=launch.weights(attention.v_maps),
+        v_biases=launch.biases(attention.v_maps),
+        p_weights=launch.weights(attention.projections),
         unfolded_ptr=unfolded,
         dproducts_ptr=dproducts,
         rows_ptr=rows,
         columns_ptr=columns,
         N=count,
-        HEADS=tuple(attention.heads for attention in attentions),
+        HEADS=tuple(attention.heads),
         BLOCK_C=block_rows,
         **shared,
     )
 
     config = launch.configuration("mix_backward", target, dtype, max(launch.padded(c) for c in tokens.channels))
-    dtokens = tokens.new_empty(batch, count, width)
+    dtokens = torch.empty_like(tokens.values)
     daffine = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
     launch.run(
         _mix_backward_kernel,
@@ -640,12 +632,12 @@ def channel_attention_backward(
         rows_ptr=rows,
         columns_ptr=columns,
         dmixed_ptr=dmixed,
-        gammas=launch.weights(norms),
+        gammas=launch.weights(attention.norms),
         dtokens_ptr=dtokens,
         daffine_ptr=daffine,
         N=count,
         COLUMN_BLOCKS=column_blocks,
-        EPS=launch.epsilons(norms),
+        EPS=launch.epsilons(attention.norms),
         PRECISION=launch.precision(dtype, target),
         BLOCK_N=config["block_n"],
         BLOCK_C=config["block_c"],
@@ -653,22 +645,31 @@ def channel_attention_backward(
     )
 
     block_c = 32
-    gradients = tokens.new_empty(4 * scales + 4, width)
+    gradients = tokens.new_empty(4 * scales + 6, width, dtype=attention.q_maps[0].weight.dtype)
     launch.run(
         _channel_gradients_kernel,
         scales * launch.blocks(width, block_c),
         {"num_warps": 1, "num_stages": 2},
         rows_ptr=rows,
         columns_ptr=columns,
+        daffine_ptr=daffine,
         gradients_ptr=gradients,
         batch=batch,
         BLOCK_ROWS=block_rows,
+        AFFINE_BLOCKS=daffine.shape[1],
         REMOVED=tuple(removed),
         BLOCK_C=block_c,
         **shared,
     )
-    key_value, query_projection = gradients.split([4 * scales, 4])
-    q_weight, q_bias, p_weight, p_bias = zip(*query_projection.split(tokens.channels, 1), strict=True)
-    k_weight, k_bias, v_weight, v_bias = (tuple(key_value[k::4]) for k in range(4))
-    parameters = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, p_weight, p_bias)
-    return Gradients(dtokens, daffine.sum((0, 1)), parameters)
+    return dtokens, gradients
+
+
+def split_gradients(gradients: Tensor, channels: Sequence[int]) -> list[Sequence[Tensor]]:
+    """What `channel_attention_backward` returned of the parameters, a weight and a bias of S scales after the other.
+
+    In the order of norms, q, k, v maps and projections.
+    """
+    key_value, own = gradients.split([4 * len(channels), 6])
+    q_weight, q_bias, p_weight, p_bias, gamma, beta = (row.split(channels) for row in own)
+    k_weight, k_bias, v_weight, v_bias = (key_value[k::4].unbind() for k in range(4))
+    return [gamma, beta, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, p_weight, p_bias]

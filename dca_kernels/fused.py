@@ -9,19 +9,33 @@ N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 
-TILE_BYTES = 2**20  # scores in memory at a time: they stay in the cores' level-2 caches
+TILE_BYTES = 2**22  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
 PLANE_BYTES = 2**22  # full-resolution values in flight at a time while a skip map is merged
 NEGLIGIBLE = 1e-18  # smaller attention weights are zero: far below rounding, and subnormal products cost 50x on a CPU
 MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_SpatialAttention`
 
 Holder = Any  # a module that holds parameters under the official module's names
+
+_LIBRARY = library.Library("dca_kernels", "FRAGMENT")
+
+
+def _operator(schema: str, compute: Callable, describe: Callable) -> Any:
+    """An operator, `torch.ops.dca_kernels.<name>`, that torch.compile and torch.export take as a whole.
+
+    `describe` returns empty results, for tracing: as `compute`, but for their values.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    library.register_fake(f"dca_kernels::{name}", describe, lib=_LIBRARY)
+    return getattr(torch.ops.dca_kernels, name).default
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -271,7 +285,7 @@ def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Ten
     """
     if every.is_cuda and every.dtype == torch.float32:
         return _attend_flash(every, own, pair, key_scores)
-    return _SpatialAttention.apply(every, own, pair, key_scores)
+    return _spatial_attention(every, own, pair, key_scores)[0]
 
 
 def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
@@ -288,14 +302,19 @@ def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) 
 
 def _attend_rows(rows: slice, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
     """`_attend` for some of the queries, with their scores in memory; differentiable any number of times."""
+    weights = _row_weights(rows, every, pair, key_scores)
+    return (weights @ _heads(own, key_scores.shape[-2])).transpose(-3, -2).flatten(-2)
+
+
+def _row_weights(rows: slice, every: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
+    """The attention weights of some of the queries: (.., h, rows, N)."""
     heads = key_scores.shape[-2]
     scores = _heads(every[..., rows, :] * pair, heads) @ _heads(every, heads).mT + key_scores[..., None, :]
-    weights = _cut(torch.softmax(scores * math.log(2), -1))  # (.., h, rows, N)
-    return (weights @ _heads(own, heads)).transpose(-3, -2).flatten(-2)
+    return _cut(torch.softmax(scores * math.log(2), -1))
 
 
-class _SpatialAttention(torch.autograd.Function):
-    """`_attend` by cache-sized tiles of scores, which are never saved.
+def _attend_tiles(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`_attend`, and the normalisers (B, h, 1, N), by cache-sized tiles of scores, which are never saved.
 
     The scores are sym[n, m] + r[m], where sym = y diag(pair) y^T is symmetric and r are the key scores. So is
     E = 2^sym, and with w = 2^(r - max r) the attention is E [v w, w]: its last column is the normaliser. A tile of E
@@ -307,54 +326,93 @@ class _SpatialAttention(torch.autograd.Function):
     Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT. An image for which
     one does not (rare: the tokens are normalised) is done again with a row-wise softmax.
     """
+    weights = _key_weights(key_scores)
+    values = _weighted_values(own, weights)  # (B, h, dv + 1, N)
+    total = torch.empty_like(values)
+    tiles = _Tiles(key_scores)
+    for b in range(every.shape[0]):
+        total[b] = _symmetric_product(every[b], pair, values[b], tiles)
+    normaliser = total[:, :, -1:].clone(memory_format=torch.contiguous_format)
+    out = (total[:, :, :-1] / normaliser).flatten(1, 2).mT.contiguous()
+    for b in (b for b, in_range in enumerate(_in_range(normaliser)) if not in_range):
+        for rows in _row_spans(key_scores):
+            out[b, rows] = _attend_rows(rows, every[b], own[b], pair, key_scores[b])
+    return out, normaliser
 
-    @staticmethod
-    def forward(ctx: Any, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
-        weights = torch.exp2(key_scores - key_scores.amax(2, keepdim=True))[:, :, None]  # (B, h, 1, N)
-        values = _weighted_values(own, weights)  # (B, h, dv + 1, N)
-        total = torch.empty_like(values)
-        tiles = _Tiles(key_scores)
-        for b in range(every.shape[0]):
-            total[b] = _symmetric_product(every[b], pair, values[b], tiles)
-        normaliser = total[:, :, -1:]
-        out = (total[:, :, :-1] / normaliser).flatten(1, 2).mT.contiguous()
-        ctx.in_range = (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1).tolist()
-        for b in (b for b, in_range in enumerate(ctx.in_range) if not in_range):
-            for rows in _row_spans(key_scores):
-                out[b, rows] = _attend_rows(rows, every[b], own[b], pair, key_scores[b])
-        ctx.save_for_backward(every, own, pair, key_scores, out, weights, normaliser)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        every, own, pair, key_scores, out, weights, normaliser = ctx.saved_tensors
-        (dout,) = grads
+def _attend_tiles_backward(
+    every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, out: Tensor, normaliser: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `_attend_tiles` for its arguments."""
+    devery, down, dpair, dkey_scores = _contiguous_like(every, own, pair, key_scores)
+    dpair.zero_()
+    weights = _key_weights(key_scores)
+    tiles = _Tiles(key_scores)
+    with _no_autocast(every):
+        for b, in_range in enumerate(_in_range(normaliser)):
+            if in_range:
+                of_image = out[b], weights[b], normaliser[b], dout[b], tiles, devery[b]
+                down[b], of_pair, dkey_scores[b] = _symmetric_backward(every[b], own[b], pair, *of_image)
+            else:
+                devery[b], down[b], of_pair, dkey_scores[b] = _rows_backward(
+                    every[b], own[b], pair, key_scores[b], out[b], dout[b]
+                )
+            dpair += of_pair
+    return devery, down, dpair, dkey_scores
+
+
+_spatial_attention = _operator(
+    "spatial_attention(Tensor every, Tensor own, Tensor pair, Tensor key_scores) -> (Tensor, Tensor)",
+    _attend_tiles,
+    lambda every, own, pair, key_scores: _contiguous_like(own, key_scores[:, :, None]),
+)
+_spatial_attention_backward = _operator(
+    "spatial_attention_backward(Tensor every, Tensor own, Tensor pair, Tensor key_scores, Tensor out, "
+    "Tensor normaliser, Tensor dout) -> (Tensor, Tensor, Tensor, Tensor)",
+    _attend_tiles_backward,
+    lambda every, own, pair, key_scores, out, normaliser, dout: _contiguous_like(every, own, pair, key_scores),
+)
+
+
+def _save_spatial_attention(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate_spatial_attention(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    every, own, pair, key_scores, out, normaliser = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a graph of the backward is asked for
+        inputs = _partial(every, own, pair, key_scores)
         with _no_autocast(every):
-            if torch.is_grad_enabled():  # a graph of the backward is asked for
-                inputs = _partial(every, own, pair, key_scores)
-                again = _attend_rows(slice(None), *inputs)
-                return tuple(_differentiable_grad(again, inputs, dout, ctx.needs_input_grad))
-            devery, down, dkey_scores = (torch.empty_like(t) for t in (every, own, key_scores))
-            dpair = torch.zeros_like(pair)
-            tiles = _Tiles(key_scores)
-            for b, in_range in enumerate(ctx.in_range):
-                if in_range:
-                    of_image = out[b], weights[b], normaliser[b], dout[b], tiles, devery[b]
-                    down[b], of_pair, dkey_scores[b] = _symmetric_backward(every[b], own[b], pair, *of_image)
-                else:
-                    devery[b], down[b], of_pair, dkey_scores[b] = _rows_backward(
-                        every[b], own[b], pair, key_scores[b], dout[b]
-                    )
-                dpair += of_pair
-        return devery, down, dpair, dkey_scores
+            again = _attend_rows(slice(None), *inputs)
+            return tuple(_differentiable_grad(again, inputs, dout, ctx.needs_input_grad))
+    return _spatial_attention_backward(every, own, pair, key_scores, out, normaliser, dout)
+
+
+library.register_autograd(
+    "dca_kernels::spatial_attention",
+    _differentiate_spatial_attention,
+    setup_context=_save_spatial_attention,
+    lib=_LIBRARY,
+)
+
+
+def _key_weights(key_scores: Tensor) -> Tensor:
+    """2^(r - max r): (B, h, N) -> (B, h, 1, N)."""
+    return torch.exp2(key_scores - key_scores.amax(2, keepdim=True))[:, :, None]
+
+
+def _in_range(normaliser: Tensor) -> list[bool]:
+    """For each image, whether all of its normalisers are."""
+    return (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1).tolist()
 
 
 class _Tiles:
     """The tiles of one image's symmetric score matrix on and above its diagonal, and the memory that they share."""
 
     def __init__(self, key_scores: Tensor) -> None:
-        heads, length = key_scores.shape[1:]
-        self.spans = _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())))
+        heads = key_scores.shape[1]
+        self.spans = tile_spans(key_scores)
         sizes = [span.stop - span.start for span in self.spans]
         memory = key_scores.new_empty(2, heads * sizes[0] ** 2).unbind()
         self.upper = []  # row block, column block, memory for the tile, memory for a second one of its shape
@@ -435,16 +493,24 @@ def _symmetric_backward(
     return down, dpair, dkey_scores
 
 
-def _rows_backward(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+def _rows_backward(
+    every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, out: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of one image's every, own, pair and key scores, by row-wise softmax."""
-    inputs = [t.detach().requires_grad_() for t in (every, own, pair, key_scores)]
-    totals = [torch.zeros_like(t) for t in inputs]
+    heads = len(key_scores)
+    keys, values, upstream = _heads(every, heads), _heads(own, heads), _heads(dout, heads)  # (h, N, dk or dv)
+    centre = (upstream * _heads(out, heads)).sum(-1, keepdim=True)  # (h, N, 1)
+    dqueries, dkeys, dvalues = (torch.zeros_like(t) for t in (keys, keys, values))
+    dkey_scores = torch.zeros_like(key_scores)
     for rows in _row_spans(key_scores):
-        with torch.enable_grad():
-            out = _attend_rows(rows, *inputs)
-        for total, part in zip(totals, torch.autograd.grad(out, inputs, dout[rows]), strict=True):
-            total += part
-    return tuple(totals)
+        weights = _row_weights(rows, every, pair, key_scores)  # (h, rows, N)
+        dvalues += weights.mT @ upstream[:, rows]
+        dscores = weights.mul_(upstream[:, rows] @ values.mT - centre[:, rows]).mul_(math.log(2))
+        dqueries[:, rows] = dscores @ keys
+        dkeys += dscores.mT @ _heads(every[rows] * pair, heads)
+        dkey_scores += dscores.sum(1)
+    dpair_tokens, dkey_tokens, down = (t.transpose(0, 1).flatten(1) for t in (dqueries, dkeys, dvalues))
+    return dpair_tokens * pair + dkey_tokens, down, (dpair_tokens * every).sum(0), dkey_scores
 
 
 def _weighted_values(own: Tensor, weights: Tensor) -> Tensor:
@@ -460,6 +526,12 @@ def _columns(tokens: Tensor, heads: int) -> Tensor:
 def _heads(tokens: Tensor, heads: int) -> Tensor:
     """(.., N, C) -> (.., h, N, C / h), a view."""
     return tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def tile_spans(key_scores: Tensor) -> list[slice]:
+    """Spans of tokens such that the scores of one with another, of every head, take at most `TILE_BYTES`."""
+    heads, length = key_scores.shape[-2:]
+    return _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())))
 
 
 def _row_spans(key_scores: Tensor) -> list[slice]:
@@ -515,14 +587,14 @@ def upsample(
         if uses_batch_statistics(norm):
             z_mean = z.mean((0, 2, 3))  # BatchNorm removes it: gone before it is rounded into every pixel
             z = _with_zero_grad(z - _plane(z_mean), bias)
-            out, mean, variance = _Merge.apply(x, z, gamma, beta, None, None, norm.eps, dtype)
+            out, mean, variance = _merge(x, z, gamma, beta, None, None, norm.eps, dtype)
             updates.append((norm, mean + z_mean.detach() + bias.detach(), variance, x.numel() // x.shape[1]))
         else:
             mean, variance = norm.running_mean.to(t.dtype), norm.running_var.to(t.dtype)
-            out, _, _ = _Merge.apply(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
+            out, _, _ = _merge(x, z, gamma, beta, mean - bias, variance, norm.eps, dtype)
         outs.append(out)
     for update in updates:
-        _update_running_buffers(*update)
+        update_running_buffers(*update)
     return outs
 
 
@@ -531,7 +603,7 @@ def uses_batch_statistics(norm: Holder) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
+def update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count: int) -> None:
     """What BatchNorm2d does to its buffers in a forward in train mode; `count` values a channel."""
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return
@@ -539,7 +611,7 @@ def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count:
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+            momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
     if count == 0 or momentum is None:
         return
     unbiased = variance * (count / (count - 1))
@@ -547,70 +619,110 @@ def _update_running_buffers(norm: Holder, mean: Tensor, variance: Tensor, count:
         buffer.copy_(torch.lerp(buffer.to(value.dtype), value, momentum))
 
 
-class _Merge(torch.autograd.Function):
+def _merge_planes(
+    x: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """relu(gamma * (up(z) + x - mean) / sqrt(variance + eps) + beta), a few planes at a time.
 
     x (B, C, H, W) in any floating dtype, z (B, C, P_h, P_w) and gamma, beta, mean, variance (C) in the accumulation
     dtype. Where mean is None, mean and variance are the batch's (the variance biased), by a first pass over x. Returns
     the merged map, the mean and the variance. Of full resolution only x is saved: the backward interpolates again.
     """
+    planes = _Planes(x, z)
+    if mean is None or variance is None:
+        mean, variance = _batch_statistics(planes)
+    else:
+        mean, variance = mean.clone(), variance.clone()  # an operator does not hand on its arguments
+    out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
+    scale = gamma * torch.rsqrt(variance + eps)
+    for b, c, y in planes.shifted(-mean):
+        torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
+    return out, mean, variance
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+
+def _merge_planes_backward(
+    x: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    dout: Tensor,
+    eps: float,
+    from_batch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, z, gamma, beta and, where it is not the batch's, the mean."""
+    with _no_autocast(x):
         planes = _Planes(x, z)
-        ctx.from_batch = mean is None
-        if mean is None or variance is None:
-            mean, variance = _batch_statistics(planes)
-            ctx.mark_non_differentiable(mean, variance)
         inv_std = torch.rsqrt(variance + eps)
-        out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
         scale = gamma * inv_std
-        for b, c, y in planes.shifted(-mean):
-            torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
-        ctx.save_for_backward(x, z, gamma, beta, mean, inv_std)
-        ctx.eps = eps
-        return out, mean, variance
+        count = x.numel() // x.shape[1]
+        sum_g = x.new_zeros(x.shape[:2], dtype=z.dtype)  # (B, C)
+        sum_gy = torch.zeros_like(sum_g)
+        for b, c, y, g in planes.masked(mean, scale, beta, dout):
+            sum_g[b, c] = g.sum((1, 2))
+            sum_gy[b, c] = g.mul_(y).sum((1, 2))
+        dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
+        from_mean = scale * dbeta / count if from_batch else torch.zeros_like(dbeta)
+        from_variance = scale * inv_std * dgamma / count if from_batch else torch.zeros_like(dgamma)
+        dx, dz = torch.empty_like(x, memory_format=memory_format(x)), *_contiguous_like(z)
+        for b, c, y, g in planes.masked(mean, scale, beta, dout):
+            dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
+            dx[b, c] = dy
+            dz[b, c] = planes.adjoint(dy)
+    return dx, dz, dgamma, dbeta, -scale * dbeta
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, gamma, beta, mean, inv_std = ctx.saved_tensors
-        dout = grads[0]
+
+_merge = _operator(
+    "merge(Tensor x, Tensor z, Tensor gamma, Tensor beta, Tensor? mean, Tensor? variance, float eps, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _merge_planes,
+    lambda x, z, gamma, beta, mean, variance, eps, dtype: (
+        torch.empty_like(x, dtype=dtype, memory_format=memory_format(x)),
+        *_contiguous_like(gamma, gamma),
+    ),
+)
+_merge_backward = _operator(
+    "merge_backward(Tensor x, Tensor z, Tensor gamma, Tensor beta, Tensor mean, Tensor variance, Tensor dout, "
+    "float eps, bool from_batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _merge_planes_backward,
+    lambda x, z, gamma, beta, mean, variance, dout, eps, from_batch: (
+        torch.empty_like(x, memory_format=memory_format(x)),
+        *_contiguous_like(z, gamma, beta, mean),
+    ),
+)
+
+
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, mean, variance, ctx.eps, _ = inputs
+    ctx.from_batch = mean is None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *(output[1:] if ctx.from_batch else (mean, variance)))
+
+
+def _differentiate_merge(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, z, gamma, beta, mean, variance = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a graph of the backward is asked for
+        inputs = x, z, gamma, beta, mean = _partial(x, z, gamma, beta, mean)
         with _no_autocast(x):
-            if torch.is_grad_enabled():  # a graph of the backward is asked for
-                inputs = x, z, gamma, beta, mean = _partial(x, z, gamma, beta, mean)
-                y = _interpolate(z, x) + x
-                if ctx.from_batch:
-                    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-                    inv_std = torch.rsqrt(variance + ctx.eps)
-                again = torch.relu((y - _plane(mean)) * _plane(gamma * inv_std) + _plane(beta)).to(dout.dtype)
-                return *_differentiable_grad(again, inputs, dout, ctx.needs_input_grad), None, None, None
-            planes = _Planes(x, z)
-            scale = gamma * inv_std
-            count = x.numel() // x.shape[1]
-            sum_g = x.new_zeros(x.shape[:2], dtype=z.dtype)  # (B, C)
-            sum_gy = torch.zeros_like(sum_g)
-            for b, c, y, g in planes.masked(mean, scale, beta, dout):
-                sum_g[b, c] = g.sum((1, 2))
-                sum_gy[b, c] = g.mul_(y).sum((1, 2))
-            dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
-            from_mean = scale * dbeta / count if ctx.from_batch else torch.zeros_like(dbeta)
-            from_variance = scale * inv_std * dgamma / count if ctx.from_batch else torch.zeros_like(dgamma)
-            dx, dz = torch.empty_like(x, memory_format=memory_format(x)), torch.empty_like(z)
-            for b, c, y, g in planes.masked(mean, scale, beta, dout):
-                dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
-                dx[b, c] = dy
-                dz[b, c] = planes.adjoint(dy)
-        return dx, dz, dgamma, dbeta, -scale * dbeta if not ctx.from_batch else None, None, None, None
+            y = _interpolate(z, x) + x
+            if ctx.from_batch:
+                variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            scale = gamma * torch.rsqrt(variance + ctx.eps)
+            again = torch.relu((y - _plane(mean)) * _plane(scale) + _plane(beta)).to(dout.dtype)
+            return *_differentiable_grad(again, inputs, dout, ctx.needs_input_grad), None, None, None
+    *grads, dmean = _merge_backward(x, z, gamma, beta, mean, variance, dout, ctx.eps, ctx.from_batch)
+    return *grads, None if ctx.from_batch else dmean, None, None, None
+
+
+library.register_autograd("dca_kernels::merge", _differentiate_merge, setup_context=_save_merge, lib=_LIBRARY)
 
 
 class _Planes:
@@ -751,6 +863,11 @@ def _differentiable_grad(
     wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
     grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
     return [next(grads) if need else None for need in needed[: len(inputs)]]
+
+
+def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Fresh memory for a tensor of each of these shapes."""
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor, nn
-
-from dca_kernels.fused import checked
+from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1
 
@@ -114,21 +112,16 @@ def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManage
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def depthwise(projection: Any) -> nn.Conv2d:
-    """The convolution of a depthwise projection."""
-    return checked(projection.proj.depthwise, nn.Conv2d)
+def weights(parts: Iterable[Any]) -> tuple[Tensor, ...]:
+    """The weight of each scale."""
+    return tuple(part.weight for part in parts)
 
 
-def weights(modules: Iterable[Any]) -> tuple[Tensor, ...]:
-    """The weight of one module a scale, as kernels take it."""
-    return tuple(module.weight.contiguous() for module in modules)
-
-
-def biases(modules: Iterable[Any]) -> tuple[Tensor, ...]:
-    """The bias of one module a scale, as kernels take it."""
-    return tuple(module.bias.contiguous() for module in modules)
+def biases(parts: Iterable[Any]) -> tuple[Tensor, ...]:
+    """The bias of each scale."""
+    return tuple(part.bias for part in parts)
 
 
 def epsilons(norms: Iterable[Any]) -> tuple[float, ...]:
-    """`eps` of each scale's LayerNorm."""
-    return tuple(checked(norm, nn.LayerNorm).eps for norm in norms)
+    """`eps` of each scale's norm."""
+    return tuple(norm.eps for norm in norms)

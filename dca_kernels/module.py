@@ -147,11 +147,12 @@ class DCA(nn.Module):
             RuntimeError: the backend asked for cannot run; the message says why.
         """
         dtypes = self._check(maps)
-        if torch.is_grad_enabled():  # a frozen encoder's maps may be inference tensors, which no backward can keep
+        # A frozen encoder's maps may be inference tensors, which no backward can keep; a compiled graph says so itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             maps = [x.clone() if x.is_inference() else x for x in maps]
         norms = [_plain_norm(head) for head in self.bn_relu]
         for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
-            if norm is None:
+            if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
         outs = backends.load(backends.choose(self.backend, maps[0].device)).refine(self, maps, norms, dtypes)
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))

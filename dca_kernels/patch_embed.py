@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -10,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
+from dca_kernels.parameters import Affine, LayerNorm
 from dca_kernels.primitives import (
     band,
     band_begin,
@@ -29,7 +29,7 @@ from dca_kernels.tokens import Tokens
 
 @triton.jit
 def _patch_embed_kernel(
-    maps, weights, biases, tokens_ptr, pooled_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
+    maps, weights, biases, tokens_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, WINDOWS: tl.constexpr, GRID: tl.constexpr,
     EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +60,6 @@ def _patch_embed_kernel(
             offs_tokens = own + offs_n[:, None] * total(CHANNELS) + offs_c[None, :]
             tokens = tokens.to(tokens_ptr.dtype.element_ty)
             tl.store(tokens_ptr + offs_tokens, tokens, mask=mask)
-            if pooled_ptr is not None:  # the backward will need it
-                tl.store(pooled_ptr + offs_tokens, tl.trans(pooled), mask=mask)
             if EPS is not None:
                 store_statistics(
                     tl.where(mask, tokens.to(ACC), 0.0), mask, b, i, block, offs_n, statistics_ptr, sums_ptr,
@@ -75,6 +73,7 @@ def _patch_embed_kernel(
                 tl.store(moments_ptrs, mean, mask=mask_c)
                 tl.store(moments_ptrs + total(CHANNELS), squares, mask=mask_c)
                 adjoint = _adjoint(x_ptr, p, q_begin, CHANNELS[i], SIZES[i], STRIDES[i], GRID, PRECISION, ACC, BLOCK_Q)
+                adjoint /= SIZES[i][0] * SIZES[i][1] / (GRID[0] * GRID[1])  # of a map's size, whatever the stride
                 tl.store(adjoint_ptr + offs_tokens, tl.trans(adjoint), mask=mask)
 
 
@@ -174,29 +173,26 @@ def _adjoint(
 
 def patch_embed(
     maps: Sequence[Tensor],
-    avg_map: Sequence[Any],
+    avg_map: Sequence[Affine],
     grid: tuple[int, int],
     dtype: torch.dtype,
-    following: Sequence[Any] | None,
+    following: Sequence[LayerNorm] | None,
     from_batch: Sequence[bool],
-    training: bool,
-) -> tuple[Tokens, tuple[Tensor, Tensor] | None, Tensor | None]:
+) -> tuple[Tokens, tuple[Tensor, Tensor] | None]:
     """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
 
     Args:
         maps: S tensors (B, C_i, H_i, W_i), any strides.
-        avg_map: S depthwise projections.
+        avg_map: of each scale's depthwise projection.
         grid: (P_h, P_w).
         dtype: of the tokens.
         following: the S LayerNorms of the attention that comes next, None where none does.
         from_batch: for each scale, whether BatchNorm will need statistics of the batch.
-        training: whether there will be a backward.
 
     Returns:
         The tokens with their statistics for `following`; and for BatchNorm, where any scale needs them, of each map
         less its first pixel: mean and centred squares of each block of pixels, (B, blocks, 2, C), and the transposed
-        interpolation, (B, N, C) (docs/algebra.md, "Upsample and merge"); and for the backward the averages,
-        (B, N, C).
+        interpolation over the pixels of a token, (B, N, C) in `dtype` (docs/algebra.md, "Upsample and merge").
     """
     batch, channels = maps[0].shape[0], tuple(x.shape[1] for x in maps)
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
@@ -215,18 +211,15 @@ def patch_embed(
     moments = adjoint = None
     if any(from_batch):
         moments = tokens.new_empty(batch, blocks, 2, values.shape[2])
-        adjoint = tokens.new_empty(*values.shape)
-    convs = [launch.depthwise(m) for m in avg_map]
-    pooled = torch.empty_like(values) if training else None
+        adjoint = torch.empty_like(values)
     launch.run(
         _patch_embed_kernel,
         batch * len(channels) * blocks,
         config,
         maps=tuple(maps),
-        weights=launch.weights(convs),
-        biases=launch.biases(convs),
+        weights=launch.weights(avg_map),
+        biases=launch.biases(avg_map),
         tokens_ptr=values,
-        pooled_ptr=pooled,
         statistics_ptr=tokens.statistics,
         sums_ptr=tokens.sums,
         moments_ptr=moments,
@@ -242,7 +235,7 @@ def patch_embed(
         ACC=launch.triton_type(tokens.accumulation),
         BLOCK_Q=block_q,
     )
-    return tokens, None if moments is None or adjoint is None else (moments, adjoint), pooled
+    return tokens, None if moments is None or adjoint is None else (moments, adjoint)
 
 
 @functools.cache

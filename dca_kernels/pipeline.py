@@ -1,22 +1,34 @@
-"""The `triton` backend: the four stages as kernels, each of which prepares its tokens for the next."""
+"""The `triton` backend: the four stages as kernels, each of which prepares its tokens for the next.
 
+Eager calls go straight to the kernels. What traces or watches a call (torch.compile, torch.export, dispatch modes) sees
+it as one operator, `dca_kernels::refine`, with `dca_kernels::refine_backward` for its gradients.
+"""
+
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dca_kernels import launch
-from dca_kernels.channel_attention import channel_attention, channel_attention_backward
-from dca_kernels.fused import uses_batch_statistics
+from dca_kernels import channel_attention as channel
+from dca_kernels import spatial_attention as spatial
+from dca_kernels import upsample as merge
+from dca_kernels.fused import accumulation_dtype, memory_format, update_running_buffers
+from dca_kernels.parameters import Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
-from dca_kernels.spatial_attention import spatial_attention, spatial_attention_backward
-from dca_kernels.tokens import layer_norm_backward
-from dca_kernels.upsample import map_gradients, upsample, upsample_backward
+from dca_kernels.tokens import Tokens
 
 MAX_OFFSET = 2**31  # elements: within one image the kernels' indices have 32 bit
+BACKWARD: dict[type, Any] = {
+    channel.Saved: channel.channel_attention_backward,
+    spatial.Saved: spatial.spatial_attention_backward,
+}
+TWICE = (
+    "the triton backend's gradients cannot be differentiated again: use backend='torch' for second derivatives "
+    "(create_graph=True)"
+)
 
 
 def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
@@ -26,7 +38,7 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
         dca: the module that holds the parameters.
         maps: S tensors (B, C_i, H_i, W_i), any strides.
         norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
-        dtypes: dtype of each output.
+        dtypes: dtype of each output, which is what the map's and the tokens' promote to.
 
     Returns:
         S tensors (B, C_i, H_i, W_i). Tokens and the operands of products have the maps' dtype, under autocast its own;
@@ -35,142 +47,332 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
     Raises:
         ValueError: a map's image is too large for 32-bit indices, or a size too large for the kernels' tiles.
     """
-    _check(maps)
-    parameters = _parameters(dca, norms)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*maps, *parameters)):
-        return list(_Refine.apply(dca, norms, dtypes, len(maps), *maps, *parameters))
-    return _forward(dca, maps, norms, dtypes, training=False)[0]
-
-
-@dataclass
-class _Saved:
-    """What the backward needs of each stage."""
-
-    pooled: Tensor
-    attentions: list[Any]
-    upsampled: Any
+    device, scales = maps[0].device.type, len(maps)
+    autocast = torch.is_autocast_enabled(device) and maps[0].dtype != torch.float64
+    spec = describe(dca, norms, torch.get_autocast_dtype(device) if autocast else maps[0].dtype)
+    parameters, buffers = flatten(dca, norms)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *parameters))
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        functional = spec._replace(updates=[False] * scales)
+        outs = torch.ops.dca_kernels.refine(list(maps), parameters, buffers, *functional, training)
+        if any(spec.updates):
+            mean, variance = (row.split([x.shape[1] for x in maps]) for row in outs[-1].detach())
+            for i, (norm, x) in enumerate(zip(norms, maps, strict=True)):
+                bias = dca.upconvs[i].conv.conv.bias.detach()
+                if spec.updates[i]:
+                    update_running_buffers(norm, mean[i] + bias, variance[i], x.numel() // x.shape[1])
+        return outs[:scales]
+    if training:
+        return list(_Refine.apply(spec, buffers, scales, *maps, *parameters))
+    return _forward(spec, maps, parameters, buffers, training=False)[0]
 
 
 def _forward(
-    dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Sequence[torch.dtype], training: bool
-) -> tuple[list[Tensor], _Saved | None]:
-    autocast = torch.is_autocast_enabled(maps[0].device.type) and maps[0].dtype != torch.float64
-    dtype = torch.get_autocast_dtype(maps[0].device.type) if autocast else maps[0].dtype
-    blocks, first = list(dca.attention), None
-    if dca.channel_att:
-        first = blocks[0].channel_norm
-    elif dca.spatial_att:
-        first = blocks[0].spatial_norm
-    from_batch = [norm is not None and uses_batch_statistics(norm) for norm in norms]
-    tokens, moments, pooled = patch_embed(maps, dca.avg_map, dca.grid, dtype, first, from_batch, training)
-    attentions: list[Any] = []
-    for block in blocks:
-        saved: Any
-        if dca.channel_att:
-            following = block.spatial_norm if dca.spatial_att else None
-            tokens, saved = channel_attention(tokens, block.channel_norm, block.c_attention, following)
-            attentions.append(saved)
-        if dca.spatial_att:
-            tokens, saved = spatial_attention(tokens, block.spatial_norm, block.s_attention, training)
-            attentions.append(saved)
-    outs, upsampled = upsample(tokens, maps, moments, dca.upconvs, norms, dca.grid, dtypes, training)
-    return outs, None if pooled is None else _Saved(pooled, attentions, upsampled)
+    spec: Spec,
+    maps: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    training: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and in training what the backward needs, in the order of `_unpacked`.
+
+    The last of it, mean and variance that BatchNorm took, also where they are a batch's.
+    """
+    _check(maps)
+    every = unflatten(spec, parameters, buffers)
+    first = next((attention.norms for block in every.blocks for attention in block if attention is not None), None)
+    tokens, moments = patch_embed(maps, every.avg_map, _grid(spec), spec.dtype, first, spec.from_batch)
+    kept: list[Tensor | None] = [tokens.values]
+    saved: Any
+    for of_channels, of_tokens in every.blocks:
+        if of_channels is not None:
+            following = None if of_tokens is None else of_tokens.norms
+            tokens, saved = channel.channel_attention(tokens, of_channels, following)
+            kept += [*saved[1:], tokens.values]
+        if of_tokens is not None:
+            tokens, saved = spatial.spatial_attention(tokens, of_tokens, training)
+            kept += [*saved[1:], tokens.values] if training else []
+    outs, saved = merge.upsample(tokens, maps, moments, every.upconvs, every.norms, _grid(spec), training)
+    kept += saved[2:]
+    return outs, [t for t in (kept if training else kept[-1:]) if t is not None]
 
 
-def _parameters(dca: Any, norms: Sequence[Any]) -> list[Tensor | None]:
-    """Every weight and bias that the stages use, in the order of `_gradients`."""
-    modules = [launch.depthwise(m) for m in dca.avg_map]
-    for block in dca.attention:
-        for kind, layer_norms in (("c_attention", "channel_norm"), ("s_attention", "spatial_norm")):
-            if hasattr(block, kind):
-                modules += getattr(block, layer_norms)
-                for name in ("q_map", "k_map", "v_map", "projection"):
-                    modules += [launch.depthwise(getattr(attention, name)) for attention in getattr(block, kind)]
-    modules += [upconv.conv.conv for upconv in dca.upconvs]
-    used = [t for module in modules for t in (module.weight, module.bias)]
-    return used + [t for norm in norms for t in ((None, None) if norm is None else (norm.weight, norm.bias))]
-
-
-class _Refine(torch.autograd.Function):
-    """The forward, and its backward by kernels: once, deterministic."""
-
-    @staticmethod
-    def forward(ctx: Any, dca: Any, norms: Any, dtypes: Any, scales: int, *tensors: Any) -> tuple[Tensor, ...]:
-        outs, ctx.saved = _forward(dca, tensors[:scales], norms, dtypes, training=True)
-        ctx.dca, ctx.norms, ctx.scales = dca, norms, scales
-        ctx.save_for_backward(*tensors)  # an error where one was changed in place
-        return tuple(outs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        dmaps, gradients = _backward(
-            ctx.dca, ctx.norms, ctx.saved, douts, any(ctx.needs_input_grad[4 : 4 + ctx.scales])
-        )
-        parameters = tensors[ctx.scales :]
-        shaped = [
-            None if t is None else g.reshape(t.shape).to(t.dtype) for g, t in zip(gradients, parameters, strict=True)
-        ]
-        wanted = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if need else None for g, need in zip((*dmaps, *shaped), wanted, strict=True))
-
-
-def _backward(
-    dca: Any, norms: Sequence[Any], saved: _Saved, douts: Sequence[Tensor], for_maps: bool
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Gradients of the maps (None where they are not asked for), and of `_parameters`."""
-    from_batch = [norm is not None and uses_batch_statistics(norm) for norm in norms]
-    kept = [False] * len(norms)
-    widths = saved.upsampled.tokens.channels
-    last = upsample_backward(saved.upsampled, douts, dca.upconvs, norms, dca.grid)
-    norm_weight, norm_bias, conv_bias = (row.split(widths) for row in last.norms[:3])
-    after = [g for pair in zip(last.convs, conv_bias, strict=True) for g in pair]
-    after += [g for pair in zip(norm_weight, norm_bias, strict=True) for g in pair]
-
-    dtokens = last.tokens
-    between: list[Tensor] = []
-    stages = list(saved.attentions)
-    for block in reversed(dca.attention):
-        gradients: list[Tensor] = []
-        if dca.spatial_att:
-            removed = from_batch if len(stages) == len(saved.attentions) else kept
-            kept_by = stages.pop()
-            spatial = spatial_attention_backward(kept_by, dtokens, block.s_attention, removed)
-            dtokens, affine = layer_norm_backward(
-                kept_by.tokens, block.spatial_norm, spatial.normalised, spatial.values, dtokens
-            )
-            q_weight, q_bias, k_weight, *others = spatial.parameters
-            k_bias = tuple(torch.zeros_like(g) for g in k_weight)
-            gradients = _interleaved(
-                *(row.split(widths) for row in affine), q_weight, q_bias, k_weight, k_bias, *others
-            )
-        if dca.channel_att:
-            removed = from_batch if len(stages) == len(saved.attentions) else kept
-            channel = channel_attention_backward(stages.pop(), dtokens, block.channel_norm, block.c_attention, removed)
-            dtokens = channel.tokens
-            gradients = _interleaved(*(row.split(widths) for row in channel.affine), *channel.parameters) + gradients
-        between = gradients + between
-
-    weight, bias = (dtokens * saved.pooled).sum((0, 1)), dtokens.sum((0, 1))
-    before = _interleaved(weight.split(widths), bias.split(widths))
-    dmaps: list[Any] = [None] * len(norms)
-    if for_maps:
-        dmaps = map_gradients(saved.upsampled, last, dtokens, douts, dca.avg_map, norms, dca.grid)
-    return dmaps, before + between + after
-
-
-def _interleaved(*groups: Sequence[Tensor]) -> list[Tensor]:
-    """weights, biases, weights, biases, ... of S each -> weight, bias of each scale, then those of the next."""
-    pairs = zip(groups[::2], groups[1::2], strict=True)
-    return [g for weights, biases in pairs for pair in zip(weights, biases, strict=True) for g in pair]
+def _grid(spec: Spec) -> tuple[int, int]:
+    return spec.grid[0], spec.grid[1]
 
 
 def _check(maps: Sequence[Tensor]) -> None:
     """Raise for what the kernels do not take, before any of them runs."""
     for i, x in enumerate(maps):
-        last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        if last >= MAX_OFFSET:
+        if _last(x) >= MAX_OFFSET:
             raise ValueError(
-                f"maps[{i}]: expected an image whose elements lie within {MAX_OFFSET} of the first, got {last}"
+                f"maps[{i}]: expected an image whose elements lie within {MAX_OFFSET} of the first, got {_last(x)}"
             )
+
+
+def _last(x: Tensor) -> int:
+    """How far the last element of an image lies from its first."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+
+
+def _unpacked(spec: Spec, maps: Sequence[Tensor], saved: Sequence[Tensor]) -> tuple[list[Any], merge.Saved]:
+    """What each attention, and the upsampling, keep for the backward: `_forward`'s list, a stage at a time."""
+    rest = iter(saved)
+    widths = tuple(x.shape[1] for x in maps)
+    tokens = Tokens(next(rest), widths)
+    attentions: list[Any] = []
+    for _ in range(spec.blocks):
+        for heads, kind, size in ((spec.channel_heads, channel.Saved, 3), (spec.spatial_heads, spatial.Saved, 4)):
+            if heads:
+                attentions.append(kind(tokens, *(next(rest) for _ in range(size))))
+                tokens = Tokens(next(rest), widths)
+    z = next(rest)
+    adjoint = next(rest) if any(spec.from_batch) else None
+    return attentions, merge.Saved(tokens, maps, z, adjoint, next(rest))
+
+
+def _backward(
+    spec: Spec,
+    maps: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """The gradients of the maps, None where not wanted, and those of the parameters a stage at a time, last first.
+
+    `wanted` is for each of maps and parameters; the backward ends with the first stage that has one.
+    """
+    every = unflatten(spec, parameters, None)
+    attentions, upsampled = _unpacked(spec, maps, saved)
+    douts = [g if _last(g) < MAX_OFFSET else g.contiguous() for g in douts]
+    grid, first = _grid(spec), _first_wanted(spec, wanted)
+    last = merge.upsample_backward(upsampled, douts, every.upconvs, every.norms, grid)
+    gradients, dtokens = [last.convs, last.norms], last.tokens
+    stages = [attention for block in every.blocks for attention in block if attention is not None]
+    # Only of the last attention does BatchNorm, behind it, remove constants.
+    removed = [[False] * len(maps)] * (len(stages) - 1) + [list(spec.from_batch)]
+    for k in reversed(range(max(first - 1, 0), len(stages))):
+        dtokens, of_parameters = BACKWARD[type(attentions[k])](attentions[k], dtokens, stages[k], removed[k])
+        gradients.append(of_parameters)
+    dmaps: list[Tensor | None] = [None] * len(maps)
+    if first == 0:
+        dmaps, of_embedding = merge.map_gradients(
+            upsampled, last.removed, dtokens, douts, every.avg_map, every.norms, grid, wanted[: len(maps)]
+        )
+        gradients.append(of_embedding)
+    return dmaps, gradients
+
+
+def _first_wanted(spec: Spec, wanted: Sequence[bool]) -> int:
+    """The first stage with a wanted gradient: 0 embedding and maps, then the attentions, then the upsampling."""
+    scales = len(spec.fused)
+    attentions = spec.blocks * (bool(spec.channel_heads) + bool(spec.spatial_heads))
+    ends = [3 * scales + 10 * scales * k for k in range(attentions + 1)]
+    return sum(not any(wanted[:end]) for end in ends)
+
+
+def _gradients(
+    spec: Spec, gradients: Sequence[Tensor], parameters: Sequence[Tensor], channels: Sequence[int]
+) -> list[Tensor | None]:
+    """`_backward`'s gradients as those of the parameters; None for the stages before the first wanted one."""
+    split = [
+        split
+        for _ in range(spec.blocks)
+        for heads, split in (
+            (spec.channel_heads, channel.split_gradients),
+            (spec.spatial_heads, spatial.split_gradients),
+        )
+        if heads
+    ]
+    groups = merge.split_gradients(gradients[0], gradients[1], channels)
+    for of_stage, rows in zip(reversed(split), gradients[2:], strict=False):
+        groups = of_stage(rows, channels) + groups
+    if len(gradients) == len(split) + 3:
+        groups = [row.split(channels) for row in gradients[-1]] + groups
+    pairs = zip(groups[::2], groups[1::2], strict=True)
+    flat = [g for weights, biases in pairs for pair in zip(weights, biases, strict=True) for g in pair]
+    last = len(flat) - len(spec.affine)
+    flat = flat[:last] + [g for g, there in zip(flat[last:], spec.affine, strict=True) if there]
+    missing: list[Tensor | None] = [None] * (len(parameters) - len(flat))
+    present = zip(flat, parameters[len(missing) :], strict=True)
+    return missing + [g.reshape(t.shape).to(t.dtype) for g, t in present]
+
+
+# Eager
+
+
+class _Refine(torch.autograd.Function):
+    """The forward and its backward, both by kernels; the backward once."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, buffers: Any, scales: int, *tensors: Any) -> tuple[Tensor, ...]:
+        outs, saved = _forward(spec, tensors[:scales], tensors[scales:], buffers, training=True)
+        ctx.spec, ctx.scales = spec, scales
+        ctx.save_for_backward(*tensors, *saved)  # an error where one was changed in place
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        scales, count = ctx.scales, len(ctx.needs_input_grad) - 3
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        maps, parameters, saved = tensors[:scales], tensors[scales:count], tensors[count:]
+        with torch.no_grad():
+            dmaps, raw = _backward(ctx.spec, maps, parameters, saved, douts, wanted)
+            gradients = [*dmaps, *_gradients(ctx.spec, raw, parameters, [x.shape[1] for x in maps])]
+        asked = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        if torch.is_grad_enabled():
+            asked = [None if g is None else _Once.apply(g, *douts, *tensors[:count]) for g in asked]
+        return None, None, None, *asked
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that says why it cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Any) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(TWICE)
+
+
+# One operator
+
+
+@torch.library.custom_op("dca_kernels::refine", mutates_args=())
+def _refine_operator(
+    maps: list[Tensor],
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    grid: list[int],
+    blocks: int,
+    channel_heads: list[int],
+    spatial_heads: list[int],
+    channel_eps: list[float],
+    spatial_eps: list[float],
+    fused: list[bool],
+    affine: list[bool],
+    buffered: list[bool],
+    counted: list[bool],
+    from_batch: list[bool],
+    updates: list[bool],
+    norm_eps: list[float],
+    momenta: list[float],
+    dtype: torch.dtype,
+    training: bool,
+) -> list[Tensor]:
+    """The outputs, then `_forward`'s list."""
+    spec = Spec(
+        grid, blocks, channel_heads, spatial_heads, channel_eps, spatial_eps, fused, affine, buffered, counted,
+        from_batch, updates, norm_eps, momenta, dtype,
+    )  # fmt: skip
+    outs, kept = _forward(spec, maps, parameters, buffers, training)
+    return [*outs, *kept]
+
+
+@_refine_operator.register_fake
+def _refine_fake(maps: Any, parameters: Any, buffers: Any, *rest: Any) -> list[Tensor]:
+    *numbers, training = rest
+    spec = Spec(*numbers)
+    batch, count, width = maps[0].shape[0], spec.grid[0] * spec.grid[1], sum(x.shape[1] for x in maps)
+
+    def tensor(*shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return maps[0].new_empty(shape, dtype=dtype or accumulation_dtype(spec.dtype))
+
+    tokens = functools.partial(tensor, batch, count, width, dtype=spec.dtype)
+    kept = [tokens()]
+    for _ in range(spec.blocks):
+        if spec.channel_heads:
+            statistics = tensor(batch, len(maps), 2, count)
+            kept += [statistics, tensor(batch, width), tensor(batch, width * (width + 1) // 2), tokens()]
+        if spec.spatial_heads:
+            scores = tensor(batch, sum(spec.spatial_heads), 2, count)
+            kept += [tokens(), tensor(batch, width), tokens(), scores, tokens()]
+    kept += [tokens() for _ in range(1 + any(spec.from_batch))]
+    of_batch = [tensor(2, width)] if training or any(spec.from_batch) else []
+    outs = [
+        torch.empty_like(x, dtype=torch.promote_types(x.dtype, spec.dtype), memory_format=memory_format(x))
+        for x in maps
+    ]
+    return [*outs, *(kept if training else []), *of_batch]
+
+
+@torch.library.custom_op("dca_kernels::refine_backward", mutates_args=())
+def _refine_backward_operator(
+    douts: list[Tensor],
+    maps: list[Tensor],
+    parameters: list[Tensor],
+    saved: list[Tensor],
+    grid: list[int],
+    blocks: int,
+    channel_heads: list[int],
+    spatial_heads: list[int],
+    channel_eps: list[float],
+    spatial_eps: list[float],
+    fused: list[bool],
+    affine: list[bool],
+    buffered: list[bool],
+    counted: list[bool],
+    from_batch: list[bool],
+    updates: list[bool],
+    norm_eps: list[float],
+    momenta: list[float],
+    dtype: torch.dtype,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted gradients of the maps, then `_backward`'s list."""
+    spec = Spec(
+        grid, blocks, channel_heads, spatial_heads, channel_eps, spatial_eps, fused, affine, buffered, counted,
+        from_batch, updates, norm_eps, momenta, dtype,
+    )  # fmt: skip
+    dmaps, gradients = _backward(spec, maps, parameters, saved, douts, wanted)
+    return [*(g for g in dmaps if g is not None), *gradients]
+
+
+@_refine_backward_operator.register_fake
+def _refine_backward_fake(douts: Any, maps: Any, parameters: Any, saved: Any, *rest: Any) -> list[Tensor]:
+    *numbers, wanted = rest
+    spec = Spec(*numbers)
+    scales, channels = len(maps), [x.shape[1] for x in maps]
+    width, own = sum(channels), parameters[0].dtype
+    kinds = [heads for _ in range(spec.blocks) for heads in (spec.channel_heads, spec.spatial_heads) if heads]
+    first = _first_wanted(spec, wanted)
+
+    def tensor(*shape: int) -> Tensor:
+        return maps[0].new_empty(shape, dtype=own)
+
+    dmaps = [torch.empty_like(x, memory_format=memory_format(x)) for x, want in zip(maps, wanted, strict=False) if want]
+    gradients = [tensor(sum(c * c for c in channels)), tensor(3, width)]
+    gradients += [tensor(4 * scales + 6, width) for _ in kinds[max(first - 1, 0) :]]
+    return [*dmaps, *gradients, *([tensor(2, width)] if first == 0 else [])]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    maps, parameters, buffers, *numbers, _ = inputs
+    ctx.scales, ctx.count, ctx.numbers = len(maps), len(maps) + len(parameters), numbers
+    # What is returned for an argument that is no tensor: a list without elements counts as one of tensors.
+    ctx.rest = [[None] * len(buffers), *([] if number == [] else None for number in numbers), None]
+    ctx.save_for_backward(*maps, *parameters, *output[len(maps) :])
+
+
+def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
+    scales, tensors = ctx.scales, list(ctx.saved_tensors)
+    maps, parameters, saved = tensors[:scales], tensors[scales : ctx.count], tensors[ctx.count :]
+    wanted_maps, wanted_parameters = ctx.needs_input_grad[:2]
+    wanted = [*wanted_maps, *wanted_parameters]
+    raw = torch.ops.dca_kernels.refine_backward(douts[:scales], maps, parameters, saved, *ctx.numbers, wanted)
+    rest = iter(raw)
+    dmaps = [next(rest) if want else None for want in wanted_maps]
+    gradients = _gradients(Spec(*ctx.numbers), list(rest), parameters, [x.shape[1] for x in maps])
+    asked = [g if want else None for g, want in zip(gradients, wanted_parameters, strict=True)]
+    return dmaps, asked, *ctx.rest
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(TWICE)
+
+
+_refine_operator.register_autograd(_differentiate, setup_context=_keep)
+_refine_backward_operator.register_autograd(_refuse)

@@ -115,6 +115,29 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 
 
 @triton.jit
+def sum_images(
+    ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr, ACC: tl.constexpr
+):
+    """`sum_blocks` of every image, which lie IMAGE_STRIDE apart, in a fixed order."""
+    out = tl.zeros(offs.shape, ACC)
+    for image in range(batch):
+        image_ptr = ptr + (image + tl.zeros([], tl.int64)) * IMAGE_STRIDE
+        out += sum_blocks(image_ptr, offs, mask, BLOCKS, STRIDE, ACC)
+    return out
+
+
+@triton.jit
+def store_affine_gradients(
+    daffine_ptr, gradients_ptr, offs_c, batch, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr
+):
+    """The sums of `store_layer_norm_backward` over blocks and images: LayerNorm's weight and bias, (2, C)."""
+    mask_c = offs_c < TOTAL
+    for k in tl.static_range(2):
+        affine = sum_images(daffine_ptr + k * TOTAL, offs_c, mask_c, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
+        tl.store(gradients_ptr + k * TOTAL + offs_c, affine, mask=mask_c)
+
+
+@triton.jit
 def layer_norm_vector(vector, mask, SIZE: tl.constexpr, EPS: tl.constexpr):
     """LayerNorm of one token, without its weight and bias."""
     mean = tl.sum(vector) / SIZE
@@ -170,7 +193,7 @@ def store_layer_norm_backward(
     along_mean = tl.sum(scaled, 1) / CHANNELS[i]
     along_std = tl.sum(scaled * normalised, 1) / CHANNELS[i]
     dtokens = rstd[:, None] * (scaled - along_mean[:, None] - normalised * along_std[:, None])
-    dtokens += tl.load(dresidual_ptr + offs, mask=mask, other=0.0)
+    dtokens += tl.load(dresidual_ptr + offs, mask=mask, other=0.0).to(ACC)
     tl.store(dtokens_ptr + offs, dtokens, mask=mask)
 
 

@@ -9,8 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
-from dca_kernels.primitives import load_vector, offset, padded, split_program, sum_blocks, total
-from dca_kernels.tokens import Tokens, normalised_of
+from dca_kernels.parameters import Attention
+from dca_kernels.primitives import (
+    load_vector,
+    offset,
+    padded,
+    split_program,
+    store_affine_gradients,
+    sum_blocks,
+    sum_images,
+    total,
+)
+from dca_kernels.tokens import Tokens, layer_norm_backward, normalised_of
 
 
 @triton.constexpr_function
@@ -211,7 +221,7 @@ def _attend_backward(
     tokens_m = tokens_m.to(ACC)
     tl.store(dpair_ptr + offs_k, 0.5 * tl.sum(through_pairs * tokens_m, 0), mask=mask_k)
     tl.store(dpair_ptr + TOTAL + offs_k, tl.sum(through_keys[:, None] * tokens_m, 0), mask=mask_k)
-    dattended = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
+    dattended = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL).to(ACC)
     tl.store(dweight_ptr + own, tl.sum(dattended * average_m, 0), mask=mask_v)
     tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended, 0), mask=mask_v)
 
@@ -222,22 +232,23 @@ def _load_upstream(
 ):
     """The averages of the values, the gradient of them, and the product of both summed over channels."""
     average = _load_tokens(averages_ptr, offs_n, own, mask_n, mask_v, TOTAL)
-    upstream = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL) * weight[None, :]
+    upstream = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL).to(ACC) * weight[None, :]
     upstream = upstream.to(average.dtype)
     average = average.to(ACC)
     return average, upstream, tl.sum(upstream.to(ACC) * average, 1)
 
 
 @triton.jit
-def _parameter_gradients_kernel(
-    level_ptr, dpair_ptr, dweight_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights, gradients_ptr,
-    batch,
-    CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, REMOVED: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+def _spatial_gradients_kernel(
+    level_ptr, dpair_ptr, dweight_ptr, daffine_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights,
+    gradients_ptr, batch,
+    CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, AFFINE_BLOCKS: tl.constexpr,
+    REMOVED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BLOCK_C channels of the maps of one scale, summed over images in a fixed order.
 
-    gradients (S, 3, C) of q weight, q bias and k weight, then (4, C) of v weight, v bias, p weight and p bias.
+    gradients (S, 4, C) of q weight, q bias, k weight and k bias, then (4, C) of v weight, v bias, p weight and p bias,
+    then (2, C) of LayerNorm's. The key map's bias drops out of the softmax.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     SCALES: tl.constexpr = len(CHANNELS)
@@ -246,38 +257,30 @@ def _parameter_gradients_kernel(
     for i in tl.static_range(SCALES):
         if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
             mask_c = offs_c < TOTAL
-            dpair = tl.zeros([BLOCK_C], ACC)
-            dkey = tl.zeros([BLOCK_C], ACC)
-            dlevelled = tl.zeros([BLOCK_C], ACC)
-            for image in range(batch):
-                b = image + tl.zeros([], tl.int64)
-                image_ptr = dpair_ptr + (b * BLOCKS * SCALES + i) * 2 * TOTAL
-                dpair += sum_blocks(image_ptr, offs_c, mask_c, BLOCKS, SCALES * 2 * TOTAL, ACC)
-                image_dkey = sum_blocks(image_ptr + TOTAL, offs_c, mask_c, BLOCKS, SCALES * 2 * TOTAL, ACC)
-                dkey += image_dkey
-                dlevelled += image_dkey * load_vector(level_ptr + b * TOTAL, offs_c, mask_c, ACC)
+            IMAGE: tl.constexpr = BLOCKS * SCALES * 2 * TOTAL
+            own_ptr = dpair_ptr + i * 2 * TOTAL
+            dpair = sum_images(own_ptr, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, IMAGE, ACC)
+            dkey, dlevelled = _sum_levelled(
+                own_ptr + TOTAL, level_ptr, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, IMAGE, TOTAL, ACC
+            )
             scale: tl.constexpr = (TOTAL // HEADS[i]) ** -0.5 * 1.4426950408889634
             q_weight, q_bias = (
                 load_vector(q_weights[i], offs_c, mask_c, ACC),
                 load_vector(q_biases[i], offs_c, mask_c, ACC),
             )
             k_weight = scale * load_vector(k_weights[i], offs_c, mask_c, ACC)
-            out_ptr = gradients_ptr + i * 3 * TOTAL + offs_c
+            out_ptr = gradients_ptr + i * 4 * TOTAL + offs_c
             tl.store(out_ptr, k_weight * (dpair + dlevelled), mask=mask_c)
             tl.store(out_ptr + TOTAL, k_weight * dkey, mask=mask_c)
             tl.store(out_ptr + 2 * TOTAL, scale * (q_weight * (dpair + dlevelled) + q_bias * dkey), mask=mask_c)
+            tl.store(out_ptr + 3 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
 
             local = offs_c - offset(CHANNELS, i)
             mask_v = (local >= 0) & (local < CHANNELS[i])
-            dweight = tl.zeros([BLOCK_C], ACC)
-            dbias = tl.zeros([BLOCK_C], ACC)
-            for image in range(batch):
-                b = image + tl.zeros([], tl.int64)
-                image_ptr = dweight_ptr + b * BLOCKS * 2 * TOTAL
-                image_dbias = sum_blocks(image_ptr + TOTAL, offs_c, mask_v, BLOCKS, 2 * TOTAL, ACC)
-                dweight += sum_blocks(image_ptr, offs_c, mask_v, BLOCKS, 2 * TOTAL, ACC)
-                dweight += image_dbias * load_vector(level_ptr + b * TOTAL, offs_c, mask_v, ACC)
-                dbias += image_dbias
+            dbias, dweight = _sum_levelled(
+                dweight_ptr + TOTAL, level_ptr, offs_c, mask_v, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, TOTAL, ACC
+            )
+            dweight += sum_images(dweight_ptr, offs_c, mask_v, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
             if REMOVED[i]:  # BatchNorm removes the constants
                 dbias *= 0.0
             v_weight, v_bias = (
@@ -285,11 +288,30 @@ def _parameter_gradients_kernel(
                 load_vector(v_biases[i], local, mask_v, ACC),
             )
             p_weight = load_vector(p_weights[i], local, mask_v, ACC)
-            out_ptr = gradients_ptr + SCALES * 3 * TOTAL + offs_c
+            out_ptr = gradients_ptr + SCALES * 4 * TOTAL + offs_c
             tl.store(out_ptr, p_weight * dweight, mask=mask_v)
             tl.store(out_ptr + TOTAL, p_weight * dbias, mask=mask_v)
             tl.store(out_ptr + 2 * TOTAL, v_weight * dweight + v_bias * dbias, mask=mask_v)
             tl.store(out_ptr + 3 * TOTAL, dbias, mask=mask_v)
+            if i == 0:
+                affine_ptr = gradients_ptr + (SCALES * 4 + 4) * TOTAL
+                store_affine_gradients(daffine_ptr, affine_ptr, offs_c, batch, TOTAL, AFFINE_BLOCKS, ACC)
+
+
+@triton.jit
+def _sum_levelled(
+    ptr, level_ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr,
+    TOTAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `sum_images`; and the same of every image's sum times its level."""
+    plain = tl.zeros(offs.shape, ACC)
+    levelled = tl.zeros(offs.shape, ACC)
+    for image in range(batch):
+        b = image + tl.zeros([], tl.int64)
+        of_image = sum_blocks(ptr + b * IMAGE_STRIDE, offs, mask, BLOCKS, STRIDE, ACC)
+        plain += of_image
+        levelled += of_image * load_vector(level_ptr + b * TOTAL, offs, mask, ACC)
+    return plain, levelled
 
 
 class Saved(NamedTuple):
@@ -302,39 +324,24 @@ class Saved(NamedTuple):
     scores: Tensor
 
 
-class Gradients(NamedTuple):
-    """Gradients of a spatial attention."""
-
-    normalised: Tensor  # (B, S, N, C), to be summed over S
-    values: Tensor  # (B, N, C), to be added
-    parameters: tuple[tuple[Tensor, ...], ...]  # of q, k, v map and projection, weights and biases, S each
-
-
-def spatial_attention(
-    tokens: Tokens, norms: Sequence[Any], attentions: Sequence[Any], training: bool = False
-) -> tuple[Tokens, Saved | None]:
+def spatial_attention(tokens: Tokens, attention: Attention, training: bool) -> tuple[Tokens, Saved | None]:
     """Attend across tokens, with the residual (paper, eq. 4).
 
     Args:
-        tokens: normalised for `norms`, or not yet.
-        norms: S LayerNorms over C_i.
-        attentions: S modules with `q_map`, `k_map`, `v_map`, `projection` and `heads`. The key map's bias drops out.
+        tokens: normalised for the attention's norms, or not yet.
+        attention: its parameters. The key map's bias drops out.
         training: whether there will be a backward.
 
     Returns:
         The tokens, and what the backward needs.
     """
     batch, count, _ = tokens.shape
-    normalised, level = normalised_of(tokens, norms)
-    heads = tuple(attention.heads for attention in attentions)
+    normalised, level = normalised_of(tokens, attention.norms)
+    heads = tuple(attention.heads)
     config, shared = _configured("spatial_attention", tokens, heads)
     attended = Tokens(torch.empty_like(tokens.values), tokens.channels)
     averages = torch.empty_like(tokens.values) if training else None
     scores = tokens.new_empty(batch, sum(heads), 2, count) if training else None
-    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
-    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
-    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
-    projections = [launch.depthwise(attention.projection) for attention in attentions]
     launch.run(
         _spatial_attention_kernel,
         batch * sum(heads) * launch.blocks(count, config["block_m"]),
@@ -342,13 +349,13 @@ def spatial_attention(
         tokens_ptr=tokens.values,
         normalised_ptr=normalised,
         level_ptr=level,
-        q_weights=launch.weights(q_maps),
-        q_biases=launch.biases(q_maps),
-        k_weights=launch.weights(k_maps),
-        v_weights=launch.weights(v_maps),
-        v_biases=launch.biases(v_maps),
-        p_weights=launch.weights(projections),
-        p_biases=launch.biases(projections),
+        q_weights=launch.weights(attention.q_maps),
+        q_biases=launch.biases(attention.q_maps),
+        k_weights=launch.weights(attention.k_maps),
+        v_weights=launch.weights(attention.v_maps),
+        v_biases=launch.biases(attention.v_maps),
+        p_weights=launch.weights(attention.projections),
+        p_biases=launch.biases(attention.projections),
         attended_ptr=attended.values,
         averages_ptr=averages,
         scores_ptr=scores,
@@ -358,28 +365,27 @@ def spatial_attention(
 
 
 def spatial_attention_backward(
-    saved: Saved, dattended: Tensor, attentions: Sequence[Any], removed: Sequence[bool]
-) -> Gradients:
-    """The gradients of `spatial_attention`, without its LayerNorm and its residual.
+    saved: Saved, dattended: Tensor, attention: Attention, removed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `spatial_attention`, through its LayerNorm and its residual.
 
     Args:
         saved: what the forward returned.
-        dattended: (B, N, C), the gradient of its result, in the accumulation dtype.
-        attentions: as in the forward.
+        dattended: (B, N, C), the gradient of its result, in the tokens' dtype.
+        attention: as in the forward.
         removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+
+    Returns:
+        The gradient of the tokens, (B, N, C), and of the parameters, see `split_gradients`.
     """
     tokens = saved.tokens
     batch, count, width = tokens.shape
     scales = len(tokens.channels)
-    heads = tuple(attention.heads for attention in attentions)
+    heads = tuple(attention.heads)
     config, shared = _configured("spatial_attention_backward", tokens, heads)
     blocks = launch.blocks(count, config["block_m"])
-    q_maps = [launch.depthwise(attention.q_map) for attention in attentions]
-    k_maps = [launch.depthwise(attention.k_map) for attention in attentions]
-    v_maps = [launch.depthwise(attention.v_map) for attention in attentions]
-    projections = [launch.depthwise(attention.projection) for attention in attentions]
-    dnormalised = tokens.new_empty(batch, scales, count, width)
-    dvalues = tokens.new_empty(batch, count, width)
+    dnormalised = tokens.new_empty(batch, scales, count, width, dtype=tokens.values.dtype)
+    dvalues = torch.empty_like(tokens.values)
     dpair = tokens.new_empty(batch, blocks, scales, 2, width)
     dweight = tokens.new_empty(batch, blocks, 2, width)
     launch.run(
@@ -391,11 +397,11 @@ def spatial_attention_backward(
         averages_ptr=saved.averages,
         scores_ptr=saved.scores,
         dattended_ptr=dattended,
-        q_weights=launch.weights(q_maps),
-        q_biases=launch.biases(q_maps),
-        k_weights=launch.weights(k_maps),
-        v_weights=launch.weights(v_maps),
-        p_weights=launch.weights(projections),
+        q_weights=launch.weights(attention.q_maps),
+        q_biases=launch.biases(attention.q_maps),
+        k_weights=launch.weights(attention.k_maps),
+        v_weights=launch.weights(attention.v_maps),
+        p_weights=launch.weights(attention.projections),
         dnormalised_ptr=dnormalised,
         dvalues_ptr=dvalues,
         dpair_ptr=dpair,
@@ -403,34 +409,46 @@ def spatial_attention_backward(
         **shared,
     )
 
+    dtokens, daffine = layer_norm_backward(tokens, attention.norms, dnormalised, dvalues, dattended)
+
     block_c = 32
-    gradients = tokens.new_empty(3 * scales + 4, width)
+    gradients = tokens.new_empty(4 * scales + 6, width, dtype=attention.q_maps[0].weight.dtype)
     launch.run(
-        _parameter_gradients_kernel,
+        _spatial_gradients_kernel,
         scales * launch.blocks(width, block_c),
         {"num_warps": 1, "num_stages": 2},
         level_ptr=saved.level,
         dpair_ptr=dpair,
         dweight_ptr=dweight,
-        q_weights=launch.weights(q_maps),
-        q_biases=launch.biases(q_maps),
-        k_weights=launch.weights(k_maps),
-        v_weights=launch.weights(v_maps),
-        v_biases=launch.biases(v_maps),
-        p_weights=launch.weights(projections),
+        daffine_ptr=daffine,
+        q_weights=launch.weights(attention.q_maps),
+        q_biases=launch.biases(attention.q_maps),
+        k_weights=launch.weights(attention.k_maps),
+        v_weights=launch.weights(attention.v_maps),
+        v_biases=launch.biases(attention.v_maps),
+        p_weights=launch.weights(attention.projections),
         gradients_ptr=gradients,
         batch=batch,
         CHANNELS=tokens.channels,
         HEADS=heads,
         BLOCKS=blocks,
+        AFFINE_BLOCKS=daffine.shape[1],
         REMOVED=tuple(removed),
         ACC=shared["ACC"],
         BLOCK_C=block_c,
     )
-    query_key, value_projection = gradients.split([3 * scales, 4])
-    by_scale = zip(*value_projection.split(tokens.channels, 1), strict=False)
-    parameters = [tuple(query_key[k::3]) for k in range(3)] + [tuple(vectors) for vectors in by_scale]
-    return Gradients(dnormalised, dvalues, tuple(parameters))
+    return dtokens, gradients
+
+
+def split_gradients(gradients: Tensor, channels: Sequence[int]) -> list[Sequence[Tensor]]:
+    """What `spatial_attention_backward` returned of the parameters, a weight and a bias of S scales after the other.
+
+    In the order of norms, q, k, v maps and projections.
+    """
+    query_key, own = gradients.split([4 * len(channels), 6])
+    v_weight, v_bias, p_weight, p_bias, gamma, beta = (row.split(channels) for row in own)
+    q_weight, q_bias, k_weight, k_bias = (query_key[k::4].unbind() for k in range(4))
+    return [gamma, beta, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, p_weight, p_bias]
 
 
 def _configured(kernel: str, tokens: Tokens, heads: tuple[int, ...]) -> tuple[dict[str, int], dict[str, Any]]:

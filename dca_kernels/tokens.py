@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -10,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
+from dca_kernels.parameters import LayerNorm
 from dca_kernels.primitives import (
     offset,
     padded,
@@ -115,11 +115,12 @@ def _load_scale(tokens_ptr, b, i: tl.constexpr, offs_n, N: tl.constexpr, CHANNEL
 @triton.jit
 def _layer_norm_backward_kernel(
     tokens_ptr, dnormalised_ptr, dvalues_ptr, dresidual_ptr, gammas, dtokens_ptr, daffine_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_N tokens of one scale through their LayerNorm, and the residual's.
 
-    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, S, N, C).
+    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, PARTS, N, C).
     """
     BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
     b, tile = split_program(len(CHANNELS) * BLOCKS)
@@ -127,8 +128,8 @@ def _layer_norm_backward_kernel(
     for i in tl.static_range(len(CHANNELS)):
         if tile // BLOCKS == i:
             dnormalised, _ = _load_scale(dvalues_ptr, b, i, offs_n, N, CHANNELS, ACC)
-            for k in tl.static_range(len(CHANNELS)):
-                part, _ = _load_scale(dnormalised_ptr, b * len(CHANNELS) + k, i, offs_n, N, CHANNELS, ACC)
+            for k in tl.static_range(PARTS):
+                part, _ = _load_scale(dnormalised_ptr, b * PARTS + k, i, offs_n, N, CHANNELS, ACC)
                 dnormalised += part
             store_layer_norm_backward(
                 tokens_ptr, dnormalised, dresidual_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, tile % BLOCKS,
@@ -136,7 +137,7 @@ def _layer_norm_backward_kernel(
             )  # fmt: skip
 
 
-def statistics_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def statistics_of(tokens: Tokens, norms: Sequence[LayerNorm]) -> tuple[Tensor, Tensor]:
     """`statistics` and `sums`; taken here where the tokens' writer did not have whole tokens at hand."""
     if tokens.statistics is not None and tokens.sums is not None:
         return tokens.statistics, tokens.sums
@@ -160,7 +161,7 @@ def statistics_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
     return statistics, sums
 
 
-def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def normalised_of(tokens: Tokens, norms: Sequence[LayerNorm]) -> tuple[Tensor, Tensor]:
     """`normalised` and `level`; made here where no channel attention did."""
     if tokens.normalised is not None and tokens.level is not None:
         return tokens.normalised, tokens.level
@@ -189,20 +190,20 @@ def normalised_of(tokens: Tokens, norms: Sequence[Any]) -> tuple[Tensor, Tensor]
 
 
 def layer_norm_backward(
-    tokens: Tokens, norms: Sequence[Any], dnormalised: Tensor, dvalues: Tensor, dresidual: Tensor
+    tokens: Tokens, norms: Sequence[LayerNorm], dnormalised: Tensor, dvalues: Tensor, dresidual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens (B, N, C) and of LayerNorm's weights and biases (2, C).
+    """Gradients of tokens (B, N, C), and partial sums (B, blocks, 2, C) of LayerNorm's weights and biases.
 
     Args:
         tokens: what was normalised.
         norms: S LayerNorms.
-        dnormalised: (B, S, N, C), summed over S.
+        dnormalised: (B, parts, N, C), summed over the parts.
         dvalues: (B, N, C), added to that.
         dresidual: (B, N, C), the gradient that reached the tokens past the LayerNorm.
     """
     batch, count, width = tokens.shape
     config = _configuration(tokens)
-    dtokens = tokens.new_empty(batch, count, width)
+    dtokens = torch.empty_like(tokens.values)
     daffine = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
     launch.run(
         _layer_norm_backward_kernel,
@@ -217,11 +218,12 @@ def layer_norm_backward(
         daffine_ptr=daffine,
         N=count,
         CHANNELS=tokens.channels,
+        PARTS=dnormalised.shape[1],
         EPS=launch.epsilons(norms),
         ACC=launch.triton_type(tokens.accumulation),
         BLOCK_N=config["block_n"],
     )
-    return dtokens, daffine.sum((0, 1))
+    return dtokens, daffine
 
 
 def _configuration(tokens: Tokens) -> dict[str, int]:

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dca_kernels import launch
-from dca_kernels.fused import checked, memory_format, uses_batch_statistics
+from dca_kernels.fused import memory_format
+from dca_kernels.parameters import Affine, BatchNorm
+from dca_kernels.partials import sum_partials
 from dca_kernels.primitives import (
     band,
     band_begin,
@@ -23,7 +25,7 @@ from dca_kernels.primitives import (
     offset,
     padded,
     split_program,
-    sum_blocks,
+    sum_images,
     total,
     window_begin,
     window_end,
@@ -181,7 +183,7 @@ def _interpolated_moments(
         offs_n = start + tl.arange(0, BLOCK_N)
         p, q = offs_n // GRID[1], offs_n % GRID[1]
         weight = _table(tables_ptr, 0, p, GRID[0], 0) * _table(tables_ptr, 0, q, GRID[1], 3 * GRID[0])
-        z = _load_grid(z_ptr, p, q, offs_c, mask_c, GRID, TOTAL)
+        z = _load_grid(z_ptr, p, q, offs_c, mask_c, GRID, TOTAL, ACC)
         mean += tl.sum((z * weight[:, None]).to(tl.float64), 0)
     mean /= PIXELS
     squares = tl.zeros(offs_c.shape, tl.float64)
@@ -203,7 +205,7 @@ def _interpolated_moments(
         here += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
         here += (row_next * column_before)[:, None] * below_left
         squares += tl.sum((z * here).to(tl.float64), 0)
-        adjoint = _load_grid(adjoint_ptr, p, q, offs_c, mask_c, GRID, TOTAL)
+        adjoint = _load_grid(adjoint_ptr, p, q, offs_c, mask_c, GRID, TOTAL, ACC) * (PIXELS / N)
         products += tl.sum((z * adjoint).to(tl.float64), 0)
         adjoints += tl.sum(adjoint.to(tl.float64), 0)
     rounded = mean - mean.to(ACC).to(tl.float64)  # of the mean, when it was subtracted
@@ -217,18 +219,18 @@ def _table(tables_ptr, k, position, SIZE: tl.constexpr, begin):
 
 
 @triton.jit
-def _load_grid(ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr):
+def _load_grid(ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
     """[positions, channels] of a token grid, zero beyond it."""
     mask = (p >= 0) & (p < GRID[0]) & (q >= 0) & (q < GRID[1])
     ptrs = ptr + (p * GRID[1] + q)[:, None] * TOTAL + offs_c[None, :]
-    return tl.load(ptrs, mask=mask[:, None] & mask_c[None, :], other=0.0)
+    return tl.load(ptrs, mask=mask[:, None] & mask_c[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
 def _load_shifted(ptr, mean, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
     """As `_load_grid`, less the mean."""
     inside = (p < GRID[0]) & (q >= 0) & (q < GRID[1])
-    z = _load_grid(ptr, p, q, offs_c, mask_c, GRID, TOTAL)
+    z = _load_grid(ptr, p, q, offs_c, mask_c, GRID, TOTAL, ACC)
     return tl.where(inside[:, None], z - mean.to(ACC)[None, :], 0.0)
 
 
@@ -262,10 +264,10 @@ def _load_merged(
     mask = (pixel < SIZE[0] * SIZE[1])[:, None] & mask_c[None, :]
     top, bottom, fraction_h = interpolation(h, SIZE[0], GRID[0], ACC)
     left, right, fraction_w = interpolation(w, SIZE[1], GRID[1], ACC)
-    top_left = tl.load(z_ptrs[None, :] + (top * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0)
-    top_right = tl.load(z_ptrs[None, :] + (top * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0)
-    bottom_left = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0)
-    bottom_right = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0)
+    top_left = tl.load(z_ptrs[None, :] + (top * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    top_right = tl.load(z_ptrs[None, :] + (top * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    bottom_left = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    bottom_right = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
     upper = top_left * (1.0 - fraction_w)[:, None] + top_right * fraction_w[:, None]
     lower = bottom_left * (1.0 - fraction_w)[:, None] + bottom_right * fraction_w[:, None]
     x_ptrs = x_ptrs[None, :] + (h * STRIDE[2] + w * STRIDE[3])[:, None]
@@ -391,7 +393,7 @@ def _interpolate(
     if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
         offs = (pair_h * GRID[1])[:, None] + offs_w[None, :]
         mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-        up = tl.load(z_ptrs[:, None] + offs * TOTAL, mask=mask, other=0.0)
+        up = tl.load(z_ptrs[:, None] + offs * TOTAL, mask=mask, other=0.0).to(ACC)
     else:
         K: tl.constexpr = padded(_columns_needed(BLOCK_W, SIZE[1], GRID[1]))
         first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
@@ -399,8 +401,8 @@ def _interpolate(
         top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
         mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
         columns_ptrs = z_ptrs[:, None] + offs_q[None, :] * TOTAL
-        above = tl.load(columns_ptrs + (top * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
-        below = tl.load(columns_ptrs + (bottom * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
+        above = tl.load(columns_ptrs + (top * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC)
+        below = tl.load(columns_ptrs + (bottom * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC)
         rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]
         matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
         up = tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
@@ -458,7 +460,7 @@ def _masked_gradient(
     OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """In one tile: up(z) + x less its mean, and the gradient of what BatchNorm gave, through the ReLU."""
+    """In one tile: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU."""
     offs_c = c_begin + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
     mean = load_vector(saved_ptr, OFFSET + offs_c, mask_c, ACC)
@@ -480,7 +482,7 @@ def _masked_gradient(
         if beta_ptr is not None:
             before_relu += _of_pairs(load_vector(beta_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
         gradient = tl.where(before_relu <= 0, 0.0, gradient)
-    return y, gradient
+    return x, y, gradient
 
 
 @triton.jit
@@ -522,7 +524,7 @@ def _merge_gradient(
 ):  # fmt: skip
     ROWS: tl.constexpr = triton.cdiv(SIZE[0], BLOCK_H)
     c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
-    y, gradient = _masked_gradient(
+    _, y, gradient = _masked_gradient(
         x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
         STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
     )  # fmt: skip
@@ -530,26 +532,32 @@ def _merge_gradient(
     offs_w = tl.arange(0, BLOCK_W)
     offs_c = c_begin + tl.arange(0, BLOCK_C)
     sums_ptrs = sums_ptr + tile % ROWS * 2 * TOTAL + OFFSET + offs_c
-    plain, moment = tl.sum(gradient, 1), tl.sum(gradient * y, 1)
-    tl.store(sums_ptrs, tl.sum(tl.reshape(plain, [BLOCK_H, BLOCK_C]), 0), mask=offs_c < CHANNELS)
-    tl.store(sums_ptrs + TOTAL, tl.sum(tl.reshape(moment, [BLOCK_H, BLOCK_C]), 0), mask=offs_c < CHANNELS)
+    tl.store(sums_ptrs, _sum_pairs(gradient, BLOCK_C, BLOCK_H), mask=offs_c < CHANNELS)
+    tl.store(sums_ptrs + TOTAL, _sum_pairs(gradient * y, BLOCK_C, BLOCK_H), mask=offs_c < CHANNELS)
     offs_q = tl.arange(0, padded(GRID[1]))
     matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
     wide = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)  # [pairs, P_w]
     wide_ptrs = wide_ptr + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
+    wide /= SIZE[1] / GRID[1]  # of a gradient's size, whatever the stride
     tl.store(wide_ptrs, wide, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
 
 
 @triton.jit
+def _sum_pairs(tile, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_H * BLOCK_C, columns] -> [BLOCK_C]."""
+    return tl.sum(tl.reshape(tl.sum(tile, 1), [BLOCK_H, BLOCK_C]), 0)
+
+
+@triton.jit
 def _norm_gradient_kernel(
-    sums_ptr, saved_ptr, gammas, gradients_ptr, batch,
+    sums_ptr, saved_ptr, gammas, gradients_ptr, removed_ptr, batch,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of one scale, summed over images and tiles in a fixed order.
 
-    gradients (5, C): BatchNorm's weight and bias, the convolution's bias, and what the gradient of up(z) + x loses
-    where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean.
+    gradients (3, C): BatchNorm's weight and bias, the convolution's bias. removed (2, C): what the gradient of
+    up(z) + x loses where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     pid = tl.program_id(0)
@@ -559,12 +567,8 @@ def _norm_gradient_kernel(
             offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
-            dbeta = tl.zeros([BLOCK_C], ACC)
-            moment = tl.zeros([BLOCK_C], ACC)
-            for image in range(batch):
-                image_ptr = sums_ptr + (image + tl.zeros([], tl.int64)) * MOST * 2 * TOTAL
-                dbeta += sum_blocks(image_ptr, own, mask_c, BLOCKS[i], 2 * TOTAL, ACC)
-                moment += sum_blocks(image_ptr + TOTAL, own, mask_c, BLOCKS[i], 2 * TOTAL, ACC)
+            dbeta = sum_images(sums_ptr, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
+            moment = sum_images(sums_ptr + TOTAL, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
             scale = tl.full([BLOCK_C], 1.0, ACC)
             rstd = scale
             if NORM[i]:
@@ -578,17 +582,15 @@ def _norm_gradient_kernel(
             if FROM_BATCH[i]:
                 pixels = batch.to(ACC) * (SIZES[i][0] * SIZES[i][1])
                 tl.store(out_ptr + 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-                tl.store(out_ptr + 3 * TOTAL, dbeta / pixels, mask=mask_c)
-                tl.store(out_ptr + 4 * TOTAL, moment * rstd * rstd / pixels, mask=mask_c)
+                tl.store(removed_ptr + own, dbeta / pixels, mask=mask_c)
+                tl.store(removed_ptr + TOTAL + own, moment * rstd * rstd / pixels, mask=mask_c)
             else:
                 tl.store(out_ptr + 2 * TOTAL, scale * dbeta, mask=mask_c)
-                tl.store(out_ptr + 3 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-                tl.store(out_ptr + 4 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
 
 
 @triton.jit
 def _grid_gradient_kernel(
-    maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, norm_gradients_ptr, dz_ptr,
+    maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, removed_ptr, dz_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
     FROM_BATCH: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -616,17 +618,19 @@ def _grid_gradient_kernel(
                 top, bottom, fraction = interpolation(h, SIZES[i][0], GRID[0], ACC)
                 weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
                 row = tl.load(wide_ptrs + h * (GRID[1] * CHANNELS[i]), mask=mask & (h < SIZES[i][0]), other=0.0)
-                dz += tl.where(weight != 0, weight * row, 0.0)
+                dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
+            dz *= SIZES[i][1] / GRID[1]
             if FROM_BATCH[i]:
                 tables = tables_ptr + i * 3 * (GRID[0] + GRID[1])
                 rows = p + tl.zeros(offs_q.shape, tl.int32)
                 ones = _table(tables, 0, rows, GRID[0], 0) * _table(tables, 0, offs_q, GRID[1], 3 * GRID[0])
                 first = tl.load(maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1], mask=mask_c, other=0.0).to(ACC)
                 mean = load_vector(saved_ptr, own, mask_c, ACC)
-                constant = load_vector(norm_gradients_ptr + 3 * TOTAL, own, mask_c, ACC)
-                multiple = load_vector(norm_gradients_ptr + 4 * TOTAL, own, mask_c, ACC)
-                y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL)
-                y += _interpolated_twice(z_ptr + image, tables, rows, offs_q, own, mask_c, GRID, TOTAL)
+                constant = load_vector(removed_ptr, own, mask_c, ACC)
+                multiple = load_vector(removed_ptr + TOTAL, own, mask_c, ACC)
+                y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
+                y *= SIZES[i][0] * SIZES[i][1] / (GRID[0] * GRID[1])
+                y += _interpolated_twice(z_ptr + image, tables, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
                 y += ones[:, None] * (first - mean)[None, :]
                 dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
             if NORM[i]:
@@ -638,14 +642,16 @@ def _grid_gradient_kernel(
 
 
 @triton.jit
-def _interpolated_twice(z_ptr, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr):
+def _interpolated_twice(
+    z_ptr, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
     """U^T U z at some positions: (G_h x G_w) z, both with three diagonals."""
-    out = _load_grid(z_ptr, p, q, offs_c, mask_c, GRID, TOTAL) * 0.0
+    out = tl.zeros([p.shape[0], offs_c.shape[0]], ACC)
     for dp in tl.static_range(-1, 2):
         for dq in tl.static_range(-1, 2):
             row = _table(tables_ptr, 1 if dp == 0 else 2, p if dp >= 0 else p - 1, GRID[0], 0)
             column = _table(tables_ptr, 1 if dq == 0 else 2, q if dq >= 0 else q - 1, GRID[1], 3 * GRID[0])
-            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL)
+            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL, ACC)
             out += (row * column)[:, None] * z
     return out
 
@@ -692,45 +698,48 @@ def _squares(sizes, block, i):
 
 @triton.jit
 def _map_gradient_kernel(
-    maps, z_ptr, douts, gammas, betas, saved_ptr, norm_gradients_ptr, dtokens_ptr, avg_weights, dmaps,
+    maps, z_ptr, douts, gammas, betas, saved_ptr, removed_ptr, dtokens_ptr, avg_weights, dmaps, sums_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr,
     MAP_STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
+    MOST: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of a tile of one map, past the attention and through its pooling.
+    """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
-    SHARED is how many windows at most have a row of each map in common.
+    SHARED is how many windows at most have a row of each map in common. sums (B, MOST, 2, C): over the tile, of the
+    pooling's gradient times x, and of the pooling's gradient: the shares of `avg_map`. Tiles that a scale has not got
+    are zero there.
     """
     b, tile = split_program(FIRST[len(CHANNELS)])
     for i in tl.static_range(len(CHANNELS)):
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
             _map_gradient(
-                maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, norm_gradients_ptr, dtokens_ptr,
-                avg_weights[i], dmaps[i], b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS),
-                SIZES[i], STRIDES[i], OUT_STRIDES[i], MAP_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], SHARED[i],
-                PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+                maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, removed_ptr, dtokens_ptr, avg_weights[i],
+                dmaps[i], sums_ptr, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS), SIZES[i],
+                STRIDES[i], OUT_STRIDES[i], MAP_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], SHARED[i], PRECISION,
+                ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2], MOST,
             )  # fmt: skip
 
 
 @triton.jit
 def _map_gradient(
-    x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, norm_gradients_ptr, dtokens_ptr, avg_weight_ptr, dmap_ptr,
-    b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
+    x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, removed_ptr, dtokens_ptr, avg_weight_ptr, dmap_ptr,
+    sums_ptr, b, tile, CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, MAP_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
     FROM_BATCH: tl.constexpr, EPS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = triton.cdiv(SIZE[0], BLOCK_H)
     c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
-    y, gradient = _masked_gradient(
+    x, y, gradient = _masked_gradient(
         x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
         STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
     )  # fmt: skip
     offs_c = c_begin + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
     if FROM_BATCH:
-        constant = load_vector(norm_gradients_ptr + 3 * TOTAL, OFFSET + offs_c, mask_c, ACC)
-        multiple = load_vector(norm_gradients_ptr + 4 * TOTAL, OFFSET + offs_c, mask_c, ACC)
+        constant = load_vector(removed_ptr, OFFSET + offs_c, mask_c, ACC)
+        multiple = load_vector(removed_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC)
         gradient -= _of_pairs(constant, BLOCK_H)[:, None] + y * _of_pairs(multiple, BLOCK_H)[:, None]
     if NORM:
         scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
@@ -749,14 +758,22 @@ def _map_gradient(
         inside = mask_pair & (p < GRID[0]) & (begin <= pair_h) & (pair_h < end)
         mask = inside[:, None] & (offs_q < GRID[1])[None, :]
         dtokens = tl.load(dtokens_ptrs + (p * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
-        rows += dtokens / (end - begin).to(ACC)[:, None]
+        rows += dtokens.to(ACC) / (end - begin).to(ACC)[:, None]
     begin, end = window_begin(offs_q, SIZE[1], GRID[1]), window_end(offs_q, SIZE[1], GRID[1])
     inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID[1])[:, None]
     windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
     pooled = tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)
-    gradient += pooled * _of_pairs(load_vector(avg_weight_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
-    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-    tl.store(_map_pointers(dmap_ptr + b * MAP_STRIDE[0], pair_c, pair_h, offs_w, MAP_STRIDE), gradient, mask=mask)
+    if dmap_ptr is not None:
+        gradient += pooled * _of_pairs(load_vector(avg_weight_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
+        mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+        tl.store(_map_pointers(dmap_ptr + b * MAP_STRIDE[0], pair_c, pair_h, offs_w, MAP_STRIDE), gradient, mask=mask)
+    sums_ptrs = sums_ptr + (b * MOST + tile % ROWS) * 2 * TOTAL + OFFSET + offs_c
+    tl.store(sums_ptrs, _sum_pairs(pooled * x, BLOCK_C, BLOCK_H), mask=mask_c)
+    tl.store(sums_ptrs + TOTAL, _sum_pairs(pooled, BLOCK_C, BLOCK_H), mask=mask_c)
+    if tile % ROWS == 0:
+        for missing in range(ROWS, MOST):
+            tl.store(sums_ptrs + missing * 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+            tl.store(sums_ptrs + (missing * 2 + 1) * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
 
 
 class Saved(NamedTuple):
@@ -766,47 +783,45 @@ class Saved(NamedTuple):
     maps: Sequence[Tensor]
     z: Tensor
     adjoint: Tensor | None  # of the maps, (B, N, C)
-    statistics: Tensor  # (2, C), mean and variance that BatchNorm took
+    statistics: Tensor | None  # (2, C), mean without the convolution's bias and variance that BatchNorm took
 
 
 class Gradients(NamedTuple):
     """Gradients of the upsampling, but for the maps', which wait for the tokens'."""
 
     tokens: Tensor  # (B, N, C)
-    norms: Tensor  # (5, C), see `_norm_gradient_kernel`
-    convs: tuple[Tensor, ...]  # S of (C_i, C_i, 1, 1)
+    removed: Tensor  # (2, C), what the statistics of a batch take off the maps' gradient
+    convs: Tensor  # the S matrices (C_i, C_i), one after another
+    norms: Tensor  # (3, C): BatchNorm's weights and biases, the convolutions' biases
 
 
 def upsample(
     tokens: Tokens,
     maps: Sequence[Tensor],
     moments: tuple[Tensor, Tensor] | None,
-    upconvs: Sequence[Any],
-    norms: Sequence[Any],
+    upconvs: Sequence[Affine],
+    norms: Sequence[BatchNorm | None],
     grid: tuple[int, int],
-    dtypes: Sequence[torch.dtype],
     training: bool,
-) -> tuple[list[Tensor], Saved | None]:
+) -> tuple[list[Tensor], Saved]:
     """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
 
     Args:
         tokens: the tokens.
         maps: S tensors (B, C_i, H_i, W_i), any strides.
         moments: what `patch_embed` returned for BatchNorm.
-        upconvs: S modules with `conv.conv`, a dense 1x1 convolution.
+        upconvs: S dense 1x1 convolutions.
         norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
         grid: (P_h, P_w).
-        dtypes: dtype of each output.
         training: whether there will be a backward.
 
     Returns:
-        S tensors (B, C_i, H_i, W_i), channels_last where the map is, and what the backward needs. BatchNorm's running
-        buffers are updated.
+        S tensors (B, C_i, H_i, W_i) in the dtype that the map's and the tokens' promote to, channels_last where the map
+        is; and what the backward needs. BatchNorm's running buffers are updated.
     """
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
-    convs = [checked(upconv.conv.conv, nn.Conv2d) for upconv in upconvs]
     from_batch = _from_batch(norms)
     shared = {
         "CHANNELS": tokens.channels,
@@ -814,14 +829,14 @@ def upsample(
     }
 
     config = launch.configuration("conv", target, dtype, max(launch.padded(c) for c in tokens.channels))
-    z = tokens.new_empty(batch, count, width)
+    z = torch.empty_like(tokens.values)
     column_blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
     launch.run(
         _conv_kernel,
         batch * launch.blocks(count, config["block_n"]) * column_blocks,
         config,
         tokens_ptr=tokens.values,
-        weights=launch.weights(convs),
+        weights=launch.weights(upconvs),
         z_ptr=z,
         N=count,
         TRANSPOSED=False,
@@ -832,7 +847,7 @@ def upsample(
         **shared,
     )
 
-    counters = tuple(norm.num_batches_tracked if _updates(norm) else None for norm in norms)
+    counters = tuple(None if norm is None or not norm.updates else norm.counter for norm in norms)
     statistics = None
     if moments is not None:
         config = launch.configuration("batch_statistics", target, dtype, batch)
@@ -863,19 +878,21 @@ def upsample(
     if batch == 0:  # no program runs, and BatchNorm counts the batch all the same
         for counter in (c for c in counters if c is not None):
             counter.add_(1)
-    outs = [torch.empty_like(x, dtype=d, memory_format=memory_format(x)) for x, d in zip(maps, dtypes, strict=True)]
+    outs = [
+        torch.empty_like(x, dtype=torch.promote_types(x.dtype, dtype), memory_format=memory_format(x)) for x in maps
+    ]
     widest = max(w for _, w in sizes)
     layout = "channels_last" if all(x.stride(1) == 1 for x in maps) else "contiguous"
     config = launch.configuration(f"upsample_{layout}", target, dtype, widest)
     tiles, first = _tiles(tokens.channels, sizes, config["tile"], config["block_c"], config["block_w"])
-    kept = tokens.new_empty(2, width) if training else None
+    kept = tokens.new_empty(2, width) if training or any(from_batch) else None
     launch.run(
         _upsample_kernel,
         batch * first[-1],
         config,
         maps=tuple(maps),
         z_ptr=z,
-        conv_biases=launch.biases(convs),
+        conv_biases=launch.biases(upconvs),
         gammas=_affine_of(norms, "weight"),
         betas=_affine_of(norms, "bias"),
         means=tuple(None if norm is None else norm.running_mean for norm in norms),
@@ -892,7 +909,7 @@ def upsample(
         NORM=tuple(norm is not None for norm in norms),
         FROM_BATCH=from_batch,
         EPS=tuple(0.0 if norm is None else norm.eps for norm in norms),
-        UPDATES=tuple(_updates(norm) for norm in norms),
+        UPDATES=tuple(norm is not None and norm.updates for norm in norms),
         MOMENTUM=tuple(None if norm is None else norm.momentum for norm in norms),
         PRECISION=launch.precision(dtype, target),
         BLOCKS=tiles,
@@ -900,11 +917,15 @@ def upsample(
         **shared,
     )
     adjoint = None if moments is None else moments[1]
-    return outs, None if kept is None else Saved(tokens, maps, z, adjoint, kept)
+    return outs, Saved(tokens, maps, z, adjoint, kept)
 
 
 def upsample_backward(
-    saved: Saved, douts: Sequence[Tensor], upconvs: Sequence[Any], norms: Sequence[Any], grid: tuple[int, int]
+    saved: Saved,
+    douts: Sequence[Tensor],
+    upconvs: Sequence[Affine],
+    norms: Sequence[BatchNorm | None],
+    grid: tuple[int, int],
 ) -> Gradients:
     """The gradients of `upsample`, but for the maps'.
 
@@ -917,12 +938,12 @@ def upsample_backward(
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     operand, precision = launch.triton_type(dtype), launch.precision(dtype, target)
-    convs = [checked(upconv.conv.conv, nn.Conv2d) for upconv in upconvs]
     config, shared, tiles = _backward_arguments(saved, norms)
     blocks, first = tiles
     rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
     sums = tokens.new_empty(batch, max(rows), 2, width)
-    wide = tokens.new_empty(batch, sum(x.shape[1] * x.shape[2] * grid[1] for x in saved.maps))
+    wide_size = sum(x.shape[1] * x.shape[2] * grid[1] for x in saved.maps)
+    wide = tokens.new_empty(batch, wide_size, dtype=dtype)
     launch.run(
         _merge_gradient_kernel,
         batch * first[-1],
@@ -947,7 +968,8 @@ def upsample_backward(
 
     block_c, from_batch = 32, _from_batch(norms)
     column_blocks = sum(launch.blocks(c, block_c) for c in tokens.channels)
-    norm_gradients = tokens.new_empty(5, width)
+    norm_gradients = tokens.new_empty(3, width, dtype=upconvs[0].weight.dtype)
+    removed = tokens.new_empty(2, width)
     small = {"num_warps": 4, "num_stages": 2}
     launch.run(
         _norm_gradient_kernel,
@@ -957,6 +979,7 @@ def upsample_backward(
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
         gradients_ptr=norm_gradients,
+        removed_ptr=removed,
         batch=batch,
         FROM_BATCH=from_batch,
         BLOCKS=rows,
@@ -977,7 +1000,7 @@ def upsample_backward(
         wide_ptr=wide,
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
-        norm_gradients_ptr=norm_gradients,
+        removed_ptr=removed,
         dz_ptr=dz,
         STRIDES=tuple(x.stride() for x in saved.maps),
         GRID=grid,
@@ -1002,7 +1025,7 @@ def upsample_backward(
         * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
         config,
         tokens_ptr=dz,
-        weights=launch.weights(convs),
+        weights=launch.weights(upconvs),
         z_ptr=dtokens,
         TRANSPOSED=True,
         BLOCK_N=config["block_n"],
@@ -1021,27 +1044,46 @@ def upsample_backward(
         BLOCK_N=config["block_n"],
         **products,
     )
-    of_scales = dweight.sum(0).split([c * c for c in tokens.channels])
-    dconvs = tuple(part.view(c, c, 1, 1) for part, c in zip(of_scales, tokens.channels, strict=True))
-    return Gradients(dtokens, norm_gradients, dconvs)
+    return Gradients(dtokens, removed, sum_partials(dweight, upconvs[0].weight.dtype), norm_gradients)
+
+
+def split_gradients(convs: Tensor, norms: Tensor, channels: Sequence[int]) -> list[Sequence[Tensor]]:
+    """`Gradients` of the parameters: the convolutions' weights and biases, BatchNorm's weights and biases, S each."""
+    dgamma, dbeta, dbias = (row.split(channels) for row in norms)
+    return [convs.split([c * c for c in channels]), dbias, dgamma, dbeta]
 
 
 def map_gradients(
-    saved: Saved, gradients: Gradients, dtokens: Tensor, douts: Sequence[Tensor], avg_map: Sequence[Any],
-    norms: Sequence[Any], grid: tuple[int, int],
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of the maps, past the attention and through their pooling, in one pass over them.
+    saved: Saved,
+    removed: Tensor,
+    dtokens: Tensor,
+    douts: Sequence[Tensor],
+    avg_map: Sequence[Affine],
+    norms: Sequence[BatchNorm | None],
+    grid: tuple[int, int],
+    wanted: Sequence[bool],
+) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients of the maps, past the attention and through their pooling, and of `avg_map`, in one pass.
 
     Args:
         saved: what `upsample` returned.
-        gradients: what `upsample_backward` returned.
+        removed: of what `upsample_backward` returned.
         dtokens: (B, N, C), the gradient of what `patch_embed` wrote.
         douts, norms, grid: as in `upsample_backward`.
         avg_map: as in `patch_embed`.
+        wanted: which maps' gradients are.
+
+    Returns:
+        S tensors of the maps' shapes, None where not wanted; and the gradients of weights and biases, (2, C).
     """
     target, dtype = launch.architecture(dtokens.device), saved.tokens.values.dtype
     config, shared, (blocks, first) = _backward_arguments(saved, norms)
-    dmaps = [torch.empty_like(x, memory_format=memory_format(x)) for x in saved.maps]
+    rows = max(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
+    sums = saved.tokens.new_empty(dtokens.shape[0], rows, 2, dtokens.shape[2])
+    dmaps = [
+        torch.empty_like(x, memory_format=memory_format(x)) if want else None
+        for x, want in zip(saved.maps, wanted, strict=True)
+    ]
     launch.run(
         _map_gradient_kernel,
         dtokens.shape[0] * first[-1],
@@ -1052,25 +1094,27 @@ def map_gradients(
         gammas=_affine_of(norms, "weight"),
         betas=_affine_of(norms, "bias"),
         saved_ptr=saved.statistics,
-        norm_gradients_ptr=gradients.norms,
+        removed_ptr=removed,
         dtokens_ptr=dtokens,
-        avg_weights=launch.weights(launch.depthwise(m) for m in avg_map),
+        avg_weights=launch.weights(avg_map),
         dmaps=tuple(dmaps),
+        sums_ptr=sums,
         STRIDES=tuple(x.stride() for x in saved.maps),
         OUT_STRIDES=tuple(y.stride() for y in douts),
-        MAP_STRIDES=tuple(x.stride() for x in dmaps),
+        MAP_STRIDES=tuple(None if x is None else x.stride() for x in dmaps),
         GRID=grid,
         FROM_BATCH=_from_batch(norms),
         SHARED=tuple(_shared_windows(x.shape[2], grid[0]) for x in saved.maps),
         PRECISION=launch.precision(dtype, target),
         BLOCKS=blocks,
         FIRST=first,
+        MOST=rows,
         **shared,
     )
-    return dmaps
+    return dmaps, sum_partials(sums.flatten(2), avg_map[0].weight.dtype).view(2, -1)
 
 
-def _backward_arguments(saved: Saved, norms: Sequence[Any]) -> tuple[dict[str, int], dict[str, Any], Any]:
+def _backward_arguments(saved: Saved, norms: Sequence[BatchNorm | None]) -> tuple[dict[str, int], dict[str, Any], Any]:
     """Configuration, common arguments and tiles of the kernels that go over the maps again."""
     tokens, sizes = saved.tokens, tuple((x.shape[2], x.shape[3]) for x in saved.maps)
     widest = max(w for _, w in sizes)
@@ -1090,11 +1134,11 @@ def _backward_arguments(saved: Saved, norms: Sequence[Any]) -> tuple[dict[str, i
     )
 
 
-def _from_batch(norms: Sequence[Any]) -> tuple[bool, ...]:
-    return tuple(norm is not None and uses_batch_statistics(norm) for norm in norms)
+def _from_batch(norms: Sequence[BatchNorm | None]) -> tuple[bool, ...]:
+    return tuple(norm is not None and norm.from_batch for norm in norms)
 
 
-def _affine_of(norms: Sequence[Any], name: str) -> tuple[Tensor | None, ...]:
+def _affine_of(norms: Sequence[BatchNorm | None], name: str) -> tuple[Tensor | None, ...]:
     """BatchNorm's weights or biases, None where there is none."""
     return tuple(None if norm is None else getattr(norm, name) for norm in norms)
 
@@ -1107,11 +1151,6 @@ def _shared_windows(size: int, windows: int) -> int:
         for position in range(w * size // windows, -(-(w + 1) * size // windows)):
             inside[position] += 1
     return max(inside)
-
-
-def _updates(norm: Any) -> bool:
-    """Whether BatchNorm updates its running buffers in this forward."""
-    return norm is not None and norm.training and norm.track_running_stats and norm.running_mean is not None
 
 
 @functools.cache

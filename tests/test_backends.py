@@ -22,9 +22,9 @@ def triton_refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every request for the triton backend is visible: it raises. No choice is remembered from or for other tests."""
     monkeypatch.delenv("DCA_BACKEND", raising=False)
     monkeypatch.setattr(backends, "why_not", lambda name, device: "refused" if name == "triton" else None)
-    backends._automatic.cache_clear()
+    backends._say_automatic.cache_clear()
     yield
-    backends._automatic.cache_clear()
+    backends._say_automatic.cache_clear()
 
 
 def assert_refused(source: str, argument: str = "auto") -> None:

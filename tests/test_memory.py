@@ -26,12 +26,21 @@ MANY_TOKENS = Config((8,), (8, 128), sizes=((8, 256),), batch=1)
 TOKENS = 8 * 128
 
 
+INSIDE = {
+    fused._spatial_attention: fused._attend_tiles,
+    fused._spatial_attention_backward: fused._attend_tiles_backward,
+}
+
+
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest storage, in bytes, that an operation gave back."""
+    """Remembers the largest storage, in bytes, that an operation gave back, also inside the spatial attention."""
 
     nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in INSIDE:
+            with self:
+                return INSIDE[func](*args)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -50,13 +59,21 @@ def largest_tensor(implementation: str, train: bool) -> int:
 
 @both_modes
 @each_backend
-def test_scores_are_never_all_in_memory(train: bool, backend: str) -> None:
+def test_scores_are_never_all_in_memory(train: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "TILE_BYTES", 2**20)  # a sixteenth of all: the tokens are few
     one_head = TOKENS**2 * torch.float32.itemsize
     assert largest_tensor("reference", train) >= one_head  # the recorder sees scores where there are some
     assert largest_tensor(backend, train) < one_head
 
 
+def test_the_recorder_sees_inside_operators() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "TILE_BYTES", 4 * TOKENS**2 * torch.float32.itemsize)  # one tile
+        assert largest_tensor("torch", train=True) >= TOKENS**2 * torch.float32.itemsize
+
+
 def test_rows_are_a_bounded_block_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "TILE_BYTES", 2**20)
     monkeypatch.setattr(fused, "MAX_EXPONENT", -1.0)
     assert largest_tensor("torch", train=True) < TOKENS**2 * torch.float32.itemsize
 

@@ -168,8 +168,8 @@ def test_zero_gamma_stops_the_gradient_of_the_maps() -> None:
 def row_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each call of the row-wise softmax."""
     calls: list[int] = []
-    rows = fused._attend_rows
-    monkeypatch.setattr(fused, "_attend_rows", lambda *args: calls.append(1) or rows(*args))
+    rows = fused._row_weights
+    monkeypatch.setattr(fused, "_row_weights", lambda *args: calls.append(1) or rows(*args))
     return calls
 
 

@@ -1,27 +1,21 @@
-"""A real image with real masks, from an installed package."""
+"""A real image with real masks: the one that the training example starts with."""
 
-import importlib.util
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import torch
-from skimage import io
 from torch import Tensor
+
+from examples import data
 
 
 def nuclei() -> tuple[Tensor, Tensor]:
     """A fluorescence image (1, 512, 512), float32 in 0 .. 1, and its 125 nuclei, 1 or 0 in the same shape and dtype.
 
-    The image is of the 2018 Data Science Bowl; it and the outlines come with the stardist package, whose files are read
-    without importing it: an import would need more packages.
+    The image is of the 2018 Data Science Bowl; it and the outlines come with the stardist package.
 
     Raises:
-        ModuleNotFoundError: stardist is not installed.
+        examples.data.DataError: stardist is not installed.
     """
-    spec = importlib.util.find_spec("stardist")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("stardist: expected to be installed, for its image: pip install --no-deps stardist")
-    folder = Path(spec.origin).parent / "data" / "images"
-    image, instances = (io.imread(folder / name).astype(np.float32) for name in ("img2d.tif", "mask2d.tif"))
-    image = np.clip(image / np.percentile(image, 99.8), 0, 1, dtype=np.float32)
-    return torch.from_numpy(image)[None], torch.from_numpy(instances > 0)[None].float()
+    whole = replace(data.nuclei().train[0], columns=(0, None))
+    image, mask = data.load(whole)
+    return torch.from_numpy(image[..., 0].copy())[None], torch.from_numpy(mask)[None].float()

@@ -1,14 +1,13 @@
 """A U-Net trained with the fused DCA learns what it learns with the reference's: same seed, same crops, same optimizer.
 
 In float64 the two loss curves are one, over a hundred steps: an error in a forward or a gradient would show. In float32
-and bfloat16 rounding decides now and then on which side of a ReLU's or a pooling's kink a value is, and curves part; so
-do the reference's own in float32 and float64. There the fused curve has to stay far closer to the reference's than the
-reference with one seed is to itself with another.
+and bfloat16 rounding decides now and then on which side of a ReLU's or a pooling's kink a value is, and curves part.
+The reference's curve in float64 is the measure there: the fused one may stray from it as far as the reference's does in
+the same precision, times the factor of the error budget.
 """
 
 import functools
 from dataclasses import dataclass
-from itertools import combinations
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dca_kernels
+from benchmarks.parity import MAX_RATIO
 from reference import unets
 from tests.convergence.data import nuclei
 from tests.oracle import INTERPRETED, device_of, needs_triton
@@ -106,9 +106,9 @@ def distance(one: Trained, other: Trained) -> float:
     return (means[0] - means[1]).abs().max().item()
 
 
-def pair(setup: Setup, backend: str, precision: str) -> tuple[Trained, Trained]:
+def pair(setup: Setup, backend: str, precision: str, seed: int = 0) -> tuple[Trained, Trained]:
     """The fused module's run and the reference's. `pytest -rP` shows what is printed."""
-    runs = [train(setup, name, device_of(backend), precision) for name in (backend, "reference")]
+    runs = [train(setup, name, device_of(backend), precision, seed) for name in (backend, "reference")]
     for name, run in zip((backend, "reference"), runs, strict=True):
         print(f"{name}, {precision}, {setup.steps} steps: loss {run.losses[-10:].mean():.4f}, Dice {run.dice:.4f}")
     return runs[0], runs[1]
@@ -132,7 +132,10 @@ def test_float64_curves_are_one(backend: str, setup: Setup) -> None:
     torch.testing.assert_close(fused.logits, plain.logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16_autocast"])
+@pytest.mark.parametrize(
+    ("precision", "seeds"),
+    [pytest.param("float32", (0, 1), id="float32"), pytest.param("bfloat16_autocast", (0,), id="bfloat16_autocast")],
+)
 @pytest.mark.parametrize(
     ("backend", "setup"),
     [
@@ -140,11 +143,16 @@ def test_float64_curves_are_one(backend: str, setup: Setup) -> None:
         pytest.param("triton", PAPER, id="triton_on_gpu_full_size", marks=on_gpu),
     ],
 )
-def test_curve_is_within_the_band_of_seeds(backend: str, setup: Setup, precision: str) -> None:
-    fused, plain = pair(setup, backend, precision)
-    seeds = [train(setup, "reference", device_of(backend), "float32", seed) for seed in range(3)]
-    band = min(distance(one, other) for one, other in combinations(seeds, 2))
-    print(f"distance {distance(fused, plain):.4f}, between seeds {band:.4f} or more")
-    assert distance(fused, plain) < band
-    assert abs(fused.dice - plain.dice) < DICE
-    assert min(fused.dice, plain.dice) > 0.85
+def test_curve_is_within_the_band_of_rounding(
+    backend: str, setup: Setup, precision: str, seeds: tuple[int, ...]
+) -> None:
+    strayed, band = 0.0, 0.0
+    for seed in seeds:
+        fused, plain = pair(setup, backend, precision, seed)
+        exact = train(setup, "reference", device_of(backend), "float64", seed)
+        strayed += distance(fused, exact)
+        band += distance(plain, exact)
+        assert abs(fused.dice - plain.dice) < DICE
+        assert min(fused.dice, plain.dice) > 0.85
+    print(f"from float64: fused {strayed / len(seeds):.4f}, reference {band / len(seeds):.4f}")
+    assert strayed <= MAX_RATIO * band

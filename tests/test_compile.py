@@ -1,0 +1,208 @@
+"""torch.compile, torch.export and AOTInductor, each against eager; the operators that they take as a whole."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import dca_kernels.flops  # noqa: F401
+from dca_kernels import fused, use_backend
+from tests.oracle import (
+    Config,
+    assert_identical,
+    assert_same,
+    both_modes,
+    evaluate,
+    pair,
+    random_maps,
+)
+from tests.test_autocast import under
+
+# PyTorch's compilers do what PyTorch itself warns of.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
+]
+
+# No two sizes are equal: dynamic sizes that are equal at first would be taken for one.
+CONFIG = Config((8, 12), (2, 5), sizes=((14, 20), (6, 15)), batch=3)
+SMALL = Config((8,), (2, 5), sizes=((6, 9),), batch=3)  # compiles in less time
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """Not here: the compiler would trace what poisons fresh memory."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# torch.compile
+
+
+@both_modes
+@torch._dynamo.config.patch(specialize_float=True)  # else epsilon is dynamic too at first, and all is traced twice
+def test_dynamic_sizes_without_graph_breaks(train: bool) -> None:
+    eager, compiled = (pair(SMALL, train=train)[0] for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile(backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for sizes, batch in ((SMALL.sizes, 3), (SMALL.sizes, 3), (SMALL.sizes, 7), ([(10, 13)], 4)):
+        maps = random_maps(replace(SMALL, sizes=sizes, batch=batch))
+        assert_identical(evaluate(compiled, maps), evaluate(eager, maps))
+        counts.append(counter.frame_count)
+    assert counts == [1] * 4
+
+
+def test_a_changed_batch_recompiles_once() -> None:
+    module, _ = pair(CONFIG)
+    counter = CompileCounterWithBackend("eager")
+    module.compile(backend=counter, fullgraph=True)
+    counts = []
+    for batch in (3, 3, 4, 5, 9):
+        evaluate(module, random_maps(replace(CONFIG, batch=batch)))
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@torch._functorch.config.patch(backward_pass_autocast="off")  # by default, the forward's holds for the backward too
+def test_autocast(autocast: torch.dtype) -> None:
+    eager, compiled = (under(autocast, pair(SMALL, dtype=torch.float32)[0]) for _ in range(2))
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    maps = random_maps(SMALL, autocast)
+    assert_identical(evaluate(compiled, maps), evaluate(eager, maps))
+
+
+def test_inductor() -> None:
+    eager, compiled = (pair(SMALL)[0] for _ in range(2))
+    compiled.compile(fullgraph=True)
+    maps = random_maps(SMALL)
+    assert_same(evaluate(compiled, maps), evaluate(eager, maps))
+
+
+def test_the_backend_is_the_one_that_is_named_now() -> None:
+    module, _ = pair(SMALL, "auto", train=False)
+    module.compile(backend="eager")
+    maps = random_maps(SMALL)
+    module(maps)
+    with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(RuntimeError, match=r"^use_backend: 'triton' cannot run on cpu: "):
+            module(maps)
+    module(maps)
+
+
+# torch.export
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+def test_export_with_a_dynamic_batch(strict: bool) -> None:
+    module, _ = pair(CONFIG, train=False)
+    program = torch.export.export(module, (random_maps(CONFIG),), dynamic_shapes=[[{0: Dim("B")}] * 2], strict=strict)
+    for batch in (1, 2, 5):
+        maps = random_maps(replace(CONFIG, batch=batch))
+        with torch.no_grad():
+            outputs, expected = program.module()(maps), module(maps)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_aot_inductor_package(tmp_path: Path) -> None:
+    module, _ = pair(replace(SMALL, channel_att=False), dtype=torch.float32, train=False)
+    with torch.no_grad():
+        program = torch.export.export(module, (random_maps(SMALL, torch.float32),), dynamic_shapes=[[{0: Dim("B")}]])
+        file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "dca.pt2"))
+        loaded = torch._inductor.aoti_load_package(file)
+        for batch in (3, 5):
+            maps = random_maps(replace(SMALL, batch=batch), torch.float32)
+            torch.testing.assert_close(tuple(loaded(maps)), module(maps))
+
+
+# The operators
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def spatial_arguments(scale: float = 1.0) -> tuple[Tensor, ...]:
+    """Two images with 7 tokens of 12 channels, 4 of them the scale's own, in two heads."""
+    every = normal(2, 7, 12)
+    own = every.detach()[:, :, 2:6].requires_grad_()
+    return every, own, (scale * normal(12, seed=1)).detach().requires_grad_(), normal(2, 2, 7, seed=2)
+
+
+def merge_arguments(mean: Tensor | None, variance: Tensor | None) -> tuple:
+    x, z = normal(2, 3, 8, 10), normal(2, 3, 4, 5, seed=1)
+    return x, z, normal(3, seed=2), normal(3, seed=3), mean, variance, 1e-5, torch.float64
+
+
+def _spatial(scale: float) -> tuple[tuple, tuple]:
+    arguments = spatial_arguments(scale)
+    out, normaliser = fused._spatial_attention(*arguments)
+    return arguments, (*arguments, out, normaliser, normal(*out.shape, seed=4))
+
+
+def _merged(mean: Tensor | None, variance: Tensor | None) -> tuple[tuple, tuple]:
+    arguments = merge_arguments(mean, variance)
+    out, *statistics = fused._merge(*arguments)
+    return arguments, (*arguments[:4], *statistics, normal(*out.shape, seed=4), 1e-5, mean is None)
+
+
+OPERATORS: dict[str, tuple[str, Callable[[], tuple[tuple, tuple]]]] = {
+    "spatial_attention": ("spatial_attention", lambda: _spatial(1.0)),
+    "spatial_attention_by_rows": ("spatial_attention", lambda: _spatial(100.0)),
+    "merge_by_the_batch": ("merge", lambda: _merged(None, None)),
+    "merge_by_the_buffers": ("merge", lambda: _merged(normal(3, seed=5), torch.ones(3, dtype=torch.float64))),
+}
+
+
+@pytest.mark.parametrize("name, arguments", OPERATORS.values(), ids=OPERATORS)
+def test_operators_are_as_declared(name: str, arguments: Callable) -> None:
+    forward, backward = arguments()
+    opcheck(getattr(fused, f"_{name}"), forward)
+    opcheck(getattr(fused, f"_{name}_backward"), tuple(a.detach() if isinstance(a, Tensor) else a for a in backward))
+
+
+def test_flops_of_spatial_attention() -> None:
+    arguments, backward_arguments = _spatial(1.0)
+    with FlopCounterMode(display=False) as counter:
+        fused._spatial_attention(*arguments)
+        fused._spatial_attention_backward(*backward_arguments)
+    images, tokens, channels, width = 2, 7, 12, 4 + 2  # one tile; a column for each head's normaliser
+    assert counter.get_flop_counts()["Global"] == {
+        torch.ops.dca_kernels.spatial_attention: 2 * images * tokens**2 * (channels + width),
+        torch.ops.dca_kernels.spatial_attention_backward: 2 * images * tokens**2 * (2 * channels + 3 * width),
+    }
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_flops_of_merge(train: bool) -> None:
+    statistics = (None, None) if train else (normal(3, seed=5), torch.ones(3, dtype=torch.float64))
+    arguments, backward_arguments = _merged(*statistics)
+    with FlopCounterMode(display=False) as counter:
+        fused._merge(*arguments)
+        fused._merge_backward(*backward_arguments)
+    columns, rows = 6 * 4 * 5 * 10, 6 * 4 * 8 * 10  # 6 planes, 4 x 5 to 8 x 10
+    assert counter.get_flop_counts()["Global"] == {
+        torch.ops.dca_kernels.merge: 2 * (columns + rows * (2 if train else 1)),
+        torch.ops.dca_kernels.merge_backward: 2 * (2 * columns + 3 * rows),
+    }
+
+
+def test_flops_of_a_module() -> None:
+    # The counter hooks into every module: BatchNorm and ReLU are called as they are then, but attention is counted.
+    module, _ = pair(SMALL)
+    with FlopCounterMode(display=False) as counter:
+        module(random_maps(SMALL))
+    assert counter.get_flop_counts()["Global"][torch.ops.dca_kernels.spatial_attention] == 2 * 3 * 10**2 * (8 + 8 + 4)
