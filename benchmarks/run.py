@@ -123,7 +123,9 @@ def measured(group: Group, image: np.ndarray, effort: Effort = Effort()) -> list
             if device.type == "cuda":
                 call.prepare()
                 found[name, mode]["launches"] = measure.count_launches(call.run)
-                found[name, mode] |= measure.memory(call) if effort.memory else {}
+                # A graph's memory is taken when it is captured, and stays.
+                weighed = effort.memory and not PROVIDERS[name].graph
+                found[name, mode] |= measure.memory(call) if weighed else {}
             call.prepare()
     if device.type == "cpu" and effort.memory:
         for name in dict.fromkeys(name for of_mode in calls.values() for name in of_mode):

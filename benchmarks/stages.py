@@ -57,86 +57,76 @@ class TritonStage:
     """
 
     def __init__(self, dca: Any, stage: str, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
-        from dca_kernels.tokens import Tokens, normalised_of, statistics_of  # imports triton
+        from dca_kernels import parameters, patch_embed  # these import triton
+        from dca_kernels.tokens import Tokens, normalised_of, statistics_of
 
-        self.dca, self.stage, self.training = dca, stage, gradients is not None
+        self.stage, self.training, self.douts = stage, gradients is not None, gradients
         self.has_backward = self.training and stage != "patch_embed"
-        self.norms = [head[0] for head in dca.bn_relu]
-        scales = len(dca.features)
-        self.maps = list(inputs if stage == "patch_embed" else inputs[scales:])
+        scales, self.dtype = len(dca.features), inputs[0].dtype
+        norms = [head[0] for head in dca.bn_relu]
+        spec = parameters.describe(dca, norms, self.dtype)
+        flat, buffers = parameters.flatten(dca, norms)
+        self.parameters = parameters.unflatten(spec, [t.detach() for t in flat], buffers)
+        self.grid, self.from_batch, self.channels = dca.grid, spec.from_batch, tuple(dca.features)
+        self.of_channels, self.of_tokens = self.parameters.blocks[0]
+        self.maps = [x.detach() for x in (inputs if stage == "patch_embed" else inputs[scales:])]
         self.saved: Any = None
-        self.moments: Any = None
-        self.douts = gradients
         if stage == "patch_embed":
             return
-        values = [t.detach() for t in inputs[:scales]]
-        self.tokens = Tokens(torch.cat(values, 2), tuple(dca.features))
-        block = dca.attention[0]
+        self.tokens = Tokens(torch.cat([t.detach() for t in inputs[:scales]], 2), self.channels)
         if stage == "channel_attention":
-            self.tokens.statistics, self.tokens.sums = statistics_of(self.tokens, block.channel_norm)
+            self.tokens.statistics, self.tokens.sums = statistics_of(self.tokens, self.of_channels.norms)
         elif stage == "spatial_attention":
-            self.tokens.normalised, self.tokens.level = normalised_of(self.tokens, block.spatial_norm)
-        elif self.training:
-            self.moments = self._embed()[1]
-        if stage != "upsample" and gradients is not None:
-            self.douts = [torch.cat(list(gradients), 2).to(self.tokens.accumulation)]
+            self.tokens.normalised, self.tokens.level = normalised_of(self.tokens, self.of_tokens.norms)
+        else:
+            self.moments = patch_embed.patch_embed(self.maps, *self._embedding())[1]
+        if gradients is not None and stage != "upsample":
+            self.douts = [torch.cat(list(gradients), 2)]
 
-    def _embed(self) -> Any:
-        from dca_kernels.patch_embed import patch_embed
-
-        dca = self.dca
-        from_batch = [self.training] * len(self.maps)
-        dtype, following = self.maps[0].dtype, dca.attention[0].channel_norm
-        return patch_embed(self.maps, dca.avg_map, dca.grid, dtype, following, from_batch, self.training)
+    def _embedding(self) -> tuple[Any, ...]:
+        return self.parameters.avg_map, self.grid, self.dtype, self.of_channels.norms, self.from_batch
 
     @torch.no_grad()
     def forward(self) -> list[Tensor]:
-        from dca_kernels.channel_attention import channel_attention
-        from dca_kernels.spatial_attention import spatial_attention
-        from dca_kernels.upsample import upsample
+        from dca_kernels import channel_attention, patch_embed, spatial_attention, upsample
 
-        dca, block = self.dca, self.dca.attention[0]
         if self.stage == "patch_embed":
-            tokens = self._embed()[0]
+            tokens, _ = patch_embed.patch_embed(self.maps, *self._embedding())
         elif self.stage == "channel_attention":
-            tokens, self.saved = channel_attention(
-                self.tokens, block.channel_norm, block.c_attention, block.spatial_norm
-            )
+            following = self.of_tokens.norms
+            tokens, self.saved = channel_attention.channel_attention(self.tokens, self.of_channels, following)
         elif self.stage == "spatial_attention":
-            tokens, self.saved = spatial_attention(self.tokens, block.spatial_norm, block.s_attention, self.training)
+            tokens, self.saved = spatial_attention.spatial_attention(self.tokens, self.of_tokens, self.training)
         else:
-            dtypes = [x.dtype for x in self.maps]
-            outs, self.saved = upsample(
-                self.tokens, self.maps, self.moments, dca.upconvs, self.norms, dca.grid, dtypes, self.training
+            upconvs, norms = self.parameters.upconvs, self.parameters.norms
+            outs, self.saved = upsample.upsample(
+                self.tokens, self.maps, self.moments, upconvs, norms, self.grid, self.training
             )
             return outs
-        return list(tokens.values.split(tokens.channels, 2))
+        return list(tokens.values.split(self.channels, 2))
 
     @torch.no_grad()
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs, for `upsample` of its tokens and then of its maps."""
-        from dca_kernels.channel_attention import channel_attention_backward
-        from dca_kernels.spatial_attention import spatial_attention_backward
-        from dca_kernels.tokens import layer_norm_backward
-        from dca_kernels.upsample import map_gradients, upsample_backward
+        from dca_kernels import channel_attention, spatial_attention, upsample
 
-        dca, block, douts = self.dca, self.dca.attention[0], self.douts
+        scales, dmaps = len(self.channels), []
         if self.stage == "channel_attention":
-            removed = [False] * len(dca.features)
-            dtokens = channel_attention_backward(
-                self.saved, douts[0], block.channel_norm, block.c_attention, removed
-            ).tokens
+            kept = [False] * scales
+            dtokens, _ = channel_attention.channel_attention_backward(self.saved, *self.douts, self.of_channels, kept)
         elif self.stage == "spatial_attention":
-            removed = [self.training] * len(dca.features)
-            spatial = spatial_attention_backward(self.saved, douts[0], block.s_attention, removed)
-            normalised, values = spatial.normalised, spatial.values
-            dtokens, _ = layer_norm_backward(self.saved.tokens, block.spatial_norm, normalised, values, douts[0])
+            removed = self.from_batch
+            dtokens, _ = spatial_attention.spatial_attention_backward(self.saved, *self.douts, self.of_tokens, removed)
         else:
-            last = upsample_backward(self.saved, douts, dca.upconvs, self.norms, dca.grid)
-            none = torch.zeros_like(last.tokens)  # what would have come back from the attention
-            dmaps = map_gradients(self.saved, last, none, douts, dca.avg_map, self.norms, dca.grid)
-            return [*last.tokens.split(self.tokens.channels, 2), *dmaps]
-        return list(dtokens.split(self.tokens.channels, 2))
+            norms = self.parameters.norms
+            last = upsample.upsample_backward(self.saved, self.douts, self.parameters.upconvs, norms, self.grid)
+            dtokens = last.tokens
+            none = torch.zeros_like(dtokens)  # what would have come back from the attention
+            avg_map, wanted = self.parameters.avg_map, [True] * scales
+            dmaps, _ = upsample.map_gradients(
+                self.saved, last.removed, none, self.douts, avg_map, norms, self.grid, wanted
+            )
+        return [*dtokens.split(self.channels, 2), *dmaps]
 
     def release(self) -> None:
         self.saved = None
