@@ -8,7 +8,8 @@ from benchmarks import cases
 from benchmarks.rows import Row
 
 COLOURS = {"without": "#ced4da", "reference": "#868e96", "torch": "#2b8a3e", "triton": "#5f3dc4"}
-STYLES = {"": "-", " compiled": "--", " max-autotune": ":"}
+LINES = {"": "-", "compiled": "--", "max-autotune": ":"}
+HATCHES = {"": "", "compiled": "//", "max-autotune": "xx"}
 STEPS = (("eval", "forward"), ("train", "full"))
 
 
@@ -33,11 +34,13 @@ def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], 
     return f"figure: {path}"
 
 
-def style(provider: str) -> dict[str, Any]:
-    """Colour by implementation, line by compiler, marker by CUDA graph."""
+def style(provider: str, bar: bool = False) -> dict[str, Any]:
+    """Colour by implementation, line or hatch by compiler, marker or dots by CUDA graph."""
     implementation, compiled = provider.removesuffix(" graph").partition(" ")[::2]
-    line = STYLES[f" {compiled}" if compiled else ""]
-    return {"color": COLOURS[implementation], "linestyle": line, "marker": "s" if provider.endswith("graph") else "o"}
+    graph, colour = provider.endswith(" graph"), COLOURS[implementation]
+    if bar:
+        return {"color": colour, "hatch": HATCHES[compiled] + (".." if graph else ""), "edgecolor": "white"}
+    return {"color": colour, "linestyle": LINES[compiled], "marker": "s" if graph else "o", "markersize": 4}
 
 
 def order(found: Sequence[Row]) -> list[str]:
@@ -56,8 +59,7 @@ def bars(figure: Any, found: Sequence[Row]) -> None:
     for row in (row for row in found if row.provider in names):
         place = groups.index(f"{row.phase}\nbatch {row.batch}\n{row.size}")
         position = place + (names.index(row.provider) - (len(names) - 1) / 2) * width
-        looks = {"width": width, "color": COLOURS[row.provider.split()[0]]}
-        looks |= {"hatch": "//"} if " " in row.provider else {}
+        looks = style(row.provider, bar=True) | {"width": width}
         if row.p50_ms is not None:
             whiskers = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]
             times.bar_label(times.bar(position, row.p50_ms, yerr=whiskers, capsize=2, **looks), fmt="%.0f", fontsize=7)
@@ -68,7 +70,7 @@ def bars(figure: Any, found: Sequence[Row]) -> None:
         axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.12)
-    _legend(figure, names)
+    _legend(figure, names, bar=True)
 
 
 def latency(figure: Any, found: Sequence[Row]) -> None:
@@ -101,7 +103,8 @@ def speedup(figure: Any, found: Sequence[Row]) -> None:
     for row in (row for row in found if row.key in times and (*row.group, "reference") in times):
         key = (row.provider, row.phase, row.mode, row.size)
         value[key] = max(value.get(key, (0, 0.0)), (row.batch, times[*row.group, "reference"] / row.p50_ms))
-    sizes = list(dict.fromkeys(row.size for row in found if row.case == "dca"))
+    present = {row.size for row in found if row.case == "dca"}
+    sizes = [name for name in cases.SIZES if name in present]
     _grouped(figure, {key: v for key, (_, v) in value.items()}, sizes, order(found), "speed-up over the reference, x")
 
 
@@ -122,7 +125,7 @@ def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_la
             of_name = [r for r in found if (r.provider, r.phase, r.mode) == (name, phase, mode) and y(r) is not None]
             points = sorted((x(r), y(r)) for r in of_name)
             if points:
-                axis.plot(*zip(*points, strict=True), **style(name), markersize=4)
+                axis.plot(*zip(*points, strict=True), **style(name))
         axis.set(title=f"{phase}, {mode}", xlabel=x_label, ylabel=y_label)
         ticks = sorted({x(r) for r in found if y(r) is not None})
         if ticks:
@@ -140,16 +143,17 @@ def _grouped(figure: Any, value: dict[Any, float], groups: Sequence[str], names:
         for i, name in enumerate(names):
             places = [p for p, group in enumerate(groups) if (name, *step, group) in value]
             heights = [value[name, *step, groups[p]] for p in places]
-            looks = {"color": COLOURS[name.split()[0]], "hatch": "//" if " " in name else None}
-            axis.bar([p + (i - (len(names) - 1) / 2) * width for p in places], heights, width, **looks)
+            middles = [p + (i - (len(names) - 1) / 2) * width for p in places]
+            axis.bar(middles, heights, width, **style(name, bar=True))
         axis.set_xticks(range(len(groups)), [g.replace("_", "\n") for g in groups], fontsize=8)
         axis.set(title=", ".join(step), ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
-    _legend(figure, names)
+    _legend(figure, names, bar=True)
 
 
-def _legend(figure: Any, names: Sequence[str]) -> None:
+def _legend(figure: Any, names: Sequence[str], bar: bool = False) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], **style(name)) for name in names]
+    handles = [Patch(**style(name, bar)) if bar else Line2D([], [], **style(name)) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)

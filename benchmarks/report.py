@@ -141,7 +141,10 @@ PICTURES = {"module": ("latency", "memory", "speedup"), "stages": ("of_floor",)}
 
 
 def _span(row: Row | None) -> str:
-    return "" if row is None or row.p50_ms is None else f"{row.p50_ms:.3g} ({row.p20_ms:.3g} .. {row.p80_ms:.3g})"
+    """The median, and half of what lies between the 20th and 80th percentile."""
+    if row is None or row.p50_ms is None:
+        return ""
+    return f"{row.p50_ms:.3g} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %"
 
 
 def _lost(groups: dict[Group, list[Row]]) -> str:
@@ -161,7 +164,7 @@ def block(name: str, results: Path, document: Path) -> str:
     for folder, found in machines(results).items():
         environment = found[0].environment
         where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
-        parts.append(f"{where}, torch {environment.get('torch')}, medians (20th .. 80th percentile):")
+        parts.append(f"{where}, torch {environment.get('torch')}, medians (± half of 20th to 80th percentile):")
         parts.append(BLOCKS[name](found))
         for picture in (p for p in plots.figures(found) if p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
