@@ -39,7 +39,7 @@ def style(provider: str, bar: bool = False) -> dict[str, Any]:
     implementation, compiled = provider.removesuffix(" graph").partition(" ")[::2]
     graph, colour = provider.endswith(" graph"), COLOURS[implementation]
     if bar:
-        return {"color": colour, "hatch": HATCHES[compiled] + (".." if graph else ""), "edgecolor": "white"}
+        return {"facecolor": colour, "hatch": HATCHES[compiled] + (".." if graph else ""), "edgecolor": "white"}
     return {"color": colour, "linestyle": LINES[compiled], "marker": "s" if graph else "o", "markersize": 4}
 
 

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, measure, plots, rows, run
+from benchmarks import cases, console, measure, plots, rows
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
+from benchmarks.group import Effort, Group, measured
 from benchmarks.rows import Row
 
 COMPILED = "reference compiled"
@@ -81,14 +82,14 @@ def main(arguments: Sequence[str]) -> int:
     size, dtype = Size(cases.FEATURES, chosen.patch), cases.DTYPES[chosen.dtype]
     names = PROVIDERS[:-1] if chosen.quick else PROVIDERS
     names = tuple(name for name in names if name != "triton" or measure.device().type == "cuda")
-    effort = run.Effort(seconds=1.0 if chosen.quick else 12.0, longest=120.0)
+    effort = Effort(seconds=1.0 if chosen.quick else 12.0, longest=120.0)
     found: list[Row] = []
     todo = [(mode, batch) for mode in chosen.mode for batch in (chosen.batch[:1] if chosen.quick else chosen.batch)]
     for mode, batch in console.progress(todo, desc="cases", leave=False):
         problem = Problem("dca", size, batch, dtype, mode == "train")
         step = "full" if mode == "train" else "forward"
-        group = run.Group(f"grid {chosen.patch} x {chosen.patch}", problem, names, (step,))
-        found += run.measured(group, image, effort)
+        group = Group(f"grid {chosen.patch} x {chosen.patch}", problem, names, (step,))
+        found += measured(group, image, effort)
 
     print(f"\n{table(found)}\n")
     for name in (name for name in PROVIDERS if name not in names):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, measure, providers, run
+from benchmarks import cases, group, measure, providers
 from benchmarks.cases import Problem
 
 RATIOS = Path(__file__).parent / "results" / "ratios.json"
@@ -28,7 +28,7 @@ def test_fused_over_reference(phase: str, benchmark, request: pytest.FixtureRequ
     inputs = providers.inputs_of(problem, cases.load_image(None), measure.device())
     mode = problem.modes[-1]
     calls = {
-        name: run.call_of(providers.build(providers.PROVIDERS[name], problem, *inputs), mode)
+        name: group.call_of(providers.build(providers.PROVIDERS[name], problem, *inputs), mode)
         for name in ("reference", "torch")
     }
     for call in calls.values():

@@ -29,12 +29,13 @@ from benchmarks import (
     run,
 )
 from benchmarks.cases import Problem
+from benchmarks.group import Effort, Group, measured
 from benchmarks.measure import Call
 from benchmarks.rows import Row
 
 ROOT = Path(__file__).parents[1]
 TINY = cases.SIZES["tiny"]
-EFFORT = run.Effort(memory=False, small=True)
+EFFORT = Effort(memory=False, small=True)
 PLAIN = ("reference", "torch")
 
 
@@ -87,8 +88,8 @@ def test_a_wrong_module_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return module
 
     monkeypatch.setattr(providers, "_module", slightly_wrong)
-    group = run.Group("tiny", problem(), PLAIN, ("forward",))
-    plain, wrong = run.measured(group, cases.load_image(None), EFFORT)
+    group = Group("tiny", problem(), PLAIN, ("forward",))
+    plain, wrong = measured(group, cases.load_image(None), EFFORT)
     assert plain.parity and plain.p50_ms is not None
     assert wrong.wrong and wrong.p50_ms is None and wrong.not_run == "outside its error budget"
 
@@ -179,8 +180,8 @@ def test_a_stage_is_the_reference_s(case: str, phase: str, monkeypatch: pytest.M
 def test_nothing_is_left_out() -> None:
     """Each provider and mode of a group has a row: a time, or a reason."""
     names = ("reference", "reference graph", "torch", "torch graph", "triton", "triton graph")
-    group = run.Group("tiny", problem("patch_embed"), names, ("forward",))
-    found = {r.provider: r for r in run.measured(group, cases.load_image(None), EFFORT)}
+    group = Group("tiny", problem("patch_embed"), names, ("forward",))
+    found = {r.provider: r for r in measured(group, cases.load_image(None), EFFORT)}
     assert found.keys() == set(group.providers)
     for name in PLAIN:
         assert found[name].p50_ms is not None and found[name].floor_ms is not None and found[name].not_run is None
@@ -215,7 +216,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text, once = file.read_text(), rows.load(file)
     assert [(r.batch, r.provider) for r in once] == [(b, p) for b in (1, 2) for p in PLAIN]
 
-    measured, again = run.measured, []
+    again = []
     monkeypatch.setattr(
         run, "measured", lambda group, *args: again.append(group.problem.batch) or measured(group, *args)
     )
