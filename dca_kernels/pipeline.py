@@ -52,7 +52,7 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
     spec = describe(dca, norms, torch.get_autocast_dtype(device) if autocast else maps[0].dtype)
     parameters, buffers = flatten(dca, norms)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *parameters))
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if watched():
         functional = spec._replace(updates=[False] * scales)
         outs = torch.ops.dca_kernels.refine(list(maps), parameters, buffers, *functional, training)
         if any(spec.updates):
@@ -65,6 +65,11 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
     if training:
         return list(_Refine.apply(spec, buffers, scales, *maps, *parameters))
     return _forward(spec, maps, parameters, buffers, training=False)[0]
+
+
+def watched() -> bool:
+    """Whether something traces this call, or watches what it dispatches."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _forward(

@@ -177,7 +177,8 @@ def add_dca(
     the values that it has, and a warning says so. It begins with the official initial values, so the model's outputs
     change until it is trained; none would keep them, since the DCA ends in BatchNorm.
 
-    Call it before the optimizer is made, and before DDP and `torch.compile`.
+    Call it before the optimizer is made, and before DDP and `torch.compile`. Of a decoder that leaves some of its skips
+    unused, the DCA's parameters for those get no gradient.
 
     Args:
         model: the model, changed in place.
@@ -207,6 +208,8 @@ def add_dca(
     for name in ("features", "strides"):
         if name in arguments:
             raise TypeError(f"{name}: expected to be read off the model, got {arguments[name]!r}")
+    if not isinstance(example, Tensor | None):
+        raise TypeError(f"example: expected a tensor (B, C, H, W) or None, got {type(example).__name__}")
     skips = _skips(model, decoder, _image(encoder) if example is None else example)
     dca = DCA([x.shape[1] for x in skips], patch=patch, **arguments)
     dca.to(skips[0].device, next(model.parameters()).dtype).train(decoder.training)
@@ -496,7 +499,7 @@ def _skips(model: nn.Module, decoder: nn.Module, example: Tensor) -> Sequence[Te
         raise ValueError(
             f"model: expected a decoder called with maps (B, C, H, W) from the largest to the smallest, got {shapes}"
         )
-    skips = [*seen[0]][:-1]
+    skips = list(seen[0][:-1])
     while skips and (skips[0].shape[1] == 0 or torch.equal(skips[0], example)):
         del skips[0]
     if not skips:

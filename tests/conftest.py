@@ -6,6 +6,8 @@ An element that is never written cannot pass for a value then.
 import importlib.util
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -38,6 +40,27 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`empty`, `empty_like` and `new_empty` give NaN where `dca_kernels` calls them."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def importable_torchvision() -> Iterator[None]:
+    """The wheel of torchvision holds operators for a GPU build of torch, and beside a CPU build it cannot be imported.
+
+    It asks for two schemas on the way. The operators themselves stay missing; no network here calls them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import torchvision  # noqa: F401
+        except ModuleNotFoundError:
+            yield
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            yield
+        else:
+            yield
 
 
 def _poisoned(allocate):

@@ -268,11 +268,21 @@ def test_hooks_of_the_dca_and_of_bn_relu_are_honoured() -> None:
     late = model.DCA.register_forward_hook(lambda *_: calls.append("late"))
     restore_dca(model)
     calls.clear()
-    model(IMAGE)
-    assert calls == ["pre", "norm", "late"]
+    model(IMAGE).sum().backward()
+    assert calls == ["pre", "norm", "late", "backward"]
     late.remove()
     model(IMAGE)
-    assert calls[3:] == ["pre", "norm"]
+    assert calls[4:] == ["pre", "norm"]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_the_first_backward_hook_while_replaced_stays() -> None:
+    model = trusting_replace_dca(host())
+    calls: list[str] = []
+    model.DCA.register_full_backward_hook(lambda *_: calls.append("backward"))
+    restore_dca(model)
+    model(IMAGE).sum().backward()
+    assert calls == ["backward"]
 
 
 def test_hooks_are_not_copied_for_the_check() -> None:
@@ -621,6 +631,39 @@ def test_replaced_again_after_it_was_restored() -> None:
     assert restore_dca(model).DCA.patch == PATCH
 
 
+# The README's snippets
+
+
+def test_snippet_for_official_code() -> None:
+    model, checkpoint = host(), host(seed=3).state_dict()
+    print(dca_kernels.inspect(model))
+    dca_kernels.replace_dca(model)
+    model.load_state_dict(checkpoint)
+    assert_same({"output": model(IMAGE)}, {"output": host(seed=3)(IMAGE)})
+    dca_kernels.restore_dca(model)
+    assert_same({"output": model(IMAGE)}, {"output": host(seed=3)(IMAGE)})
+
+
+def test_snippet_for_an_own_unet() -> None:
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+            self.bottom = nn.Conv2d(16, 32, 3, 2, 1)
+            self.dca = dca_kernels.DCA([8, 16], patch=7)
+            self.up, self.out = nn.Conv2d(32 + 16, 16, 1), nn.Conv2d(16 + 8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x1 = self.stem(x)
+            x2 = self.down(x1)
+            x3 = self.bottom(x2)
+            x1, x2 = self.dca([x1, x2])
+            x2 = self.up(torch.cat([nn.functional.interpolate(x3, x2.shape[2:]), x2], 1))
+            return self.out(torch.cat([nn.functional.interpolate(x2, x1.shape[2:]), x1], 1))
+
+    assert UNet()(torch.randn(1, 1, 45, 60)).shape == (1, 2, 45, 60)
+
+
 # On the skips of an encoder-decoder
 
 
@@ -642,16 +685,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Adds up its maps, except a copy of the image, at the size of the first."""
+    """Adds up its last three maps at the size of the first, and the sums of those before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleList(nn.Conv2d(c, 2, 1) for c in (4, 8, 16))
 
     def forward(self, maps: list[Tensor], unused: int = 0) -> Tensor:
-        maps = maps[-3:]
+        maps, leading = maps[-3:], maps[:-3]
         heads = [head(x) for head, x in zip(self.heads, maps, strict=True)]
-        return sum(nn.functional.interpolate(y, maps[0].shape[2:]) for y in heads)
+        total = sum(nn.functional.interpolate(y, maps[0].shape[2:]) for y in heads)
+        return total + sum(x.sum() for x in leading)
 
 
 class TupleDecoder(Decoder):
@@ -928,6 +972,7 @@ WITHOUT_SEAM: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], st
         TypeError,
         "features: expected to be read off the model, got [1]",
     ),
+    "example": (network, {"example": [1]}, TypeError, "example: expected a tensor (B, C, H, W) or None, got list"),
     "strides": (network, {"strides": [1]}, TypeError, "strides: expected to be read off the model, got [1]"),
     "patch": (network, {"patch": 0}, ValueError, "patch: expected integers of at least 1, got [0, 0]"),
     "heads": (

@@ -1,0 +1,185 @@
+"""`add_dca` on the networks of three libraries, as they are installed. A library that is not installed is skipped."""
+
+import copy
+import importlib
+import importlib.util
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dca_kernels import add_dca
+from tests.oracle import assert_identical, assert_same, randomise
+
+
+def _library(name: str) -> ModuleType:
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries' own, about PyTorch's next versions
+        return importlib.import_module(name)
+
+
+def smp(architecture: str, encoder: str) -> nn.Module:
+    library = _library("segmentation_models_pytorch")
+    return getattr(library, architecture)(encoder, encoder_weights=None, in_channels=3, classes=2)
+
+
+def monai(backbone: str) -> nn.Module:
+    return _library("monai.networks.nets").FlexibleUNet(3, 2, backbone)
+
+
+def nnunet(architecture: str, blocks: str) -> nn.Module:
+    library = _library("dynamic_network_architectures.architectures.unet")
+    return getattr(library, architecture)(
+        input_channels=3,
+        n_stages=4,
+        features_per_stage=[8, 16, 24, 32],
+        conv_op=nn.Conv2d,
+        kernel_sizes=3,
+        strides=[1, 2, 2, 2],
+        num_classes=2,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=nn.InstanceNorm2d,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        deep_supervision=True,
+        **{blocks: 1},
+    )
+
+
+# Builder, its arguments, and the channels of the skips that the decoder gets.
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], list[int]]] = {
+    "smp_unet": (smp, ("Unet", "resnet18"), [64, 64, 128, 256]),
+    "smp_unet_efficientnet": (smp, ("Unet", "efficientnet-b0"), [32, 24, 40, 112]),
+    "smp_unet_mit": (smp, ("Unet", "mit_b0"), [32, 64, 160]),  # one map has no channels
+    "smp_unet_timm": (smp, ("Unet", "tu-resnet18"), [64, 64, 128, 256]),
+    "smp_unetplusplus": (smp, ("UnetPlusPlus", "resnet18"), [64, 64, 128, 256]),
+    "smp_linknet": (smp, ("Linknet", "resnet18"), [64, 64, 128, 256]),
+    "monai_resnet": (monai, ("resnet10",), [64, 64, 128, 256]),
+    "monai_efficientnet": (monai, ("efficientnet-b0",), [16, 24, 40, 112]),
+    "nnunet_plain": (nnunet, ("PlainConvUNet", "n_conv_per_stage"), [8, 16, 24]),
+    "nnunet_residual": (nnunet, ("ResidualEncoderUNet", "n_blocks_per_stage"), [8, 16, 24]),
+}
+ONE_OF_EACH = ["smp_unet", "monai_resnet", "nnunet_plain"]
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def _torchvision(importable_torchvision: None) -> None: ...
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    make, arguments, _ = NETWORKS[name]
+    return make(*arguments)
+
+
+def outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Masks, of one or several resolutions."""
+    masks = model(image)
+    return {str(i): mask for i, mask in enumerate(masks if isinstance(masks, (list, tuple)) else [masks])}
+
+
+# PyTorch 2.13 warns about its own code when it traces a module with an autograd function.
+tracing = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+IMAGE = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+class Passing(nn.Module):
+    """In the place of a DCA: returns the maps as they are, times a factor."""
+
+    def __init__(self, features: list[int], factor: float) -> None:
+        super().__init__()
+        self.features, self.factor = features, factor
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        assert [x.shape[1] for x in maps] == self.features
+        return tuple(self.factor * x for x in maps)
+
+
+@each_network
+def test_the_skips_go_through_the_dca(name: str) -> None:
+    plain = build(name).eval()
+    model = add_dca(copy.deepcopy(plain), patch=4)
+    features = NETWORKS[name][2]
+    assert model.decoder.dca.features == features
+    expected = outputs(plain, IMAGE)
+    model.decoder.dca = Passing(features, 1.0)
+    assert_identical(outputs(model, IMAGE), expected)
+    model.decoder.dca = Passing(features, 2.0)
+    assert not torch.equal(outputs(model, IMAGE)["0"], expected["0"])
+
+
+@each_network
+def test_forward_and_backward(name: str) -> None:
+    plain = build(name).train()
+    model = add_dca(copy.deepcopy(plain), patch=4)
+    shapes, in_vain = [], []
+    for network in (plain, model):
+        masks = outputs(network, IMAGE)
+        sum(y.square().sum() for y in masks.values()).backward()
+        shapes.append({i: y.shape for i, y in masks.items()})
+        in_vain.append({n for n, p in network.named_parameters() if p.grad is None})
+    assert shapes[0] == shapes[1]
+    assert in_vain[0] == in_vain[1]  # parameters that the plain network does not use either
+    assert all(p.grad.isfinite().all() for p in model.decoder.dca.parameters())
+
+
+@each_network
+def test_a_checkpoint_of_the_plain_network_loads(name: str) -> None:
+    plain, model = build(name), add_dca(build(name), patch=4)
+    randomise(plain, 7)
+    checkpoint = plain.state_dict()
+    assert [key for key in model.state_dict() if ".dca." not in key] == list(checkpoint)
+    model.load_state_dict(checkpoint)  # strict
+    assert_identical({key: value for key, value in model.state_dict().items() if key in checkpoint}, checkpoint)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_copy_uses_its_own_dca(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = add_dca(build(name), patch=4).eval()
+    expected = outputs(model, IMAGE)
+    other = duplicate(model)
+    model.decoder.dca = Passing([0], 0.0)  # raises where it is called
+    assert_identical(outputs(other, IMAGE), expected)
+
+
+@tracing
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["smp_unet", "nnunet_plain"])  # FlexibleUNet breaks the graph without a DCA, too
+def test_compiled_without_graph_breaks(name: str) -> None:
+    model = add_dca(build(name), patch=4).double().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(outputs(compiled, IMAGE.double()), outputs(model, IMAGE.double()))
+
+
+@tracing
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["smp_unet"])
+def test_exported(name: str) -> None:
+    model = add_dca(build(name), patch=4).double().eval()
+    exported = torch.export.export(model, (IMAGE.double(),)).module()
+    assert_same(outputs(exported, IMAGE.double()), outputs(model, IMAGE.double()))
+
+
+def test_three_dimensions_are_refused() -> None:
+    model = _library("monai.networks.nets").FlexibleUNet(1, 2, "resnet10", spatial_dims=3)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a network on images \(B, C, H, W\), got one with a Conv3d$"
+    ):
+        add_dca(model)
+
+
+def test_snippet_of_the_readme() -> None:
+    smp = _library("segmentation_models_pytorch")
+    model = add_dca(smp.Unet("resnet18", encoder_weights=None, classes=2), patch=14)
+    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 2, 224, 224)
