@@ -182,8 +182,8 @@ def test_gradients_of_maps_are_maps() -> None:
     maps, gradients = [torch.randn(1, 8, 16, 16)], [torch.randn(1, 8, 16, 16)]
     kernels = traffic.count_kernels(lambda: cases.step(module, maps, gradients))
     assert sum(kernel.stored["maps"] for kernel in kernels) == 2 * maps[0].nbytes  # the output's and the gradient's
-    *_, last = kernels
-    assert last.kernel == "map_gradient"
+    *_, last, of_parameters = kernels
+    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "sum_partials")
     assert last.loaded["maps"] == 2 * maps[0].nbytes  # the map's and the upstream gradient's
 
 
