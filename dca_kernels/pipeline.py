@@ -246,34 +246,22 @@ class _Once(torch.autograd.Function):
 # One operator
 
 
-@torch.library.custom_op("dca_kernels::refine", mutates_args=())
-def _refine_operator(
-    maps: list[Tensor],
-    parameters: list[Tensor],
-    buffers: list[Tensor],
-    grid: list[int],
-    blocks: int,
-    channel_heads: list[int],
-    spatial_heads: list[int],
-    channel_eps: list[float],
-    spatial_eps: list[float],
-    fused: list[bool],
-    affine: list[bool],
-    buffered: list[bool],
-    counted: list[bool],
-    from_batch: list[bool],
-    updates: list[bool],
-    norm_eps: list[float],
-    momenta: list[float],
-    dtype: torch.dtype,
-    training: bool,
-) -> list[Tensor]:
+_NUMBERS = (  # of a `Spec`, in its order
+    "int[] grid, int blocks, int[] channel_heads, int[] spatial_heads, float[] channel_eps, float[] spatial_eps, "
+    "bool[] fused, bool[] affine, bool[] buffered, bool[] counted, bool[] from_batch, bool[] updates, "
+    "float[] norm_eps, float[] momenta, ScalarType dtype"
+)
+
+
+@torch.library.custom_op(
+    "dca_kernels::refine",
+    mutates_args=(),
+    schema=f"(Tensor[] maps, Tensor[] parameters, Tensor[] buffers, {_NUMBERS}, bool training) -> Tensor[]",
+)
+def _refine_operator(maps: Any, parameters: Any, buffers: Any, *rest: Any) -> list[Tensor]:
     """The outputs, then `_forward`'s list."""
-    spec = Spec(
-        grid, blocks, channel_heads, spatial_heads, channel_eps, spatial_eps, fused, affine, buffered, counted,
-        from_batch, updates, norm_eps, momenta, dtype,
-    )  # fmt: skip
-    outs, kept = _forward(spec, maps, parameters, buffers, training)
+    *numbers, training = rest
+    outs, kept = _forward(Spec(*numbers), maps, parameters, buffers, training)
     return [*outs, *kept]
 
 
@@ -304,35 +292,16 @@ def _refine_fake(maps: Any, parameters: Any, buffers: Any, *rest: Any) -> list[T
     return [*outs, *(kept if training else []), *of_batch]
 
 
-@torch.library.custom_op("dca_kernels::refine_backward", mutates_args=())
-def _refine_backward_operator(
-    douts: list[Tensor],
-    maps: list[Tensor],
-    parameters: list[Tensor],
-    saved: list[Tensor],
-    grid: list[int],
-    blocks: int,
-    channel_heads: list[int],
-    spatial_heads: list[int],
-    channel_eps: list[float],
-    spatial_eps: list[float],
-    fused: list[bool],
-    affine: list[bool],
-    buffered: list[bool],
-    counted: list[bool],
-    from_batch: list[bool],
-    updates: list[bool],
-    norm_eps: list[float],
-    momenta: list[float],
-    dtype: torch.dtype,
-    wanted: list[bool],
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "dca_kernels::refine_backward",
+    mutates_args=(),
+    schema="(Tensor[] douts, Tensor[] maps, Tensor[] parameters, Tensor[] saved, "
+    f"{_NUMBERS}, bool[] wanted) -> Tensor[]",
+)
+def _refine_backward_operator(douts: Any, maps: Any, parameters: Any, saved: Any, *rest: Any) -> list[Tensor]:
     """The wanted gradients of the maps, then `_backward`'s list."""
-    spec = Spec(
-        grid, blocks, channel_heads, spatial_heads, channel_eps, spatial_eps, fused, affine, buffered, counted,
-        from_batch, updates, norm_eps, momenta, dtype,
-    )  # fmt: skip
-    dmaps, gradients = _backward(spec, maps, parameters, saved, douts, wanted)
+    *numbers, wanted = rest
+    dmaps, gradients = _backward(Spec(*numbers), maps, parameters, saved, douts, wanted)
     return [*(g for g in dmaps if g is not None), *gradients]
 
 
