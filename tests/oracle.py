@@ -4,6 +4,7 @@ One forward and backward is a dict of tensors under the names that the golden ve
 `grad_input.<i>`, `grad.<parameter>`, `after.<buffer>`. Of a backend without a backward it is the outputs and buffers.
 """
 
+import copy
 import importlib.util
 import json
 import math
@@ -230,6 +231,14 @@ class Golden:
         maps = (_normal(seed + 500 + i, shape) * config["scale"] + config["shift"] for i, shape in enumerate(shapes))
         self.maps = [_float32_values(x) for x in maps]
         self.upstream = [_float32_values(_normal(seed + 600 + i, shape)) for i, shape in enumerate(shapes)]
+
+    def redrawn(self, seed: int) -> "Golden":
+        """The same module on other maps, of the same mean and deviation; the official results are not theirs."""
+        other = copy.copy(self)
+        generator = torch.Generator().manual_seed(seed)
+        normal = [torch.randn(x.shape, generator=generator).double() for x in self.maps]
+        other.maps = [(r * x.std() + x.mean()).float().double() for r, x in zip(normal, self.maps, strict=True)]
+        return other
 
     def sample(self, results: Results) -> Results:
         """Results as the golden file keeps them: large tensors at some positions, and summed to one value a channel."""
