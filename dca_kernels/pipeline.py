@@ -284,7 +284,7 @@ def _refine_fake(maps: Any, parameters: Any, buffers: Any, *rest: Any) -> list[T
             scores = tensor(batch, sum(spec.spatial_heads), 2, count)
             kept += [tokens(), tensor(batch, width), tokens(), scores, tokens()]
     kept += [tokens() for _ in range(1 + any(spec.from_batch))]
-    of_batch = [tensor(2, width)] if training or any(spec.from_batch) else []
+    of_batch = [tensor(2, width, dtype=torch.float64)] if training or any(spec.from_batch) else []
     outs = [
         torch.empty_like(x, dtype=torch.promote_types(x.dtype, spec.dtype), memory_format=memory_format(x))
         for x in maps

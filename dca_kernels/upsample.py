@@ -91,7 +91,7 @@ def _batch_statistics_kernel(
     MOMENT_BLOCKS: tl.constexpr, GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C).
+    """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
 
     They follow from the map's own moments, from z, and from the transposed interpolation of the map. Where the two
     parts nearly cancel, too few digits would be left, and a pass over the map takes them directly.
@@ -319,14 +319,14 @@ def _merge(
         mean, variance = _merge_images(statistics_ptr, OFFSET + offs_c, mask_c, batch, SIZE[0] * SIZE[1], TOTAL, ACC)
         if UPDATES and (b == 0) & (h_begin == 0) & (w_begin == 0):
             _update_buffers(
-                mean_ptr, variance_ptr, counter_ptr, mean + bias, variance, offs_c, mask_c,
+                mean_ptr, variance_ptr, counter_ptr, (mean + bias).to(ACC), variance, offs_c, mask_c,
                 batch.to(tl.int64) * SIZE[0] * SIZE[1], MOMENTUM, ACC,
             )  # fmt: skip
     elif NORM:
-        mean = load_vector(mean_ptr, offs_c, mask_c, ACC) - bias
+        mean = load_vector(mean_ptr, offs_c, mask_c, tl.float64) - bias
         variance = load_vector(variance_ptr, offs_c, mask_c, ACC)
     else:
-        mean = -bias
+        mean = -bias.to(tl.float64)
         variance = tl.zeros([BLOCK_C], ACC)
     if (saved_ptr is not None) and (b == 0) & (h_begin == 0) & (w_begin == 0):  # the backward will need them
         tl.store(saved_ptr + OFFSET + offs_c, mean, mask=mask_c)
@@ -336,9 +336,9 @@ def _merge(
     offs_w = w_begin + tl.arange(0, BLOCK_W)
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
-    up = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
+    up, level = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
     x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
-    y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
+    y = x - (_of_pairs(mean, BLOCK_H) - level).to(ACC)[:, None] + up
     if NORM:
         scale = tl.rsqrt(variance + EPS)
         if gamma_ptr is not None:
@@ -389,11 +389,15 @@ def _interpolate(
     z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """up(z) in a tile: rows by weighting two of them, columns by a product with their few weights."""
+    """up(z) less a level in a tile: rows by weighting two of them, columns by a product with their few weights.
+
+    The level, [pairs], is z at the image's first token: where z varies little, so do its rounding errors.
+    """
+    level = tl.load(z_ptrs, mask=mask_pair, other=0.0).to(ACC)
     if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
         offs = (pair_h * GRID[1])[:, None] + offs_w[None, :]
         mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-        up = tl.load(z_ptrs[:, None] + offs * TOTAL, mask=mask, other=0.0).to(ACC)
+        up = tl.load(z_ptrs[:, None] + offs * TOTAL, mask=mask, other=0.0).to(ACC) - level[:, None]
     else:
         K: tl.constexpr = padded(_columns_needed(BLOCK_W, SIZE[1], GRID[1]))
         first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
@@ -401,17 +405,19 @@ def _interpolate(
         top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
         mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
         columns_ptrs = z_ptrs[:, None] + offs_q[None, :] * TOTAL
-        above = tl.load(columns_ptrs + (top * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC)
-        below = tl.load(columns_ptrs + (bottom * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC)
+        above = tl.load(columns_ptrs + (top * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC) - level[:, None]
+        below = (
+            tl.load(columns_ptrs + (bottom * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC) - level[:, None]
+        )
         rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]
         matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
         up = tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
-    return up
+    return up, level
 
 
 @triton.jit
 def _merge_images(statistics_ptr, offs_c, mask_c, batch, PIXELS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
-    """Mean and biased variance over the batch, from mean and centred squares of each image."""
+    """Mean, in float64, and biased variance over the batch, from mean and centred squares of each image."""
     STEP: tl.constexpr = 16
     mean = tl.zeros(offs_c.shape, tl.float64)
     for start in range(0, batch, STEP):
@@ -423,7 +429,7 @@ def _merge_images(statistics_ptr, offs_c, mask_c, batch, PIXELS: tl.constexpr, T
         image_mean, squares, mask = _load_images(statistics_ptr, start, offs_c, mask_c, batch, TOTAL, STEP)
         apart = tl.where(mask, image_mean - mean[None, :], 0.0)
         variance += tl.sum(squares / PIXELS + apart * apart, 0)
-    return mean.to(ACC), (variance / batch).to(ACC)
+    return mean, (variance / batch).to(ACC)
 
 
 @triton.jit
@@ -463,16 +469,16 @@ def _masked_gradient(
     """In one tile: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU."""
     offs_c = c_begin + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
-    mean = load_vector(saved_ptr, OFFSET + offs_c, mask_c, ACC)
+    mean = load_vector(saved_ptr, OFFSET + offs_c, mask_c, tl.float64)
     pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
     offs_w = tl.arange(0, BLOCK_W)
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
-    up = _interpolate(
+    up, level = _interpolate(
         z_ptrs, mask_pair, pair_h, tl.zeros([], tl.int32), offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W
     )
     x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
-    y = x - _of_pairs(mean, BLOCK_H)[:, None] + up
+    y = x - (_of_pairs(mean, BLOCK_H) - level).to(ACC)[:, None] + up
     gradient = _load_map(dout_ptr + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
     if NORM:
         scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
@@ -783,7 +789,7 @@ class Saved(NamedTuple):
     maps: Sequence[Tensor]
     z: Tensor
     adjoint: Tensor | None  # of the maps, (B, N, C)
-    statistics: Tensor | None  # (2, C), mean without the convolution's bias and variance that BatchNorm took
+    statistics: Tensor | None  # (2, C) in float64, mean without the convolution's bias and variance that BatchNorm took
 
 
 class Gradients(NamedTuple):
@@ -851,7 +857,7 @@ def upsample(
     statistics = None
     if moments is not None:
         config = launch.configuration("batch_statistics", target, dtype, batch)
-        statistics = tokens.new_empty(batch, 2, width)
+        statistics = tokens.new_empty(batch, 2, width, dtype=torch.float64)
         launch.run(
             _batch_statistics_kernel,
             batch * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
@@ -885,7 +891,7 @@ def upsample(
     layout = "channels_last" if all(x.stride(1) == 1 for x in maps) else "contiguous"
     config = launch.configuration(f"upsample_{layout}", target, dtype, widest)
     tiles, first = _tiles(tokens.channels, sizes, config["tile"], config["block_c"], config["block_w"])
-    kept = tokens.new_empty(2, width) if training or any(from_batch) else None
+    kept = tokens.new_empty(2, width, dtype=torch.float64) if training or any(from_batch) else None
     launch.run(
         _upsample_kernel,
         batch * first[-1],
