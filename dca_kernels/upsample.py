@@ -336,9 +336,9 @@ def _merge(
     offs_w = w_begin + tl.arange(0, BLOCK_W)
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
-    up, level = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
+    up = _interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W)
     x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
-    y = x - (_of_pairs(mean, BLOCK_H) - level).to(ACC)[:, None] + up
+    y = _less_mean(x, up, mean, BLOCK_H, ACC)
     if NORM:
         scale = tl.rsqrt(variance + EPS)
         if gamma_ptr is not None:
@@ -370,6 +370,14 @@ def _load_map(ptr, pair_c, pair_h, offs_w, mask, STRIDE: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
+def _less_mean(x, up, mean, BLOCK_H: tl.constexpr, ACC: tl.constexpr):
+    """x + up - mean, mean in float64: what is lost when it is rounded is the same everywhere, and taken off as well."""
+    rounded = mean.to(ACC)
+    lost = (mean - rounded.to(tl.float64)).to(ACC)
+    return x - _of_pairs(rounded, BLOCK_H)[:, None] + up - _of_pairs(lost, BLOCK_H)[:, None]
+
+
+@triton.jit
 def _of_pairs(vector, BLOCK_H: tl.constexpr):
     """[BLOCK_C] -> [BLOCK_H * BLOCK_C]."""
     rows = tl.broadcast_to(vector[None, :], [BLOCK_H, vector.shape[0]])
@@ -389,30 +397,24 @@ def _interpolate(
     z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """up(z) less a level in a tile: rows by weighting two of them, columns by a product with their few weights.
-
-    The level, [pairs], is z at the image's first token: where z varies little, so do its rounding errors.
-    """
-    level = tl.load(z_ptrs, mask=mask_pair, other=0.0).to(ACC)
+    """up(z) in a tile: rows by weighting two of them, columns by a product with their few weights."""
     if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
-        offs = (pair_h * GRID[1])[:, None] + offs_w[None, :]
+        z_ptrs += pair_h * GRID[1] * TOTAL
         mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-        up = tl.load(z_ptrs[:, None] + offs * TOTAL, mask=mask, other=0.0).to(ACC) - level[:, None]
+        up = tl.load(z_ptrs[:, None] + offs_w[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
     else:
         K: tl.constexpr = padded(_columns_needed(BLOCK_W, SIZE[1], GRID[1]))
         first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
         offs_q = first + tl.arange(0, K)
         top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
+        above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
         mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
-        columns_ptrs = z_ptrs[:, None] + offs_q[None, :] * TOTAL
-        above = tl.load(columns_ptrs + (top * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC) - level[:, None]
-        below = (
-            tl.load(columns_ptrs + (bottom * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0).to(ACC) - level[:, None]
-        )
+        above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+        below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
         rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]
         matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
         up = tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
-    return up, level
+    return up
 
 
 @triton.jit
@@ -474,11 +476,11 @@ def _masked_gradient(
     offs_w = tl.arange(0, BLOCK_W)
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
-    up, level = _interpolate(
+    up = _interpolate(
         z_ptrs, mask_pair, pair_h, tl.zeros([], tl.int32), offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W
     )
     x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
-    y = x - (_of_pairs(mean, BLOCK_H) - level).to(ACC)[:, None] + up
+    y = _less_mean(x, up, mean, BLOCK_H, ACC)
     gradient = _load_map(dout_ptr + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
     if NORM:
         scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
