@@ -85,7 +85,7 @@ class Launch:
 
 
 def record(case: Case, target: str, batch: int = 8) -> list[Launch]:
-    """The launches of one forward, in training with what the backward needs; none of them runs."""
+    """The launches of one forward, in training of a whole step; none of them runs."""
     launches: list[Launch] = []
 
     def keep(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
@@ -104,7 +104,9 @@ def record(case: Case, target: str, batch: int = 8) -> list[Launch]:
         mock.patch.object(launch, "architecture", lambda device: target),
     ):
         module.to(case.dtype).train(case.train).requires_grad_(case.train)
-        module(maps)
+        outs = module([x.requires_grad_(case.train) for x in maps])
+        if case.train:
+            torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
     return launches
 
 
