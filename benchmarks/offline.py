@@ -287,9 +287,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks offline",
         description="Compiles every kernel for GPUs that need not be there and reads registers, spills, shared memory "
-        "and instructions from the machine code; then counts launches, bytes and operations of a forward in Triton's "
-        "interpreter. Nothing is timed. What is in the table already and has not changed is not compiled again; all of "
-        "it takes about a quarter of an hour on two cores.",
+        "and instructions from the machine code; then counts launches, bytes and operations of a forward and of a "
+        "training step in Triton's interpreter. Nothing is timed. What is in the table already and has not changed is "
+        "not compiled again; all of it takes about half an hour on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to compile for")
