@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,15 +23,17 @@ CONFIGS = {
 
 
 class Watch(TorchDispatchMode):
-    """Remembers the operators of this package that ran."""
+    """Remembers the operators of this package that ran, and with what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.calls: list[tuple[Callable, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "dca_kernels":
             self.seen.append(func.overloadpacket.__name__)
+            self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -70,6 +73,18 @@ def test_only_some_gradients() -> None:
     for actual, expected in zip(ours, theirs, strict=True):
         if expected is not None:
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+
+def test_operators_are_as_declared() -> None:
+    # Not the tests that compile them: test_fake_tensors_have_the_shapes_of_real_ones does.
+    config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1), batch=1)
+    model, maps = pair(config, "triton", torch.float32)[0], random_maps(config, torch.float32, backend="triton")
+    with Watch() as watch:
+        evaluate(model, maps)
+    tests = ("test_schema", "test_faketensor")
+    for operator, arguments in watch.calls:
+        opcheck(operator, arguments, test_utils=tests)
+    opcheck(*watch.calls[0], test_utils="test_autograd_registration")
 
 
 # Two images, two scales of 4 and 8 channels, 2 x 3 tokens
