@@ -602,8 +602,8 @@ def _grid_gradient_kernel(
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
 
-    It is that of z, (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs all of z's, BLOCK_K at
-    a time, and writes its own.
+    It is that of z, (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs
+    all of z's, BLOCK_K at a time, and writes its own.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     ROW_BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
@@ -663,13 +663,14 @@ def _grid_gradient(
         rows = p + tl.zeros(offs_q.shape, tl.int32)
         ones = _table(tables_ptr, 0, rows, GRID[0], 0) * _table(tables_ptr, 0, offs_q, GRID[1], 3 * GRID[0])
         first = tl.load(x_ptr + offs_c * STRIDE[1], mask=mask_c, other=0.0).to(ACC)
-        mean = load_vector(saved_ptr, own, mask_c, ACC)
+        token = load_vector(z_ptr, own, mask_c, ACC)  # taken off z: as a mean is, it may be far larger than what varies
+        level = (first.to(tl.float64) + token - load_vector(saved_ptr, own, mask_c, tl.float64)).to(ACC)
         constant = load_vector(removed_ptr, own, mask_c, ACC)
         multiple = load_vector(removed_ptr + TOTAL, own, mask_c, ACC)
         y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
         y *= SIZE[0] * SIZE[1] / (GRID[0] * GRID[1])
-        y += _interpolated_twice(z_ptr, tables_ptr, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
-        y += ones[:, None] * (first - mean)[None, :]
+        y += _interpolated_twice(z_ptr, token, tables_ptr, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
+        y += ones[:, None] * level[None, :]
         dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
     if NORM:
         scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS)
@@ -681,15 +682,15 @@ def _grid_gradient(
 
 @triton.jit
 def _interpolated_twice(
-    z_ptr, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+    z_ptr, token, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """U^T U z at some positions: (G_h x G_w) z, both with three diagonals."""
+    """U^T U (z - token) at some positions: (G_h x G_w) of it, both with three diagonals, zero beyond the grid."""
     out = tl.zeros([p.shape[0], offs_c.shape[0]], ACC)
     for dp in tl.static_range(-1, 2):
         for dq in tl.static_range(-1, 2):
             row = _table(tables_ptr, 1 if dp == 0 else 2, p if dp >= 0 else p - 1, GRID[0], 0)
             column = _table(tables_ptr, 1 if dq == 0 else 2, q if dq >= 0 else q - 1, GRID[1], 3 * GRID[0])
-            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL, ACC)
+            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL, ACC) - token[None, :]
             out += (row * column)[:, None] * z
     return out
 
