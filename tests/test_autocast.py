@@ -1,5 +1,7 @@
 """Autocast, with float32 parameters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from tests.oracle import (
     TRAINABLE,
     Config,
+    assert_all_within_budget,
     assert_identical,
     assert_same,
     assert_within_budget,
@@ -14,8 +17,11 @@ from tests.oracle import (
     each_backend,
     each_trainable,
     evaluate,
+    needs_triton,
+    off_the_kink,
     pair,
     promoted,
+    random_like,
     random_maps,
 )
 
@@ -48,6 +54,21 @@ def test_dtypes_and_error_budget(dtype: torch.dtype, autocast: torch.dtype, trai
         if name.startswith("output"):
             assert_within_budget(ours[name], theirs[name], expected[name], ours[name].dtype, name)
         assert ours[name].isfinite().all(), name
+
+
+@needs_triton
+def test_gradients_of_the_kernels() -> None:
+    config = replace(CONFIG, batch=1)
+    modules = pair(config, "triton", torch.float32)
+    maps = random_maps(config, torch.float32, backend="triton")
+    doubles = [x.double() for x in maps]
+    upstream = [g.float() for g in off_the_kink(promoted(modules[1], config), doubles, random_like(doubles))]
+    exact = promoted(modules[1], config)
+    results = [evaluate(under(torch.bfloat16, module), maps, upstream) for module in modules]
+    results.append(evaluate(exact, doubles, [g.double() for g in upstream]))
+    for name, value in results[0].items():
+        assert value.dtype == results[1][name].dtype, name
+    assert_all_within_budget([results], torch.bfloat16)
 
 
 @each_autocast

@@ -19,6 +19,7 @@ from tests.oracle import (
     LAYOUTS,
     TILED,
     Config,
+    assert_all_within_budget,
     assert_identical,
     assert_parity,
     assert_same,
@@ -27,8 +28,10 @@ from tests.oracle import (
     evaluate,
     full_size,
     not_finite,
+    off_the_kink,
     pair,
     promoted,
+    random_like,
     random_maps,
     resized_blocks,
 )
@@ -271,6 +274,15 @@ def build_exact(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("delta", [1.0, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_maps_that_the_tokens_cancel(delta: float) -> None:
     assert_statistics_within_budget(delta)
+
+
+def test_gradients_of_maps_that_the_tokens_cancel() -> None:
+    ours, theirs, maps = batch_of_ramps(1e-3)
+    doubles = [x.double() for x in maps]
+    single = [g.float() for g in off_the_kink(build_exact(theirs), doubles, random_like(doubles))]
+    results = [evaluate(ours, maps, single), evaluate(theirs, maps, single)]
+    results.append(evaluate(build_exact(theirs), doubles, [g.double() for g in single]))
+    assert_all_within_budget([results], torch.float32)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep the constant that they were compiled with")
