@@ -1,4 +1,4 @@
-"""What a whole forward moves and computes, counted without a GPU: in Triton's CPU interpreter, and of plain PyTorch.
+"""What a forward or a training step moves and computes, counted without a GPU: interpreted, and of plain PyTorch.
 
 Nothing here is a time that was measured. `python -m benchmarks.traffic` prints the tables.
 """
@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -31,9 +32,11 @@ from dca_kernels.backends import use_backend
 
 SECTOR = 32  # bytes: the least that a GPU's memory moves
 GROUPS = ("maps", "tokens", "parameters")
-SLACK = 1.25  # how many times its bound a forward may move
+SLACK = 1.25  # how many times what it cannot avoid a run may move
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MODES = ("eval", "train")
+# How often each mode at least goes over the maps: two reads and a write of a forward; of a backward, two reads of the
+# map and of the upstream gradient each, and a write of the map's gradient.
+PASSES = {"eval": 3, "train": 3, "step": 8}
 
 _MAPS = re.compile(r"d?(maps|outs)")  # d: gradients
 _PARAMETERS = re.compile(r".*(weights|biases|gammas|betas)|means|variances|counters|tables_ptr")
@@ -320,6 +323,17 @@ def count_reference(run: Callable[[], object]) -> list[OperatorTraffic]:
     return operators.seen
 
 
+def _convolution_backward_flops(
+    upstream: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    """A forward's for each operand's gradient; PyTorch's own formula takes a depthwise convolution for a dense one."""
+    *_, wanted = rest
+    return 2 * math.prod(upstream) * math.prod(weight[1:]) * sum(wanted[:2])
+
+
+FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+
+
 # Tables
 
 
@@ -340,61 +354,68 @@ def roofline(kernels: Sequence[KernelTraffic], gpu: str) -> list[dict[str, Any]]
     return [*rows, {"kernel": "sum"} | total]
 
 
-def bound(kernels: Sequence[KernelTraffic], map_bytes: int) -> float:
-    """Bytes that a forward may move: SLACK times what its design cannot avoid.
+def bound(kernels: Sequence[KernelTraffic], map_bytes: int, passes: int) -> float:
+    """Bytes that a run may move: SLACK times what its design cannot avoid.
 
-    That is two reads and a write of the maps, and a write and a read of each token buffer, of what one kernel stores
-    for a later one: tokens, statistics, covariance, mixing matrix, z. A design with larger buffers has a larger bound.
+    That is the passes over the maps, and a write and a read of each token buffer, of what one kernel stores for a later
+    one: tokens, statistics, covariance, mixing matrix, z. A design with larger buffers has a larger bound.
     """
-    return SLACK * (3 * map_bytes + 2 * sum(kernel.handed_on for kernel in kernels))
+    return SLACK * (passes * map_bytes + 2 * sum(kernel.handed_on for kernel in kernels))
 
 
 def main_table(
-    patch: int = 28, modes: Sequence[str] = MODES, dtypes: Sequence[str] = tuple(DTYPES), gpu: str = "H200"
+    patch: int = 28, modes: Sequence[str] = tuple(PASSES), dtypes: Sequence[str] = tuple(DTYPES), gpu: str = "H200"
 ) -> list[dict[str, Any]]:
-    """One row a forward (mode, dtype, implementation) on one tile of the bundled image; JSON-able.
+    """One row a run (mode, dtype, implementation) on one tile of the bundled image; JSON-able.
 
-    In mode "train" BatchNorm takes the batch's statistics; nothing is kept for a backward in either mode.
-    Rows of `triton` have a list of their kernels, with each one's floor, and how the sum of their unique bytes compares
-    with the bound; operators of plain PyTorch between the kernels are launches and bytes like any other. A process
-    counts one forward, and interprets its kernels: here they may be compiled.
+    In mode "train" BatchNorm takes the batch's statistics, and in "step" a backward follows; in the other modes nothing
+    is kept for one. Rows of `triton` have a list of their kernels, with each one's floor, and how the sum of their
+    unique bytes compares with the bound; operators of plain PyTorch between the kernels are launches and bytes like any
+    other. A process counts one run, and interprets its kernels: here they may be compiled.
     """
-    forwards = [(mode, dtype) for mode in modes for dtype in dtypes]
-    workers = min(len(forwards), os.cpu_count() or 1)
+    runs = [(mode, dtype) for mode in reversed(modes) for dtype in dtypes]  # the longest first
+    workers = min(len(runs), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"),  # many small products
         concurrent.futures.ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
-        tqdm(total=len(forwards), desc=f"forwards, {workers} at a time", leave=False) as progress,
+        tqdm(total=len(runs), desc=f"runs, {workers} at a time", leave=False) as progress,
     ):
-        counts = [pool.submit(_count_forward, patch, mode, dtype, gpu) for mode, dtype in forwards]
+        counts = [pool.submit(_count, patch, mode, dtype, gpu) for mode, dtype in runs]
         for _ in concurrent.futures.as_completed(counts):
             progress.update()
-    return [row for count in counts for row in count.result()]
+    rows = [row for count in counts for row in count.result()]
+    return sorted(rows, key=lambda row: list(modes).index(row["mode"]))
 
 
-def _count_forward(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
-    from dca_kernels import launch, pipeline  # import triton
+def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    from dca_kernels import launch, pipeline
 
     maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], torch.device("cpu"))
     modules = cases.modules(patch, DTYPES[dtype], torch.device("cpu"))
-    forward = {
-        name: functools.partial(cases.step, module.train(mode == "train"), maps, None)
+    gradients = cases.upstream(maps) if mode == "step" else None
+    run = {
+        name: functools.partial(cases.step, module.train(mode != "eval"), maps, gradients)
         for name, module in modules.items()
     }
     with use_backend("triton"):
         with np.errstate(all="ignore"):  # bfloat16 overflows in an interpreter that is not corrected
-            kernels = count_kernels(forward["fused"])
+            kernels = count_kernels(run["fused"])
         with (
             mock.patch.object(launch, "run", lambda *args, **kwargs: None),
             mock.patch.object(pipeline, "watched", lambda: False),  # or it would be one operator
         ):
-            between = count_reference(forward["fused"])
-    operators = count_reference(forward["reference"])
+            between = count_reference(run["fused"])
+    operators = count_reference(run["reference"])
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        run["reference"]()
 
     unique = {group: sum(k.loaded[group] + k.stored[group] for k in kernels) for group in GROUPS}
     between_bytes = sum(o.read + o.written for o in between)
-    total, limit = sum(unique.values()) + between_bytes, bound(kernels, sum(x.nbytes for x in maps))
+    limit = bound(kernels, sum(x.nbytes for x in maps), PASSES[mode])
+    total = sum(unique.values()) + between_bytes
     floors = roofline(kernels, gpu)
     case = {"mode": mode, "dtype": dtype, "batch": 1, "patch": patch, "features": list(cases.FEATURES)}
     ours = {
@@ -414,12 +435,13 @@ def _count_forward(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str
         "implementation": "reference",
         "launches": len(operators),
         "bytes": sum(o.read + o.written for o in operators),
+        "flops": counter.get_total_flops(),
     }
     return [case | ours, case | theirs]
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as GitHub Markdown: a summary, then the kernels of each forward."""
+    """The rows as GitHub Markdown: a summary, then the kernels of each run."""
     ours = [row for row in rows if row["implementation"] == "triton"]
     lines = []
     for row in ours:
@@ -434,10 +456,12 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
                 _megabytes(theirs["bytes"]),
                 _megabytes(row["bound_bytes"]),
                 f"{row['of_bound']:.2f}",
+                f"{row['flops'] / 1e9:.2f}",
+                f"{theirs['flops'] / 1e9:.2f}",
             ]
         )
     headers = [
-        "forward",
+        "run",
         "launches",
         "of reference",
         *(f"{group} MB" for group in GROUPS),
@@ -445,6 +469,8 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
         "of reference",
         "bound MB",
         "of bound",
+        "GFLOP",
+        "of reference",
     ]
     parts = [f"Unique bytes, summed over kernels:\n\n{_markdown(lines, headers)}"]
     for row in ours:
@@ -498,12 +524,14 @@ def _markdown(lines: list[list[Any]], headers: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.traffic",
-        description="Counts kernels, bytes and products of one forward, of the Triton kernels in Triton's CPU "
-        "interpreter and of the reference. No GPU is needed and no time is measured.",
+        description="Counts kernels, bytes and products of a forward and of a training step, of the Triton kernels in "
+        "Triton's CPU interpreter and of the reference. No GPU is needed and no time is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="dtype of maps and weights")
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES), help="of BatchNorm")
+    parser.add_argument(
+        "--mode", choices=PASSES, nargs="+", default=list(PASSES), help="BatchNorm's in a forward; step: and a backward"
+    )
     parser.add_argument(
         "--patch", type=int, default=28, metavar="P", help="side of the token grid; a map has up to 8 P pixels a side"
     )

@@ -1,11 +1,15 @@
-"""Floating point operations of the `torch` backend's operators, for `torch.utils.flop_counter.FlopCounterMode`.
+"""Floating point operations of both backends' operators, for `torch.utils.flop_counter.FlopCounterMode`.
 
 Import this before a counter is made; nothing else does, since PyTorch's counter imports triton. As PyTorch's own
-formulas, these count products of matrices, two operations for each multiplication.
+formulas, these count products of matrices, two operations for each multiplication. The `torch` backend interpolates by
+such products; the kernels do not, but for a few weights a pixel, which are left out as those of PyTorch's own
+interpolation are.
 
 Shapes are those of `dca_kernels.fused`.
 """
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,3 +65,40 @@ def _interpolation(x: Tensor, z: Tensor) -> tuple[int, int]:
         return 0, 0
     planes, rows, columns = z.shape[0] * z.shape[1], z.shape[2], z.shape[3]
     return 2 * planes * rows * columns * x.shape[3], 2 * planes * rows * x.shape[2] * x.shape[3]
+
+
+# The `triton` backend: products of the module's own sizes, without what pads them to tiles.
+
+if importlib.util.find_spec("triton") is not None:
+    from dca_kernels import pipeline
+    from dca_kernels.parameters import Spec
+
+    @register_flop_formula(torch.ops.dca_kernels.refine, get_raw=True)
+    def refine(maps: Sequence[Tensor], parameters: Any, buffers: Any, *rest: Any, **_: Any) -> int:
+        """For each image: covariance up to its diagonal, mixing; scores and values of each scale; convolutions."""
+        *numbers, _training = rest
+        spec, channels = Spec(*numbers), [x.shape[1] for x in maps]
+        width, tokens = sum(channels), spec.grid[0] * spec.grid[1]
+        products = tokens * sum(c * c for c in channels)
+        if spec.channel_heads:
+            products += spec.blocks * (tokens * width * (width + 1) // 2 + tokens * width**2)
+        if spec.spatial_heads:
+            products += spec.blocks * tokens**2 * (len(maps) * width + width)
+        return 2 * maps[0].shape[0] * products
+
+    @register_flop_formula(torch.ops.dca_kernels.refine_backward, get_raw=True)
+    def refine_backward(douts: Any, maps: Sequence[Tensor], parameters: Any, saved: Any, *rest: Any, **_: Any) -> int:
+        """For each image, back to the first stage that is asked for: what each product of the forward takes.
+
+        A convolution two, the mixing three with the covariance, the scores and values of a scale two and three.
+        """
+        *numbers, wanted = rest
+        spec, channels = Spec(*numbers), [x.shape[1] for x in maps]
+        width, tokens = sum(channels), spec.grid[0] * spec.grid[1]
+        attentions = []
+        for _block in range(spec.blocks):
+            attentions += [3 * tokens * width**2] if spec.channel_heads else []
+            attentions += [tokens**2 * (2 * len(maps) * width + 3 * width)] if spec.spatial_heads else []
+        first = max(pipeline._first_wanted(spec, wanted) - 1, 0)
+        products = 2 * tokens * sum(c * c for c in channels) + sum(attentions[first:])
+        return 2 * maps[0].shape[0] * products

@@ -152,16 +152,16 @@ def _backward(
     attentions, upsampled = _unpacked(spec, maps, saved)
     douts = [g if _last(g) < MAX_OFFSET else g.contiguous() for g in douts]
     grid, first = _grid(spec), _first_wanted(spec, wanted)
-    last = merge.upsample_backward(upsampled, douts, every.upconvs, every.norms, grid)
-    gradients, dtokens = [last.convs, last.norms], last.tokens
     stages = [attention for block in every.blocks for attention in block if attention is not None]
+    last = merge.upsample_backward(upsampled, douts, every.upconvs, every.norms, grid, first <= len(stages))
+    gradients, dtokens = [last.convs, last.norms], last.tokens
     # Only of the last attention does BatchNorm, behind it, remove constants.
     removed = [[False] * len(maps)] * (len(stages) - 1) + [list(spec.from_batch)]
     for k in reversed(range(max(first - 1, 0), len(stages))):
         dtokens, of_parameters = BACKWARD[type(attentions[k])](attentions[k], dtokens, stages[k], removed[k])
         gradients.append(of_parameters)
     dmaps: list[Tensor | None] = [None] * len(maps)
-    if first == 0:
+    if first == 0 and dtokens is not None:
         dmaps, of_embedding = merge.map_gradients(
             upsampled, last.removed, dtokens, douts, every.avg_map, every.norms, grid, wanted[: len(maps)]
         )

@@ -797,7 +797,7 @@ class Saved(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of the upsampling, but for the maps', which wait for the tokens'."""
 
-    tokens: Tensor  # (B, N, C)
+    tokens: Tensor | None  # (B, N, C), where wanted
     removed: Tensor  # (2, C), what the statistics of a batch take off the maps' gradient
     convs: Tensor  # the S matrices (C_i, C_i), one after another
     norms: Tensor  # (3, C): BatchNorm's weights and biases, the convolutions' biases
@@ -934,6 +934,7 @@ def upsample_backward(
     upconvs: Sequence[Affine],
     norms: Sequence[BatchNorm | None],
     grid: tuple[int, int],
+    tokens_wanted: bool,
 ) -> Gradients:
     """The gradients of `upsample`, but for the maps'.
 
@@ -941,6 +942,7 @@ def upsample_backward(
         saved: what the forward returned.
         douts: S tensors (B, C_i, H_i, W_i), any strides.
         upconvs, norms, grid: as in the forward.
+        tokens_wanted: whether the tokens' gradient is.
     """
     tokens = saved.tokens
     batch, count, width = tokens.shape
@@ -1025,21 +1027,22 @@ def upsample_backward(
         "ACC": shared["ACC"],
     }
     config = launch.configuration("conv", target, dtype, max(launch.padded(c) for c in tokens.channels))
-    dtokens = torch.empty_like(dz)
-    launch.run(
-        _conv_kernel,
-        batch
-        * launch.blocks(count, config["block_n"])
-        * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
-        config,
-        tokens_ptr=dz,
-        weights=launch.weights(upconvs),
-        z_ptr=dtokens,
-        TRANSPOSED=True,
-        BLOCK_N=config["block_n"],
-        BLOCK_C=config["block_c"],
-        **products,
-    )
+    dtokens = torch.empty_like(dz) if tokens_wanted else None
+    if tokens_wanted:
+        launch.run(
+            _conv_kernel,
+            batch
+            * launch.blocks(count, config["block_n"])
+            * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
+            config,
+            tokens_ptr=dz,
+            weights=launch.weights(upconvs),
+            z_ptr=dtokens,
+            TRANSPOSED=True,
+            BLOCK_N=config["block_n"],
+            BLOCK_C=config["block_c"],
+            **products,
+        )
     dweight = tokens.new_empty(batch, sum(c * c for c in tokens.channels))
     launch.run(
         _conv_gradient_kernel,

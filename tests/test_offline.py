@@ -15,7 +15,18 @@ OFFLINE = ROOT / "benchmarks" / "results" / "offline"
 CODE = json.loads((OFFLINE / "machine_code.json").read_text())
 TRAFFIC = json.loads((OFFLINE / "traffic.json").read_text())
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
-MEMORY_BOUND = ("patch_embed", "upsample")
+MEMORY_BOUND = ("patch_embed", "upsample", "merge_gradient", "map_gradient")
+PRODUCTS = (
+    *("covariance", "mix", "spatial_attention", "conv", "upsample"),
+    *(
+        "merge_gradient",
+        "conv_gradient",
+        "spatial_attention_backward",
+        "mixing_gradient",
+        "mix_backward",
+        "map_gradient",
+    ),
+)
 
 
 def rows(*targets: str, **conditions: str) -> list[dict]:
@@ -52,7 +63,7 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(kernel: str) -> None:
     assert [name(r) for r in rows(*NVIDIA, kernel=kernel) if not (r["loads_128"] and r["stores_128"])] == []
 
 
-@pytest.mark.parametrize("kernel", ["covariance", "mix", "spatial_attention", "conv"])
+@pytest.mark.parametrize("kernel", PRODUCTS)
 def test_products_run_on_tensor_cores(kernel: str) -> None:
     low = [r for r in rows(*NVIDIA, "gfx942", kernel=kernel) if r["dtype"] in ("bfloat16", "float16")]
     assert low and all(r["tensor_core"] for r in low)
@@ -82,11 +93,21 @@ for one in offline.record(case, "sm_90"):
     assert result.returncode == 0, result.stderr
 
 
+def counted(implementation: str) -> dict[tuple[str, str], dict]:
+    return {(r["mode"], r["dtype"]): r for r in TRAFFIC if r["implementation"] == implementation}
+
+
 def test_a_forward_is_at_most_eight_launches() -> None:
-    launches = {(r["mode"], r["launches"]) for r in TRAFFIC if r["implementation"] == "triton"}
+    launches = {(mode, r["launches"]) for (mode, _), r in counted("triton").items() if mode != "step"}
     assert launches == {("eval", 7), ("train", 8)}
 
 
+def test_a_training_step_is_a_tenth_of_the_launches_of_the_reference() -> None:
+    steps = [(r, counted("reference")[key]) for key, r in counted("triton").items() if key[0] == "step"]
+    assert len(steps) == 2
+    assert all(10 * ours["launches"] <= theirs["launches"] for ours, theirs in steps)
+
+
 def test_bytes_are_within_the_bound() -> None:
-    counted = [r for r in TRAFFIC if r["implementation"] == "triton"]
-    assert len(counted) == 4 and all(r["bytes"] <= r["bound_bytes"] for r in counted)
+    assert len(counted("triton")) == 6
+    assert [key for key, r in counted("triton").items() if r["bytes"] > r["bound_bytes"]] == []

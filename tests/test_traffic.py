@@ -1,11 +1,13 @@
 """What benchmarks/traffic.py counts, against bytes, sectors and products that are known by hand."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels
 from benchmarks import cases, traffic
@@ -80,7 +82,7 @@ def test_what_a_later_kernel_loads_is_handed_on() -> None:
     first, second = traffic.count_kernels(run)
     assert first.stored["tokens"] == 20 * 32
     assert (first.handed_on, second.handed_on) == (12 * 32, 0)
-    assert traffic.bound([first, second], map_bytes=1000) == 1.25 * (3 * 1000 + 2 * 12 * 32)
+    assert traffic.bound([first, second], map_bytes=1000, passes=3) == 1.25 * (3 * 1000 + 2 * 12 * 32)
 
 
 @interpreted
@@ -264,12 +266,43 @@ def test_main(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert all(f"| {kernel['kernel']} " in printed for kernel in kernels)
 
 
+@pytest.fixture
+def two_maps(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Maps of few channels, as those that are counted at a grid of 2 x 2."""
+    monkeypatch.setattr(cases, "FEATURES", (4, 8))
+    monkeypatch.setattr(cases, "STRIDES", (2, 1))
+    return [torch.zeros(1, 4, 4, 4), torch.zeros(1, 8, 2, 2)]
+
+
+def reference_forward(maps: list[torch.Tensor]) -> Callable:
+    module = cases.modules(2, torch.float32, torch.device("cpu"))["reference"].eval()
+    return functools.partial(cases.step, module, maps, None)
+
+
 @interpreted
-def test_operators_between_kernels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_between_kernels_count(two_maps: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = traffic.count_reference(reference_forward(two_maps))
     step = cases.step
     monkeypatch.setattr(cases, "step", lambda module, maps, _: step(module, [x.clone() for x in maps], None))
-    ours, theirs = traffic._count_forward(2, "eval", "float32", "H200")
-    map_bytes = sum(c * (2 * s) ** 2 * 4 for c, s in zip(cases.FEATURES, cases.STRIDES, strict=True))
-    assert ours["launches"] == len(ours["kernels"]) + 4
-    assert ours["bytes"] == sum(ours[f"{group}_bytes"] for group in traffic.GROUPS) + 2 * map_bytes
-    assert theirs["launches"] == 114 + 4
+    ours, theirs = traffic._count(2, "eval", "float32", "H200")
+    assert ours["launches"] == len(ours["kernels"]) + 2
+    copies = 2 * sum(x.nbytes for x in two_maps)
+    assert ours["bytes"] == sum(ours[f"{group}_bytes"] for group in traffic.GROUPS) + copies
+    assert theirs["launches"] == len(alone) + 2
+
+
+@interpreted
+def test_a_step_is_a_forward_and_a_backward(two_maps: list[torch.Tensor]) -> None:
+    ours, theirs = traffic._count(2, "step", "float32", "H200")
+    kernels = ours["kernels"]
+    names = [kernel["kernel"] for kernel in kernels]
+    assert names[0] == "patch_embed" and names[7:9] == ["upsample", "merge_gradient"] and "map_gradient" in names
+    assert ours["launches"] == len(kernels) < theirs["launches"]  # no operator of plain PyTorch between them
+    map_bytes = sum(x.nbytes for x in two_maps)
+    # The channels' first pixels, for batch_statistics and for grid_gradient: two of the second map share a sector.
+    first_pixels = 2 * (4 + 8 // 2) * 32
+    assert ours["maps_bytes"] == 8 * map_bytes + first_pixels
+    assert ours["bound_bytes"] == 1.25 * (8 * map_bytes + 2 * sum(kernel["handed_on"] for kernel in kernels))
+    with FlopCounterMode(display=False) as counter:
+        reference_forward(two_maps)()
+    assert theirs["flops"] == 3 * counter.get_total_flops() > 0  # each operand of a product has a gradient

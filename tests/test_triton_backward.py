@@ -1,10 +1,24 @@
 """The backward of the kernels: a few modules that together reach every branch, since it takes long interpreted."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.oracle import (
+    DEVICE,
+    INTERPRETED,
+    LAYOUTS,
+    TILED,
     Config,
+    Results,
     assert_identical,
     assert_same,
     assert_within_budget,
@@ -16,6 +30,11 @@ from tests.oracle import (
     random_maps,
 )
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dca_kernels import launch
+
+TINY = Config((4, 6), (2, 3), channel_head=(2, 1), spatial_head=(1, 2), sizes=((4, 6), (2, 3)), batch=1)
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)), spatial_head=(2, 4))
 CONFIGS = {
     "default": Config(),
@@ -58,28 +77,171 @@ def test_low_precision_is_within_its_budget(dtype: torch.dtype) -> None:
             assert_within_budget(results[name], baseline[name], exact[name], dtype, name)
 
 
+# What may not change a bit of a step
+
+
+def tiny(train: bool = True) -> tuple[nn.Module, list[Tensor]]:
+    return pair(TINY, "triton", torch.float32, train)[0], random_maps(TINY, torch.float32, backend="triton")
+
+
+@functools.cache
+def tiny_step(train: bool = True) -> Results:
+    return evaluate(*tiny(train))
+
+
+def gradients(results: Results) -> Results:
+    return {name: t for name, t in results.items() if name.startswith("grad")}
+
+
+def leaves_of(module: nn.Module, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """All that may have a gradient, under the gradients' names."""
+    return {f"grad_input.{i}": x for i, x in enumerate(maps)} | {f"grad.{n}": p for n, p in module.named_parameters()}
+
+
 @both_modes
-def test_twice_the_same_bits(train: bool) -> None:
-    module, maps = pair(SMALL, "triton", torch.float32, train)[0], random_maps(SMALL, torch.float32, backend="triton")
-    state = {name: t.clone() for name, t in module.state_dict().items()}
-    first = evaluate(module, maps)
-    module.load_state_dict(state)
-    assert_identical(evaluate(module, maps), first)
+def test_a_second_run_gives_the_same_bits(train: bool) -> None:
+    expected = tiny_step(train)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_identical(evaluate(*tiny(train)), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_only_what_is_asked_for() -> None:
-    ours, theirs = pair(SMALL, "triton")
-    maps = random_maps(SMALL, backend="triton")
-    for module in (ours, theirs):
-        module.requires_grad_(False)
-        module.avg_map[1].requires_grad_(True)
-        inputs = [maps[0].clone().requires_grad_(), maps[1].clone()]
-        torch.autograd.backward(module(inputs), random_like(maps))
-        module.asked = (inputs[0].grad, inputs[1].grad, *(p.grad for p in module.parameters()))
-    assert [g is None for g in ours.asked] == [g is None for g in theirs.asked]
-    for actual, expected in zip(ours.asked, theirs.asked, strict=True):
-        if expected is not None:
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+def test_one_graph_many_backwards_any_layout() -> None:
+    module, maps = tiny()
+    outs = module([x.requires_grad_() for x in maps])
+    leaves, upstream = leaves_of(module, maps), random_like(outs)
+
+    def backward(douts: Sequence[Tensor]) -> Results:
+        found = torch.autograd.grad(outs, leaves.values(), douts, retain_graph=True)
+        return dict(zip(leaves, found, strict=True))
+
+    laid_out = [LAYOUTS["channels_last"](upstream[0]), LAYOUTS["sliced"](upstream[1])]
+    for douts in (upstream, upstream, laid_out):
+        assert_identical(backward(douts), gradients(tiny_step()))
+    expanded = [upstream[0][:, :, :1, :1].expand_as(outs[0]), upstream[1][0, 0, 0, 0].expand_as(outs[1])]
+    assert_identical(backward(expanded), backward([g.contiguous() for g in expanded]))
+
+
+def test_activation_checkpointing() -> None:
+    module, maps = tiny()
+    forward = module.forward
+    module.forward = lambda maps: checkpoint(lambda *maps: forward(maps), *maps, use_reentrant=False)
+    actual = evaluate(module, maps)
+    buffers = {name for name in actual if name.startswith("after.")}
+    assert_identical(
+        {name: t for name, t in actual.items() if name not in buffers},
+        {name: t for name, t in tiny_step().items() if name not in buffers},
+    )
+    # The forward runs twice, and counts twice: as that of a BatchNorm2d does.
+    assert all(t == 3 + 2 for name, t in actual.items() if name.endswith("num_batches_tracked"))
+
+
+def test_a_step_of_a_scaled_loss() -> None:
+    module, maps = tiny()
+    before = {f"grad.{name}": p.detach().clone() for name, p in module.named_parameters()}
+    optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.5), torch.amp.GradScaler(DEVICE, init_scale=2.0**16)
+    outs = module(maps)
+    scaler.scale(sum((y * g).sum() for y, g in zip(outs, random_like(outs), strict=True))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    expected = {name: before[name] - 0.5 * tiny_step()[name] for name in before}
+    assert_identical({f"grad.{name}": p.detach() for name, p in module.named_parameters()}, expected)
+
+
+# Only what is asked for
+
+GROUPS: dict[str, Callable[[str], bool]] = {
+    "second_map": lambda name: name == "grad_input.1",
+    "embedding": lambda name: "avg_map" in name,
+    "channel_attention": lambda name: "c_attention" in name or "channel_norm" in name,
+    "spatial_attention": lambda name: "s_attention" in name or "spatial_norm" in name,
+    "upsampling": lambda name: "upconvs" in name or "bn_relu" in name,
+}
+STAGE = dict(zip(GROUPS, (0, 0, 1, 2, 3), strict=True))
+
+
+def step_of(groups: Iterable[str]) -> Results:
+    """The gradients of TINY that are not None, where only those of some groups are asked for."""
+    module, maps = tiny()
+    leaves = leaves_of(module, maps)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(any(GROUPS[group](name) for group in groups))
+    outs = module(maps)
+    torch.autograd.backward(outs, random_like(outs))
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_gradients_of_a_group_have_the_bits_of_all(group: str) -> None:
+    assert_identical(step_of([group]), {name: t for name, t in gradients(tiny_step()).items() if GROUPS[group](name)})
+
+
+@contextmanager
+def launches_only() -> Iterator[list[tuple[str, str]]]:
+    """Nothing runs: stage and name of each kernel that would."""
+    launches: list[tuple[str, str]] = []
+
+    def note(kernel: Any, programs: int, config: dict[str, int], TRANSPOSED: bool = False, **arguments: Any) -> None:
+        name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        launches.append((kernel.fn.__module__.removeprefix("dca_kernels."), name + "_transposed" * TRANSPOSED))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", note)
+        yield launches
+
+
+def test_every_subset_goes_back_to_its_first_stage() -> None:
+    by_stage: dict[int, list] = {}
+    for count in range(1, len(GROUPS) + 1):
+        for groups in itertools.combinations(GROUPS, count):
+            with launches_only() as launches:
+                found = step_of(groups)
+            assert set(found) == {
+                name for name in gradients(tiny_step()) if any(GROUPS[group](name) for group in groups)
+            }
+            first = min(STAGE[group] for group in groups)
+            assert by_stage.setdefault(first, launches) == launches, groups
+    for first, others in ((3, {"spatial_attention", "channel_attention"}), (2, {"channel_attention"})):
+        backward = by_stage[first][8:]
+        assert {stage for stage, _ in backward} & others == set()
+        assert all(kernel in by_stage[first - 1][8:] for kernel in backward)
+    assert ("upsample", "map_gradient") in by_stage[0] and ("upsample", "map_gradient") not in by_stage[1]
+    # Of the upsampling alone not even the tokens' gradient.
+    assert ("upsample", "conv_transposed") in by_stage[2] and ("upsample", "conv_transposed") not in by_stage[3]
+
+
+# Every configuration
+
+
+def configurations_of(kernel: str) -> list[dict[str, int]]:
+    """The table's, of any size; on a GPU those for it and float32, since others may not fit."""
+    rows = launch._table()[kernel]["rows"]
+    if not INTERPRETED:
+        architecture = launch.architecture(torch.device(DEVICE, torch.cuda.current_device()))
+        conditions = {"dtype": "float32", "architecture": architecture}
+        rows = [
+            row for row in rows if all(value in row.get("if", {}).get(k, [value]) for k, value in conditions.items())
+        ]
+    return [row["then"] for row in rows]
+
+
+def test_every_configuration_gives_the_same() -> None:
+    # To rounding: sums over other blocks are in another order.
+    dtype, rtol = (torch.float64, 1e-11) if INTERPRETED else (torch.float32, 1e-4)
+    config = replace(TILED, batch=1)
+    maps = random_maps(config, dtype, backend="triton")
+    table = {kernel: configurations_of(kernel) for kernel in launch._table()}
+    expected = evaluate(pair(config, "triton", dtype)[0], maps)
+
+    def forced(k: int, kernel: str, *_: object) -> dict[str, int]:
+        return table[kernel][k % len(table[kernel])]
+
+    for k in range(max(len(rows) for rows in table.values())):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "configuration", functools.partial(forced, k))
+            assert_same(evaluate(pair(config, "triton", dtype)[0], maps), expected, rtol)
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -1,10 +1,17 @@
 """The `triton` backend as one operator: what a traced or a watched call runs, against the eager one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.oracle import Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
+import dca_kernels
+import dca_kernels.flops
+from tests.oracle import DEVICE, Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
 
 pytestmark = needs_triton
 
@@ -16,15 +23,17 @@ CONFIGS = {
 
 
 class Watch(TorchDispatchMode):
-    """Remembers the operators of this package that ran."""
+    """Remembers the operators of this package that ran, and with what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.calls: list[tuple[Callable, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "dca_kernels":
             self.seen.append(func.overloadpacket.__name__)
+            self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -64,3 +73,62 @@ def test_only_some_gradients() -> None:
     for actual, expected in zip(ours, theirs, strict=True):
         if expected is not None:
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+
+def test_operators_are_as_declared() -> None:
+    # Not the tests that compile them: test_fake_tensors_have_the_shapes_of_real_ones does.
+    config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1), batch=1)
+    model, maps = pair(config, "triton", torch.float32)[0], random_maps(config, torch.float32, backend="triton")
+    with Watch() as watch:
+        evaluate(model, maps)
+    tests = ("test_schema", "test_faketensor")
+    for operator, arguments in watch.calls:
+        opcheck(operator, arguments, test_utils=tests)
+    opcheck(*watch.calls[0], test_utils="test_autograd_registration")
+
+
+# Two images, two scales of 4 and 8 channels, 2 x 3 tokens
+CONVOLUTIONS = 6 * (4**2 + 8**2)
+COVARIANCE, MIXING = 6 * (12 * 13 // 2), 6 * 12**2
+SCORES, VALUES = 6**2 * 12, 6**2 * (4 + 8)
+PRODUCTS: dict[str, tuple[dict, Callable[[str], bool], int, int]] = {
+    "all": (
+        {},
+        lambda name: True,
+        CONVOLUTIONS + COVARIANCE + MIXING + 2 * SCORES + VALUES,
+        2 * CONVOLUTIONS + 3 * MIXING + 2 * 2 * SCORES + 3 * VALUES,
+    ),
+    "spatial_attention_on": (
+        {},
+        lambda name: "s_attention" in name or "upconvs" in name,
+        CONVOLUTIONS + COVARIANCE + MIXING + 2 * SCORES + VALUES,
+        2 * CONVOLUTIONS + 2 * 2 * SCORES + 3 * VALUES,
+    ),
+    "two_blocks_from_the_second_on": (
+        {"spatial_att": False, "n": 2},
+        lambda name: name.startswith("attention.1."),
+        CONVOLUTIONS + 2 * (COVARIANCE + MIXING),
+        2 * CONVOLUTIONS + 3 * MIXING,
+    ),
+    "upsampling": (
+        {"channel_att": False},
+        lambda name: "upconvs" in name,
+        CONVOLUTIONS + 2 * SCORES + VALUES,
+        2 * CONVOLUTIONS,
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments, asked, forward, backward", PRODUCTS.values(), ids=PRODUCTS)
+def test_flops(arguments: dict, asked: Callable[[str], bool], forward: int, backward: int) -> None:
+    with FakeTensorMode(), torch.device(DEVICE):
+        model = dca_kernels.DCA((4, 8), patch=(2, 3), backend="triton", **arguments)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked(name))
+        maps = [torch.zeros(2, 4, 5, 4), torch.zeros(2, 8, 2, 3)]
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward(model(maps), maps)
+    assert counter.get_flop_counts()["Global"] == {
+        torch.ops.dca_kernels.refine: 2 * 2 * forward,
+        torch.ops.dca_kernels.refine_backward: 2 * 2 * backward,
+    }
