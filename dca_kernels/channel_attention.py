@@ -234,7 +234,7 @@ def _mixing_gradient_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of dmixed^T X (B, C, C), X as in `_covariance_kernel`; and sums of dmixed (B, C)."""
+    """One program: one tile of dmixed^T X / N (B, C, C), X as in `_covariance_kernel`; and sums of dmixed (B, C)."""
     ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(ROWS * ROWS)
@@ -257,7 +257,7 @@ def _mixing_gradient_kernel(
         dshift += tl.sum(dmixed.to(ACC), 0)
         dmixing = tl.dot(tl.trans(dmixed.to(x.dtype)), x, dmixing, input_precision=PRECISION, out_dtype=ACC)
     mask = mask_i[:, None] & mask_j[None, :]
-    tl.store(dmixing_ptr + b * TOTAL * TOTAL + offs_i[:, None] * TOTAL + offs_j[None, :], dmixing, mask=mask)
+    tl.store(dmixing_ptr + b * TOTAL * TOTAL + offs_i[:, None] * TOTAL + offs_j[None, :], dmixing / N, mask=mask)
     if column == 0:
         tl.store(dshift_ptr + b * TOTAL + offs_i, dshift, mask=mask_i)
 
@@ -307,7 +307,7 @@ def _mixing_backward_kernel(
             p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
             matrix = b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
             dshift = load_vector(dshift_ptr + b * TOTAL, own, mask_c, ACC)
-            dmixing = tl.load(dmixing_ptr + matrix, mask=mask, other=0.0) * gamma_d[None, :]
+            dmixing = tl.load(dmixing_ptr + matrix, mask=mask, other=0.0).to(ACC) * (N * gamma_d)[None, :]
 
             unfolded = p_weight[:, None] * weights
             dweights = dmixing * v_weight[None, :] + dshift[:, None] * v_mean[None, :]
@@ -566,7 +566,8 @@ def channel_attention_backward(
 
     config = launch.configuration("mixing_gradient", target, dtype, batch)
     blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
-    dmixing, dshift = tokens.new_empty(batch, width, width), tokens.new_empty(batch, width)
+    dmixing = tokens.new_empty(batch, width, width, dtype=dtype)
+    dshift = tokens.new_empty(batch, width)
     launch.run(
         _mixing_gradient_kernel,
         batch * blocks * blocks,

@@ -32,7 +32,7 @@ def _first_head(heads, i):
 @triton.jit
 def _spatial_attention_kernel(
     tokens_ptr, normalised_ptr, level_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights, p_biases,
-    attended_ptr, averages_ptr, scores_ptr,
+    attended_ptr, projected_ptr, scores_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _spatial_attention_kernel(
         if (head >= 0) & (head < HEADS[i]):
             _attend(
                 tokens_ptr, normalised_ptr, level_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i],
-                v_biases[i], p_weights[i], p_biases[i], attended_ptr, averages_ptr,
+                v_biases[i], p_weights[i], p_biases[i], attended_ptr, projected_ptr,
                 scores_ptr, (b * ALL_HEADS + every_head) * 2 * N, b, head, offs_m, N, total(CHANNELS),
                 offset(CHANNELS, i), total(CHANNELS) // HEADS[i], CHANNELS[i] // HEADS[i], PRECISION, ACC, BLOCK_N,
             )  # fmt: skip
@@ -56,7 +56,7 @@ def _spatial_attention_kernel(
 @triton.jit
 def _attend(
     tokens_ptr, normalised_ptr, level_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, v_weight_ptr, v_bias_ptr,
-    p_weight_ptr, p_bias_ptr, attended_ptr, averages_ptr, scores_ptr, scores_offset, b, head, offs_m,
+    p_weight_ptr, p_bias_ptr, attended_ptr, projected_ptr, scores_ptr, scores_offset, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -94,17 +94,17 @@ def _attend(
             weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
         )
 
-    average = attended / normaliser[:, None]
+    p_weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC)
+    weight = p_weight * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
+    projected = attended / normaliser[:, None] * weight[None, :]
     out_offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
     mask = mask_m[:, None] & mask_v[None, :]
     if scores_ptr is not None:
         tl.store(scores_ptr + scores_offset + N + offs_m, most + tl.log2(normaliser), mask=mask_m)
-        tl.store(averages_ptr + out_offs, average, mask=mask)
-    p_weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC)
-    weight = p_weight * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
+        tl.store(projected_ptr + out_offs, projected, mask=mask)
     bias = p_weight * load_vector(v_bias_ptr, offs_v, mask_v, ACC) + load_vector(p_bias_ptr, offs_v, mask_v, ACC)
     bias += weight * load_vector(level_ptr + b * TOTAL + OFFSET, offs_v, mask_v, ACC)
-    out = average * weight[None, :] + bias[None, :]
+    out = projected + bias[None, :]
     out += _load_tokens(tokens_ptr, offs_m, OFFSET + offs_v, mask_m, mask_v, TOTAL).to(ACC)
     tl.store(attended_ptr + out_offs, out, mask=mask)
 
@@ -129,7 +129,7 @@ def _load_tokens(ptr, offs_n, offs_c, mask_n, mask_c, TOTAL: tl.constexpr):
 
 @triton.jit
 def _spatial_attention_backward_kernel(
-    normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
+    normalised_ptr, level_ptr, projected_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
     p_weights, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -149,7 +149,7 @@ def _spatial_attention_backward_kernel(
         head = every_head - _first_head(HEADS, i)
         if (head >= 0) & (head < HEADS[i]):
             _attend_backward(
-                normalised_ptr, level_ptr, averages_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
+                normalised_ptr, level_ptr, projected_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
                 dattended_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i], p_weights[i],
                 dnormalised_ptr + (b * len(CHANNELS) + i) * N * total(CHANNELS), dvalues_ptr,
                 dpair_ptr + ((b * BLOCKS + block) * len(CHANNELS) + i) * 2 * total(CHANNELS),
@@ -161,7 +161,7 @@ def _spatial_attention_backward_kernel(
 
 @triton.jit
 def _attend_backward(
-    normalised_ptr, level_ptr, averages_ptr, scores_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    normalised_ptr, level_ptr, projected_ptr, scores_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
     v_weight_ptr, p_weight_ptr, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -179,9 +179,12 @@ def _attend_backward(
     tokens_m = _load_tokens(normalised_ptr + image, offs_m, offs_k, mask_m, mask_k, TOTAL)
     query = (tokens_m.to(ACC) * pair[None, :] + key[None, :]).to(tokens_m.dtype)
     values_m = _load_tokens(normalised_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
-    average_m, upstream_m, expected_m = _load_upstream(
-        averages_ptr + image, dattended_ptr + image, weight, offs_m, own, mask_m, mask_v, TOTAL, ACC
+    values_m = (values_m.to(ACC) * weight[None, :]).to(values_m.dtype)
+    dattended_m, expected_m = _load_upstream(
+        projected_ptr + image, dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL, ACC
     )
+    tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended_m.to(ACC), 0), mask=mask_v)
+    dattended_m = (dattended_m.to(ACC) * weight[None, :]).to(values_m.dtype)
     key_score_m = tl.load(scores_ptr + offs_m, mask=mask_m, other=0.0)
     normaliser_m = tl.load(scores_ptr + N + offs_m, mask=mask_m, other=float("inf"))
 
@@ -193,49 +196,53 @@ def _attend_backward(
         mask_n = offs_n < N
         tokens_n = _load_tokens(normalised_ptr + image, offs_n, offs_k, mask_n, mask_k, TOTAL)
         values_n = _load_tokens(normalised_ptr + image, offs_n, own, mask_n, mask_v, TOTAL)
-        _, upstream_n, expected_n = _load_upstream(
-            averages_ptr + image, dattended_ptr + image, weight, offs_n, own, mask_n, mask_v, TOTAL, ACC
+        dattended_n, expected_n = _load_upstream(
+            projected_ptr + image, dattended_ptr + image, offs_n, own, mask_n, mask_v, TOTAL, ACC
         )
         key_score_n = tl.load(scores_ptr + offs_n, mask=mask_n, other=0.0)
         normaliser_n = tl.load(scores_ptr + N + offs_n, mask=mask_n, other=float("inf"))
         scores = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
-        rows = tl.exp2(tl.where(mask_n[None, :], scores, float("-inf")) - normaliser_m[:, None])  # weight[m, n]
+        rows = tl.exp2(scores - normaliser_m[:, None])  # weight[m, n]
+        if N % BLOCK_N != 0:
+            rows = tl.where(mask_n[None, :], rows, 0.0)
         columns = tl.exp2(scores - key_score_n[None, :] + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
-        along_rows = tl.dot(upstream_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
-        along_columns = tl.dot(values_m, tl.trans(upstream_n), input_precision=PRECISION, out_dtype=ACC)
+        along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
+        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
         dcolumns = columns * (along_columns - expected_n[None, :])
         both = rows * (along_rows - expected_m[:, None]) + dcolumns
         through_keys += tl.sum(dcolumns, 1)
         through_pairs = tl.dot(
             both.to(tokens_n.dtype), tokens_n, through_pairs, input_precision=PRECISION, out_dtype=ACC
         )
-        dvalues = tl.dot(columns.to(tokens_n.dtype), upstream_n, dvalues, input_precision=PRECISION, out_dtype=ACC)
+        dvalues = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues, input_precision=PRECISION, out_dtype=ACC)
 
+    tl.debug_barrier()  # what follows is loaded again: held over the loop it would spill
+    values_m = _load_tokens(normalised_ptr + image, offs_m, own, mask_m, mask_v, TOTAL).to(ACC)
+    weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC) * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
+    mask = mask_m[:, None] & mask_v[None, :]
+    tl.store(dvalues_ptr + image + offs_m[:, None] * TOTAL + own[None, :], dvalues * weight[None, :], mask=mask)
+    tl.store(dweight_ptr + own, tl.sum(dvalues * values_m, 0), mask=mask_v)
+    tokens_m = _load_tokens(normalised_ptr + image, offs_m, offs_k, mask_m, mask_k, TOTAL).to(ACC)
+    pair, key = _load_pair_and_key(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, level_ptr + b * TOTAL, offs_k, mask_k, DK, ACC
+    )
     through_pairs *= 0.6931471805599453
     through_keys = tl.where(mask_m, through_keys * 0.6931471805599453, 0.0)
     dtokens = through_pairs * pair[None, :] + through_keys[:, None] * key[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
     tl.store(dnormalised_ptr + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
-    mask = mask_m[:, None] & mask_v[None, :]
-    tl.store(dvalues_ptr + image + offs_m[:, None] * TOTAL + own[None, :], dvalues, mask=mask)
-    tokens_m = tokens_m.to(ACC)
     tl.store(dpair_ptr + offs_k, 0.5 * tl.sum(through_pairs * tokens_m, 0), mask=mask_k)
     tl.store(dpair_ptr + TOTAL + offs_k, tl.sum(through_keys[:, None] * tokens_m, 0), mask=mask_k)
-    dattended = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL).to(ACC)
-    tl.store(dweight_ptr + own, tl.sum(dattended * average_m, 0), mask=mask_v)
-    tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended, 0), mask=mask_v)
 
 
 @triton.jit
 def _load_upstream(
-    averages_ptr, dattended_ptr, weight, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr
+    projected_ptr, dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """The averages of the values, the gradient of them, and the product of both summed over channels."""
-    average = _load_tokens(averages_ptr, offs_n, own, mask_n, mask_v, TOTAL)
-    upstream = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL).to(ACC) * weight[None, :]
-    upstream = upstream.to(average.dtype)
-    average = average.to(ACC)
-    return average, upstream, tl.sum(upstream.to(ACC) * average, 1)
+    """The gradient of the result, and its product with the projected averages summed over channels."""
+    dattended = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL)
+    projected = _load_tokens(projected_ptr, offs_n, own, mask_n, mask_v, TOTAL)
+    return dattended, tl.sum(dattended.to(ACC) * projected.to(ACC), 1)
 
 
 @triton.jit
@@ -320,7 +327,7 @@ class Saved(NamedTuple):
     tokens: Tokens
     normalised: Tensor
     level: Tensor
-    averages: Tensor
+    projected: Tensor
     scores: Tensor
 
 
@@ -340,7 +347,7 @@ def spatial_attention(tokens: Tokens, attention: Attention, training: bool) -> t
     heads = tuple(attention.heads)
     config, shared = _configured("spatial_attention", tokens, heads)
     attended = Tokens(torch.empty_like(tokens.values), tokens.channels)
-    averages = torch.empty_like(tokens.values) if training else None
+    projected = torch.empty_like(tokens.values) if training else None
     scores = tokens.new_empty(batch, sum(heads), 2, count) if training else None
     launch.run(
         _spatial_attention_kernel,
@@ -357,11 +364,11 @@ def spatial_attention(tokens: Tokens, attention: Attention, training: bool) -> t
         p_weights=launch.weights(attention.projections),
         p_biases=launch.biases(attention.projections),
         attended_ptr=attended.values,
-        averages_ptr=averages,
+        projected_ptr=projected,
         scores_ptr=scores,
         **shared,
     )
-    return attended, None if averages is None or scores is None else Saved(tokens, normalised, level, averages, scores)
+    return attended, None if projected is None or scores is None else Saved(tokens, normalised, level, projected, scores)
 
 
 def spatial_attention_backward(
@@ -394,7 +401,7 @@ def spatial_attention_backward(
         config,
         normalised_ptr=saved.normalised,
         level_ptr=saved.level,
-        averages_ptr=saved.averages,
+        projected_ptr=saved.projected,
         scores_ptr=saved.scores,
         dattended_ptr=dattended,
         q_weights=launch.weights(attention.q_maps),

@@ -39,12 +39,12 @@ CANCELLATION = tl.constexpr(100.0)
 @triton.jit
 def _conv_kernel(
     tokens_ptr, weights, z_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale.
 
-    TRANSPOSED it takes the gradient of its result to that of the tokens. OPERAND is the dtype of the products.
+    OPERAND is the dtype of the products.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
@@ -56,20 +56,17 @@ def _conv_kernel(
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
             _conv(
                 tokens_ptr + image + offset(CHANNELS, i), weights[i], z_ptr + image + offset(CHANNELS, i), offs_n,
-                block * BLOCK_C + tl.arange(0, BLOCK_C), N, TOTAL, CHANNELS[i], TRANSPOSED, OPERAND, PRECISION, ACC,
-                BLOCK_C,
+                block * BLOCK_C + tl.arange(0, BLOCK_C), N, TOTAL, CHANNELS[i], OPERAND, PRECISION, ACC, BLOCK_C,
             )  # fmt: skip
 
 
 @triton.jit
 def _conv(
     tokens_ptr, weight_ptr, z_ptr, offs_n, offs_out,
-    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z[n, out] = sum over channels of tokens[n, in] weight[out, in], TRANSPOSED weight[in, out]."""
-    OUT_STRIDE: tl.constexpr = 1 if TRANSPOSED else CHANNELS
-    IN_STRIDE: tl.constexpr = CHANNELS if TRANSPOSED else 1
+    """z[n, out] = sum over channels of tokens[n, in] weight[out, in]."""
     STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
     mask_n, mask_out = offs_n < N, offs_out < CHANNELS
     z = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
@@ -78,7 +75,7 @@ def _conv(
         mask_in = offs_in < CHANNELS
         tokens_ptrs = tokens_ptr + offs_n[:, None] * TOTAL + offs_in[None, :]
         tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-        weight_ptrs = weight_ptr + offs_out[:, None] * OUT_STRIDE + offs_in[None, :] * IN_STRIDE
+        weight_ptrs = weight_ptr + offs_out[:, None] * CHANNELS + offs_in[None, :]
         weight = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
         z = tl.dot(tokens, tl.trans(weight), z, input_precision=PRECISION, out_dtype=ACC)
     tl.store(z_ptr + offs_n[:, None] * TOTAL + offs_out[None, :], z, mask=mask_n[:, None] & mask_out[None, :])
@@ -598,68 +595,102 @@ def _norm_gradient_kernel(
 
 @triton.jit
 def _grid_gradient_kernel(
-    maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, removed_ptr, dz_ptr,
+    maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, removed_ptr, weights, dz_ptr, dtokens_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
-    FROM_BATCH: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    FROM_BATCH: tl.constexpr, EPS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of z in one row of the grid, for BLOCK_C channels of one scale: (B, N, C)."""
+    """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
+
+    It is that of z, (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs
+    all of z's, BLOCK_K at a time, and writes its own.
+    """
     TOTAL: tl.constexpr = total(CHANNELS)
     ROW_BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     b, tile = split_program(GRID[0] * ROW_BLOCKS)
     p = tile // ROW_BLOCKS
     image = b * GRID[0] * GRID[1] * TOTAL
-    offs_q = tl.arange(0, triton.next_power_of_2(GRID[1]))
-    mask_q = offs_q < GRID[1]
+    offs_q = tl.arange(0, padded(GRID[1]))
+    row = image + (p * GRID[1] + offs_q) * TOTAL
     for i in tl.static_range(len(CHANNELS)):
         block = tile % ROW_BLOCKS - blocks_before(CHANNELS, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < CHANNELS[i]
-            own = offset(CHANNELS, i) + offs_c
-            mask = mask_q[:, None] & mask_c[None, :]
-            wide = b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i)
-            wide_ptrs = wide_ptr + wide + offs_q[:, None] * CHANNELS[i] + offs_c[None, :]
-            dz = tl.zeros(mask.shape, ACC)
-            begin = band_begin(p, SIZES[i][0], GRID[0])
-            for r in range(band(SIZES[i][0], GRID[0], 1)):
-                h = begin + r
-                top, bottom, fraction = interpolation(h, SIZES[i][0], GRID[0], ACC)
-                weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
-                row = tl.load(wide_ptrs + h * (GRID[1] * CHANNELS[i]), mask=mask & (h < SIZES[i][0]), other=0.0)
-                dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
-            dz *= SIZES[i][1] / GRID[1]
-            if FROM_BATCH[i]:
-                tables = tables_ptr + i * 3 * (GRID[0] + GRID[1])
-                rows = p + tl.zeros(offs_q.shape, tl.int32)
-                ones = _table(tables, 0, rows, GRID[0], 0) * _table(tables, 0, offs_q, GRID[1], 3 * GRID[0])
-                first = tl.load(maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1], mask=mask_c, other=0.0).to(ACC)
-                mean = load_vector(saved_ptr, own, mask_c, ACC)
-                constant = load_vector(removed_ptr, own, mask_c, ACC)
-                multiple = load_vector(removed_ptr + TOTAL, own, mask_c, ACC)
-                y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
-                y *= SIZES[i][0] * SIZES[i][1] / (GRID[0] * GRID[1])
-                y += _interpolated_twice(z_ptr + image, tables, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
-                y += ones[:, None] * (first - mean)[None, :]
-                dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
-            if NORM[i]:
-                scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS[i])
-                if gammas[i] is not None:
-                    scale *= load_vector(gammas[i], offs_c, mask_c, ACC)
-                dz *= scale[None, :]
-            tl.store(dz_ptr + image + (p * GRID[1] + offs_q)[:, None] * TOTAL + own[None, :], dz, mask=mask)
+            STEP: tl.constexpr = min(padded(CHANNELS[i]), BLOCK_K)
+            offs_in = block * BLOCK_C + tl.arange(0, min(padded(CHANNELS[i]), BLOCK_C))
+            mask_in = offs_in < CHANNELS[i]
+            dtokens = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
+            for start in range(0, CHANNELS[i], STEP):
+                offs_c = start + tl.arange(0, STEP)
+                mask_c = offs_c < CHANNELS[i]
+                dz = _grid_gradient(
+                    maps[i] + b * STRIDES[i][0], z_ptr + image, adjoint_ptr, image,
+                    tables_ptr + i * 3 * (GRID[0] + GRID[1]),
+                    wide_ptr + b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i),
+                    saved_ptr, gammas[i], removed_ptr, p, offs_q, offs_c, mask_c, CHANNELS[i], offset(CHANNELS, i),
+                    TOTAL, SIZES[i], STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], ACC,
+                ).to(dz_ptr.dtype.element_ty)  # fmt: skip
+                own = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
+                tl.store(dz_ptr + row[:, None] + (offset(CHANNELS, i) + offs_c)[None, :], dz, mask=own)
+                if dtokens_ptr is not None:
+                    weight_ptrs = weights[i] + offs_c[:, None] * CHANNELS[i] + offs_in[None, :]
+                    weight = tl.load(weight_ptrs, mask=mask_c[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+                    dtokens = tl.dot(dz.to(OPERAND), weight, dtokens, input_precision=PRECISION, out_dtype=ACC)
+            if dtokens_ptr is not None:
+                dtokens_ptrs = dtokens_ptr + row[:, None] + (offset(CHANNELS, i) + offs_in)[None, :]
+                tl.store(dtokens_ptrs, dtokens, mask=(offs_q < GRID[1])[:, None] & mask_in[None, :])
+
+
+@triton.jit
+def _grid_gradient(
+    x_ptr, z_ptr, adjoint_ptr, image, tables_ptr, wide_ptr, saved_ptr, gamma_ptr, removed_ptr, p, offs_q, offs_c, mask_c,
+    CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of z in one row of the grid: [columns, channels]."""
+    own = OFFSET + offs_c
+    mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
+    wide_ptrs = wide_ptr + offs_q[:, None] * CHANNELS + offs_c[None, :]
+    dz = tl.zeros(mask.shape, ACC)
+    begin = band_begin(p, SIZE[0], GRID[0])
+    for r in range(band(SIZE[0], GRID[0], 1)):
+        h = begin + r
+        top, bottom, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
+        weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
+        row = tl.load(wide_ptrs + h * (GRID[1] * CHANNELS), mask=mask & (h < SIZE[0]), other=0.0)
+        dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
+    dz *= SIZE[1] / GRID[1]
+    if FROM_BATCH:
+        rows = p + tl.zeros(offs_q.shape, tl.int32)
+        ones = _table(tables_ptr, 0, rows, GRID[0], 0) * _table(tables_ptr, 0, offs_q, GRID[1], 3 * GRID[0])
+        first = tl.load(x_ptr + offs_c * STRIDE[1], mask=mask_c, other=0.0).to(ACC)
+        token = load_vector(z_ptr, own, mask_c, ACC)  # taken off z: as a mean is, it may be far larger than what varies
+        level = (first.to(tl.float64) + token - load_vector(saved_ptr, own, mask_c, tl.float64)).to(ACC)
+        constant = load_vector(removed_ptr, own, mask_c, ACC)
+        multiple = load_vector(removed_ptr + TOTAL, own, mask_c, ACC)
+        y = _load_grid(adjoint_ptr + image, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
+        y *= SIZE[0] * SIZE[1] / (GRID[0] * GRID[1])
+        y += _interpolated_twice(z_ptr, token, tables_ptr, rows, offs_q, own, mask_c, GRID, TOTAL, ACC)
+        y += ones[:, None] * level[None, :]
+        dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
+    if NORM:
+        scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS)
+        if gamma_ptr is not None:
+            scale *= load_vector(gamma_ptr, offs_c, mask_c, ACC)
+        dz *= scale[None, :]
+    return dz
 
 
 @triton.jit
 def _interpolated_twice(
-    z_ptr, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+    z_ptr, token, tables_ptr, p, q, offs_c, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """U^T U z at some positions: (G_h x G_w) z, both with three diagonals."""
+    """U^T U (z - token) at some positions: (G_h x G_w) of it, both with three diagonals, zero beyond the grid."""
     out = tl.zeros([p.shape[0], offs_c.shape[0]], ACC)
     for dp in tl.static_range(-1, 2):
         for dq in tl.static_range(-1, 2):
             row = _table(tables_ptr, 1 if dp == 0 else 2, p if dp >= 0 else p - 1, GRID[0], 0)
             column = _table(tables_ptr, 1 if dq == 0 else 2, q if dq >= 0 else q - 1, GRID[1], 3 * GRID[0])
-            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL, ACC)
+            z = _load_grid(z_ptr, p + dp, q + dq, offs_c, mask_c, GRID, TOTAL, ACC) - token[None, :]
             out += (row * column)[:, None] * z
     return out
 
@@ -715,8 +746,7 @@ def _map_gradient_kernel(
     """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
     SHARED is how many windows at most have a row of each map in common. sums (B, MOST, 2, C): over the tile, of the
-    pooling's gradient times x, and of the pooling's gradient: the shares of `avg_map`. Tiles that a scale has not got
-    are zero there.
+    pooling's gradient times x, and of the pooling's gradient: the shares of `avg_map`.
     """
     b, tile = split_program(FIRST[len(CHANNELS)])
     for i in tl.static_range(len(CHANNELS)):
@@ -778,10 +808,26 @@ def _map_gradient(
     sums_ptrs = sums_ptr + (b * MOST + tile % ROWS) * 2 * TOTAL + OFFSET + offs_c
     tl.store(sums_ptrs, _sum_pairs(pooled * x, BLOCK_C, BLOCK_H), mask=mask_c)
     tl.store(sums_ptrs + TOTAL, _sum_pairs(pooled, BLOCK_C, BLOCK_H), mask=mask_c)
-    if tile % ROWS == 0:
-        for missing in range(ROWS, MOST):
-            tl.store(sums_ptrs + missing * 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-            tl.store(sums_ptrs + (missing * 2 + 1) * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+
+
+@triton.jit
+def _avg_map_gradient_kernel(
+    sums_ptr, gradients_ptr, batch,
+    CHANNELS: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: weight and bias, (2, C), of BLOCK_C channels of one scale, over images and tiles in a fixed order."""
+    TOTAL: tl.constexpr = total(CHANNELS)
+    for i in tl.static_range(len(CHANNELS)):
+        block = tl.program_id(0) - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < CHANNELS[i]
+            own = offset(CHANNELS, i) + offs_c
+            for k in tl.static_range(2):
+                gradient = sum_images(
+                    sums_ptr + k * TOTAL, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC
+                )
+                tl.store(gradients_ptr + k * TOTAL + own, gradient, mask=mask_c)
 
 
 class Saved(NamedTuple):
@@ -847,7 +893,6 @@ def upsample(
         weights=launch.weights(upconvs),
         z_ptr=z,
         N=count,
-        TRANSPOSED=False,
         OPERAND=launch.triton_type(dtype),
         PRECISION=launch.precision(dtype, target),
         BLOCK_N=config["block_n"],
@@ -947,7 +992,7 @@ def upsample_backward(
     tokens = saved.tokens
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
-    operand, precision = launch.triton_type(dtype), launch.precision(dtype, target)
+    precision = launch.precision(dtype, target)
     config, shared, tiles = _backward_arguments(saved, norms)
     blocks, first = tiles
     rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
@@ -977,14 +1022,12 @@ def upsample_backward(
     )
 
     block_c, from_batch = 32, _from_batch(norms)
-    column_blocks = sum(launch.blocks(c, block_c) for c in tokens.channels)
     norm_gradients = tokens.new_empty(3, width, dtype=upconvs[0].weight.dtype)
     removed = tokens.new_empty(2, width)
-    small = {"num_warps": 4, "num_stages": 2}
     launch.run(
         _norm_gradient_kernel,
-        column_blocks,
-        small,
+        sum(launch.blocks(c, block_c) for c in tokens.channels),
+        {"num_warps": 4, "num_stages": 2},
         sums_ptr=sums,
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
@@ -998,11 +1041,14 @@ def upsample_backward(
         **shared,
     )
 
-    dz = torch.empty_like(saved.z)
+    products = {"OPERAND": launch.triton_type(dtype), "PRECISION": precision, "ACC": shared["ACC"]}
+    widest = max(launch.padded(c) for c in tokens.channels)
+    config = launch.configuration("grid_gradient", target, dtype, widest)
+    dz, dtokens = torch.empty_like(saved.z), torch.empty_like(saved.z) if tokens_wanted else None
     launch.run(
         _grid_gradient_kernel,
-        batch * grid[0] * column_blocks,
-        small,
+        batch * grid[0] * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
+        config,
         maps=tuple(saved.maps),
         z_ptr=saved.z,
         adjoint_ptr=saved.adjoint,
@@ -1011,39 +1057,20 @@ def upsample_backward(
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
         removed_ptr=removed,
+        weights=launch.weights(upconvs),
         dz_ptr=dz,
+        dtokens_ptr=dtokens,
         STRIDES=tuple(x.stride() for x in saved.maps),
         GRID=grid,
         FROM_BATCH=from_batch,
-        BLOCK_C=block_c,
-        **shared,
+        BLOCK_C=config["block_c"],
+        BLOCK_K=config["block_k"],
+        **shared | products,
     )
 
-    products = {
-        "N": count,
-        "CHANNELS": tokens.channels,
-        "OPERAND": operand,
-        "PRECISION": precision,
-        "ACC": shared["ACC"],
-    }
-    config = launch.configuration("conv", target, dtype, max(launch.padded(c) for c in tokens.channels))
-    dtokens = torch.empty_like(dz) if tokens_wanted else None
-    if tokens_wanted:
-        launch.run(
-            _conv_kernel,
-            batch
-            * launch.blocks(count, config["block_n"])
-            * sum(launch.blocks(c, config["block_c"]) for c in tokens.channels),
-            config,
-            tokens_ptr=dz,
-            weights=launch.weights(upconvs),
-            z_ptr=dtokens,
-            TRANSPOSED=True,
-            BLOCK_N=config["block_n"],
-            BLOCK_C=config["block_c"],
-            **products,
-        )
-    dweight = tokens.new_empty(batch, sum(c * c for c in tokens.channels))
+    config = launch.configuration("conv", target, dtype, widest)
+    own = upconvs[0].weight.dtype
+    dweight = tokens.new_empty(batch, sum(c * c for c in tokens.channels), dtype=own if batch == 1 else None)
     launch.run(
         _conv_gradient_kernel,
         batch * sum(launch.blocks(c, config["block_c"]) ** 2 for c in tokens.channels),
@@ -1051,11 +1078,14 @@ def upsample_backward(
         tokens_ptr=tokens.values,
         dz_ptr=dz,
         dweight_ptr=dweight,
+        N=count,
+        CHANNELS=tokens.channels,
         BLOCK_C=config["block_c"],
         BLOCK_N=config["block_n"],
         **products,
     )
-    return Gradients(dtokens, removed, sum_partials(dweight, upconvs[0].weight.dtype), norm_gradients)
+    convs = dweight[0] if batch == 1 else sum_partials(dweight, own)
+    return Gradients(dtokens, removed, convs, norm_gradients)
 
 
 def split_gradients(convs: Tensor, norms: Tensor, channels: Sequence[int]) -> list[Sequence[Tensor]]:
@@ -1088,16 +1118,17 @@ def map_gradients(
         S tensors of the maps' shapes, None where not wanted; and the gradients of weights and biases, (2, C).
     """
     target, dtype = launch.architecture(dtokens.device), saved.tokens.values.dtype
+    batch, _, width = dtokens.shape
     config, shared, (blocks, first) = _backward_arguments(saved, norms)
-    rows = max(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
-    sums = saved.tokens.new_empty(dtokens.shape[0], rows, 2, dtokens.shape[2])
+    rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
+    sums = saved.tokens.new_empty(batch, max(rows), 2, width)
     dmaps = [
         torch.empty_like(x, memory_format=memory_format(x)) if want else None
         for x, want in zip(saved.maps, wanted, strict=True)
     ]
     launch.run(
         _map_gradient_kernel,
-        dtokens.shape[0] * first[-1],
+        batch * first[-1],
         config,
         maps=tuple(saved.maps),
         z_ptr=saved.z,
@@ -1119,10 +1150,26 @@ def map_gradients(
         PRECISION=launch.precision(dtype, target),
         BLOCKS=blocks,
         FIRST=first,
-        MOST=rows,
+        MOST=max(rows),
         **shared,
     )
-    return dmaps, sum_partials(sums.flatten(2), avg_map[0].weight.dtype).view(2, -1)
+
+    block_c = 32
+    gradients = saved.tokens.new_empty(2, width, dtype=avg_map[0].weight.dtype)
+    launch.run(
+        _avg_map_gradient_kernel,
+        sum(launch.blocks(x.shape[1], block_c) for x in saved.maps),
+        {"num_warps": 4, "num_stages": 2},
+        sums_ptr=sums,
+        gradients_ptr=gradients,
+        batch=batch,
+        CHANNELS=saved.tokens.channels,
+        ACC=shared["ACC"],
+        BLOCKS=rows,
+        MOST=max(rows),
+        BLOCK_C=block_c,
+    )
+    return dmaps, gradients
 
 
 def _backward_arguments(saved: Saved, norms: Sequence[BatchNorm | None]) -> tuple[dict[str, int], dict[str, Any], Any]:

@@ -185,7 +185,7 @@ def test_gradients_of_maps_are_maps() -> None:
     kernels = traffic.count_kernels(lambda: cases.step(module, maps, gradients))
     assert sum(kernel.stored["maps"] for kernel in kernels) == 2 * maps[0].nbytes  # the output's and the gradient's
     *_, last, of_parameters = kernels
-    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "sum_partials")
+    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "avg_map_gradient")
     assert last.loaded["maps"] == 2 * maps[0].nbytes  # the map's and the upstream gradient's
 
 
