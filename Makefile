@@ -3,10 +3,10 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test train newest lint wheel clean
+.PHONY: help bench test train gpu newest third-party regression lint wheel clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 bench: .venv/bench  ## Run the main job: reference and fused module on a real image (ARGS="--help": its options)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -17,9 +17,20 @@ test: .venv/test  ## Run the tests, a process for each core (ARGS="-k NAME": som
 train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": its options, your own data)
 	$(BIN)/python -m examples.train $(ARGS)
 
+gpu:  ## On a machine with a GPU: tests, tuning, benchmarks and a report in under ten minutes (ARGS="--dry-run": tiny, on a CPU)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(ARGS)
+
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
 	PYTHONPATH=.venv/newest $(BIN)/python -m pytest --numprocesses auto tests/test_interpreter.py tests/test_triton.py \
-		--deselect tests/test_triton.py::test_any_module $(ARGS)
+		-k "test_interpreter or test_shapes or test_number_of_launches" $(ARGS)
+
+third-party: .venv/third-party  ## Run the tests with segmentation_models_pytorch, MONAI and nnU-Net's networks
+	$(BIN)/python -m pytest --numprocesses auto tests/test_third_party.py $(ARGS)
+
+regression: .venv/test  ## Check speed and memory against the committed ratios, README's tables, and make gpu's steps
+	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks report --check
+	$(BIN)/python -m benchmarks gpu --dry-run
 
 lint: .venv/test  ## Check style, format and types
 	$(BIN)/ruff check .
@@ -55,3 +66,7 @@ clean:  ## Remove what the other commands made
 
 .venv/newest: .venv/test
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.9.0
+
+.venv/third-party: .venv/test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[third-party]"
+	touch $@

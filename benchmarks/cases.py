@@ -1,13 +1,15 @@
-"""What is measured: the skip maps of a U-Net encoder over tiles of a real image, and two modules of equal weights."""
+"""What is measured: cases, sizes and modes, and the inputs that all providers of a case get."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from skimage import color, data, io, transform
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import dca_kernels
 import reference
@@ -16,12 +18,84 @@ FEATURES = (32, 64, 128, 256)
 STRIDES = (8, 4, 2, 1)
 SEED = 0
 
+STAGES = ("patch_embed", "channel_attention", "spatial_attention", "upsample")
+HOSTS = ("UNet", "VNet", "R2UNet", "ResUNetPP", "DoubleUNet", "MultiResUNet")
+CASES = (*STAGES, "dca", *HOSTS)
+BATCHES = (1, 8, 32)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# In evaluation nothing is kept for a backward. A host's step is its forward and backward, without the optimizer.
+MODES = {"eval": ("forward",), "train": ("forward", "backward", "full")}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Channels of each skip map and the side of the token grid; each map has twice the side of the next, the last the
+    grid's."""
+
+    features: tuple[int, ...]
+    patch: int
+
+    @property
+    def side(self) -> int:
+        """Pixels of the image and of the largest map."""
+        return self.patch * 2 ** (len(self.features) - 1)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return tuple(self.side // 2**i for i in range(len(self.features)))
+
+
+SIZES = {
+    "paper": Size(FEATURES, 28),
+    "wide": Size((64, 128, 256, 512), 28),
+    "resunetpp": Size((32, 64, 128), 56),
+    "grid56": Size(FEATURES, 56),
+    "grid112": Size(FEATURES, 112),
+    "tiny": Size((8, 16), 4),  # for tests: nothing of its times holds for the others
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One case at one size: what all its providers are built from. `training` is of BatchNorm and of autograd."""
+
+    case: str
+    size: Size
+    batch: int
+    dtype: torch.dtype
+    training: bool
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES["train" if self.training else "eval"]
+
+    def reference_bytes(self, itemsize: int) -> int:
+        """Roughly what the reference's attention matrices and maps take: three at a time, or all for a backward."""
+        tokens, scales = self.size.patch**2, len(self.size.features)
+        scores = 4 * tokens**2 if self.case in ("spatial_attention", "dca", *HOSTS) else 0
+        maps = sum(c * s * s for c, s in zip(self.size.features, self.size.sides, strict=True))
+        copies = 3 * scales if self.training else 3
+        return itemsize * self.batch * (copies * scores + 2 * copies * maps)
+
+
+def sizes_of(case: str) -> tuple[str, ...]:
+    """The sizes that a case is measured at. The hosts have their own channels; their images are the paper's."""
+    if case in HOSTS:
+        return ("resunetpp",) if case == "ResUNetPP" else ("paper",)
+    return tuple(name for name in SIZES if name != "tiny")
+
 
 def load_image(path: Path | None) -> np.ndarray:
-    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or scikit-image's tissue slide (512 x 512)."""
-    image = data.immunohistochemistry() if path is None else _read(path)
+    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or a tissue slide (256 x 256).
+
+    The slide is rows and columns 128 .. 383 of scikit-image's `immunohistochemistry`, which has no known copyright.
+
+    Raises:
+        ValueError: the file holds no image.
+    """
+    image = np.load(Path(__file__).parent / "slide.npy") if path is None else _read(path)
     if image.ndim == 2:
-        image = color.gray2rgb(image)
+        image = np.repeat(image[:, :, None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] not in (3, 4):
         raise ValueError(f"{path}: expected a grey, RGB or RGBA image, got an array of shape {image.shape}")
     limit = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1.0
@@ -30,6 +104,10 @@ def load_image(path: Path | None) -> np.ndarray:
 
 def _read(path: Path) -> np.ndarray:
     try:
+        from skimage import io  # here: the bundled slide needs no image library
+    except ImportError as error:
+        raise ValueError(f"{path}: scikit-image, which reads it, is not installed") from error
+    try:
         return io.imread(BytesIO(path.read_bytes()))  # of a path, the readers that fail leave the file open
     except OSError as error:
         raise ValueError(f"{path}: expected an image: {error}") from error
@@ -37,58 +115,70 @@ def _read(path: Path) -> np.ndarray:
 
 def cut_tiles(image: np.ndarray, count: int, side: int) -> Tensor:
     """`count` tiles (count, 3, side, side) on a regular grid over the image, which is enlarged if it is too small."""
-    if min(image.shape[:2]) < side:
-        scale = side / min(image.shape[:2])
-        image = transform.resize(image, [math.ceil(n * scale) for n in image.shape[:2]], anti_aliasing=True)
+    whole = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)  # (3, H, W)
+    if min(whole.shape[1:]) < side:
+        scale = side / min(whole.shape[1:])
+        size = [math.ceil(n * scale) for n in whole.shape[1:]]
+        whole = F.interpolate(whole[None], size, mode="bilinear", align_corners=False)[0]
     per_axis = math.ceil(math.sqrt(count))
-    tops, lefts = (np.linspace(0, n - side, per_axis).round().astype(int) for n in image.shape[:2])
-    tiles = [image[top : top + side, left : left + side] for top in tops for left in lefts]
-    return torch.from_numpy(np.stack(tiles[:count]).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+    tops, lefts = (np.linspace(0, n - side, per_axis).round().astype(int) for n in whole.shape[1:])
+    tiles = [whole[:, top : top + side, left : left + side] for top in tops for left in lefts]
+    return torch.stack(tiles[:count])
 
 
 class Encoder(nn.Module):
     """A U-Net encoder (two 3x3 convolutions a level), untrained; its skip maps are taken before the last norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: Sequence[int] = FEATURES) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
-        for before, after in zip((3, *FEATURES[:-1]), FEATURES, strict=True):
+        for before, after in zip((3, *features[:-1]), features, strict=True):
             first = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
             self.levels.append(nn.Sequential(first, nn.Conv2d(after, after, 3, padding=1)))
         self.between = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)) for c in FEATURES[:-1]
+            nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)) for c in features[:-1]
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, side, side) -> the four skip maps, of side, side / 2, side / 4, side / 8."""
+        """(B, 3, side, side) -> a skip map a level, each of half the side of the one before."""
         maps = []
         for i, level in enumerate(self.levels):
             maps.append(level(self.between[i - 1](maps[-1]) if maps else x))
         return maps
 
 
-def skip_maps(image: np.ndarray, batch: int, patch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The four skip maps of `batch` tiles of patch * 8 pixels a side, so that the grid is the paper's ratio of them."""
+def skip_maps(
+    image: np.ndarray,
+    batch: int,
+    patch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    features: Sequence[int] = FEATURES,
+) -> list[Tensor]:
+    """The skip maps of `batch` tiles, whose side makes the token grid the size of the last map, as in the paper."""
     torch.manual_seed(SEED)
-    encoder = Encoder()
+    encoder = Encoder(features).to(device)
+    tiles = cut_tiles(image, batch, Size(tuple(features), patch).side).to(device)
     with torch.no_grad():
-        maps = encoder(cut_tiles(image, batch, patch * STRIDES[0]))
-    return [x.to(device, dtype) for x in maps]
+        images = [[x.to(dtype) for x in encoder(tile[None])] for tile in tiles]  # one at a time: some are large
+    return [torch.cat(scale) for scale in zip(*images, strict=True)]
 
 
-def modules(patch: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+def modules(
+    patch: int, dtype: torch.dtype, device: torch.device, features: Sequence[int] = FEATURES
+) -> dict[str, nn.Module]:
     """The reference and the fused module with the same weights."""
     torch.manual_seed(SEED)
-    plain = reference.DCA(FEATURES, STRIDES, patch)
-    fused = dca_kernels.DCA(FEATURES, STRIDES, patch)
+    plain = reference.DCA(features, None, patch)
+    fused = dca_kernels.DCA(features, None, patch)
     fused.load_state_dict(plain.state_dict())
     return {"reference": plain.to(device, dtype), "fused": fused.to(device, dtype)}
 
 
-def upstream(maps: list[Tensor]) -> list[Tensor]:
+def upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
     """A gradient for each output."""
     generator = torch.Generator().manual_seed(SEED)
-    return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in maps]
+    return [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outputs]
 
 
 def step(module: nn.Module, maps: list[Tensor], gradients: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,86 +1,183 @@
-"""Latency by interleaved calls, peak memory in a fresh process, and the environment that both were measured in."""
+"""Latency of calls that take turns, and memory: the peak, and every allocation counted."""
 
-import concurrent.futures
 import ctypes
+import functools
 import gc
-import multiprocessing
-import platform
+import os
 import shutil
-import subprocess
 import time
+import timeit
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-
-from benchmarks import cases
+from torch.utils import benchmark
 
 MB = 1e6
+LEAST_ROUNDS, MOST_ROUNDS = 5, 101
 
 
-def latency(calls: dict[str, Callable[[], object]], rounds: int) -> Iterator[dict[str, list[float]]]:
+@dataclass(frozen=True)
+class Call:
+    """What is timed, and what comes before it each time, untimed."""
+
+    prepare: Callable[[], object]
+    run: Callable[[], object]
+
+
+def latency(calls: dict[str, Call], rounds: int) -> Iterator[dict[str, list[tuple[float, float | None]]]]:
     """Milliseconds of each call so far, after each of `rounds` rounds in which every call runs once.
 
-    Calls take turns, so that whatever else the machine does meets all of them alike. Each has run once before.
+    Each sample is the call's time from an idle machine whose last cache holds other data, and on a GPU the time until
+    the call returns, with its work still under way. Calls take turns, so that whatever else the machine does meets all
+    of them alike. Each has run before.
     """
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[tuple[float, float | None]]] = {name: [] for name in calls}
+    sample = _gpu_sample if torch.cuda.is_available() else _cpu_sample
     for _ in range(rounds):
         for name, call in calls.items():
-            synchronize()
-            begin = time.perf_counter()
-            call()
-            synchronize()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-        yield times
+            samples[name].append(sample(call))
+        yield samples
+
+
+def _cpu_sample(call: Call) -> tuple[float, None]:
+    def prepare() -> None:
+        call.prepare()
+        evict()
+
+    return timeit.Timer(call.run, prepare, timer=benchmark.timer).timeit(1) * 1e3, None
+
+
+def _gpu_sample(call: Call) -> tuple[float, float]:
+    call.prepare()
+    evict()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    start = time.perf_counter()
+    call.run()
+    host = time.perf_counter() - start
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end), host * 1e3
+
+
+def evict() -> None:
+    """Fill the last cache with other data.
+
+    One buffer serves every case: tokens are so small that a hundred copies of an input would still be in the cache, and
+    a CUDA graph's inputs have one address.
+    """
+    _other_data().zero_()
+
+
+@functools.cache
+def _other_data() -> torch.Tensor:
+    """Twice the size of the last cache."""
+    return torch.empty(2 * _cache_bytes(), dtype=torch.uint8, device=device())
+
+
+def _cache_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties().L2_cache_size
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 32 * 2**20
+
+
+def rounds_for(seconds: float, budget: float) -> int:
+    """How many rounds of so many seconds fit the budget, within bounds."""
+    return int(min(MOST_ROUNDS, max(LEAST_ROUNDS, budget / max(seconds, 1e-9))))
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
     p20, p50, p80 = np.percentile(times, [20, 50, 80])
-    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
+    return {"p20_ms": float(p20), "p50_ms": float(p50), "p80_ms": float(p80)}
 
 
-def peak_memory(provider: str, image: np.ndarray, batch: int, patch: int, dtype: torch.dtype, training: bool) -> float:
-    """Megabytes that one call holds at its peak above what it was given (maps, weights, upstream gradients).
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call, with its work on the device."""
+    return timeit.Timer(call, timer=benchmark.timer).timeit(1)
 
-    On a GPU: of the allocator. On a CPU: resident memory of a fresh process, after a small call that warms it up.
+
+# Memory
+
+
+def memory(call: Call) -> dict[str, float | int | None]:
+    """What one call takes above what it was given: megabytes at the peak, and each allocation counted.
+
+    On a GPU by its allocator. On a CPU `peak_mb` is resident memory, which is only right in a process that does nothing
+    else; the counts are PyTorch's own allocations, and `counted_peak_mb` what is allocated of them at a time.
+    The call has run before.
     """
-    if torch.cuda.is_available():
-        return _peak_memory(provider, image, batch, patch, dtype, training)
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_peak_memory, provider, image, batch, patch, dtype, training).result()
-
-
-def _peak_memory(provider: str, image: np.ndarray, batch: int, patch: int, dtype: torch.dtype, training: bool) -> float:
-    small = _prepared(provider, image, 1, 4, dtype, training)
-    cases.step(*small)
-    call = _prepared(provider, image, batch, patch, dtype, training)
+    call.prepare()
     gc.collect()
     if torch.cuda.is_available():
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = cases.step(*call)
-        synchronize()
-        del kept
-        return (torch.cuda.max_memory_allocated() - before) / MB
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return _gpu_memory(call.run)
+    _trim()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
-    cases.step(*call)
-    return (_status("VmHWM") - before) / MB
+    call.run()
+    peak = (_status("VmHWM") - before) / MB
+    call.prepare()
+    return {"peak_mb": peak, **count_allocations(call.run)}
 
 
-def _prepared(
-    provider: str, image: np.ndarray, batch: int, patch: int, dtype: torch.dtype, training: bool
-) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor] | None]:
-    module = cases.modules(patch, dtype, device())[provider].train(training)
-    maps = cases.skip_maps(image, batch, patch, dtype, device())
-    return module, maps, cases.upstream(maps) if training else None
+def _gpu_memory(run: Callable[[], object]) -> dict[str, float | int | None]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    run()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    peak = (after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"]) / MB
+    return {
+        "peak_mb": peak,
+        "counted_peak_mb": peak,
+        "allocations": after["allocation.all.allocated"] - before["allocation.all.allocated"],
+        "allocated_mb": (after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"]) / MB,
+    }
+
+
+def count_allocations(run: Callable[[], object]) -> dict[str, float | int | None]:
+    """PyTorch's allocations on a CPU: their number, their sum and the most at a time. The same for every run."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return {
+        "counted_peak_mb": float(max(np.cumsum([0, *changes]))) / MB,
+        "allocations": sum(change > 0 for change in changes),
+        "allocated_mb": sum(change for change in changes if change > 0) / MB,
+    }
+
+
+def count_launches(run: Callable[[], object]) -> int | None:
+    """Kernels on the GPU, or None without one."""
+    if not torch.cuda.is_available():
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) or None
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may be taken."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 0.7 * next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _trim() -> None:
+    """Give back what the allocator keeps; nothing where the C library has no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str) -> float:
@@ -93,47 +190,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def compiler() -> str | None:
     """The C++ compiler that torch.compile needs on a CPU."""
     return shutil.which("g++") or shutil.which("clang++")
-
-
-def environment() -> dict[str, str | int | None]:
-    """What a measurement depends on."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit that was measured; "-dirty" behind it where files differ from it."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    describe = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()

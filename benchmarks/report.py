@@ -1,101 +1,231 @@
-"""The table, the figure and the row file of a run."""
+"""`python -m benchmarks report`: tables between a document's markers, and figures, made of committed rows alone."""
 
-import json
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-from tabulate import tabulate
+from benchmarks import cases, console, plots, rows
+from benchmarks.rows import RESULTS, Row
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend above comes first: there may be no screen
-
-Row = dict[str, Any]
-
-COLOURS = {"reference": "#9aa5b1", "reference compiled": "#52606d", "fused": "#2b8a3e"}
+FUSED = ("torch", "triton")
+OF_FLOOR = ("reference", *FUSED)
+Group = tuple[str | int, ...]
 
 
-def table(rows: list[Row]) -> str:
-    """One line a case and provider, as GitHub Markdown. Ratios are the reference's figure over the provider's."""
+def machines(results: Path) -> dict[Path, list[Row]]:
+    """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows."""
+    folders = [results] if any(results.glob("*.jsonl")) else sorted(p for p in results.iterdir() if p.is_dir())
+    found = {folder: rows.load(folder) for folder in folders if folder.name != rows.LATEST.name}
+    return {folder: of_machine for folder, of_machine in found.items() if of_machine}
+
+
+def best(found: Iterable[Row], *implementations: str) -> Row | None:
+    """The fastest of the rows of an implementation, compiled or not."""
+    timed = [r for r in found if r.p50_ms is not None and r.provider.split()[0] in implementations]
+    return min(timed, key=lambda row: row.p50_ms, default=None)
+
+
+def grouped(found: Iterable[Row], wanted: Callable[[Row], bool]) -> dict[Group, list[Row]]:
+    groups: dict[Group, list[Row]] = {}
+    for row in filter(wanted, found):
+        groups.setdefault(row.group, []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: _rank(item[0])))
+
+
+def _rank(group: Group) -> tuple[int, ...]:
+    """Of a group among others: as the registry has them, not by the alphabet."""
+    case, size, batch, dtype, phase, mode = group
+    names = (case, dtype, phase, mode, size)
+    known = (cases.CASES, cases.DTYPES, cases.MODES, cases.MODES["train"], cases.SIZES)
+    places = [list(k).index(name) if name in k else -1 for name, k in zip(names, known, strict=True)]
+    return *places, int(batch)
+
+
+def module(found: Sequence[Row]) -> str:
+    """Evaluation's forward and training's forward and backward: every provider, and ours against the best reference."""
+    step = {("eval", "forward"), ("train", "full")}
+    groups = grouped(found, lambda r: r.case == "dca" and (r.phase, r.mode) in step)
+    names = plots.order([row for group in groups.values() for row in group])
     lines = []
-    for row in rows:
-        base = baseline(rows, row)
+    for (_, size, batch, dtype, phase, mode), group in groups.items():
+        ours, theirs = best(group, *FUSED), best(group, "reference")
+        if ours is None and theirs is None:
+            continue
+        plain = {row.provider: row for row in group}
+        least = min((r.peak_mb for r in group if r.provider.split()[0] in FUSED and r.peak_mb), default=None)
+        reference = plain.get("reference")
         lines.append(
             [
-                title(row),
-                row["provider"],
-                _number(row["max_error"], ".1e"),
-                _number(row["rms_error"], ".1e"),
-                " / ".join(_number(row[key], ".0f") for key in ("p20_ms", "p50_ms", "p80_ms")),
-                ratio(base["p50_ms"], row["p50_ms"], "x"),
-                _number(row["peak_mb"], ".0f"),
-                ratio(row["peak_mb"], base["peak_mb"]),
+                f"{size}, batch {batch}, {dtype}, {phase} {mode}",
+                *(_span(plain.get(name)) for name in names),
+                console.ratio(theirs and theirs.p50_ms, ours and ours.p50_ms, "x"),
+                console.number(reference and reference.peak_mb, ".0f"),
+                console.number(least, ".0f"),
             ]
         )
-    headers = [
-        "case",
-        "provider",
-        "max error",
-        "RMS error",
-        "p20 / p50 / p80 ms",
-        "speed-up",
-        "peak MB",
-        "of reference",
-    ]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    headers = ["case", *(f"{n}, ms" for n in names), "best of ours over best reference", "reference, peak MB", "ours"]
+    return console.table(lines, headers) + _lost(groups)
 
 
-def title(row: Row) -> str:
-    return f"{row['mode']}, batch {row['batch']}, grid {row['patch']} x {row['patch']}"
+def stages(found: Sequence[Row]) -> str:
+    """Every stage: the best reference, each backend's best, and how near the floor it is."""
+    groups = grouped(found, lambda r: r.case in cases.STAGES and r.mode != "full")
+    lines = []
+    for (case, size, batch, dtype, phase, mode), group in groups.items():
+        of = {name: best(group, name) for name in OF_FLOOR}
+        if not any(of.values()):
+            continue
+        floor = next((r.floor_ms for r in group if r.floor_ms), None)
+        ours = best(group, *FUSED)
+        lines.append(
+            [
+                f"{case}, {size}, batch {batch}, {dtype}, {phase} {mode}",
+                console.number(floor),
+                *(
+                    f"{row.p50_ms:.3g} ({100 * row.floor_ms / row.p50_ms:.0f} %)" if row and row.floor_ms else ""
+                    for row in of.values()
+                ),
+                console.ratio(of["reference"] and of["reference"].p50_ms, ours and ours.p50_ms, "x"),
+            ]
+        )
+    headers = ["stage", "floor, ms", *(f"{name}, ms (of floor)" for name in OF_FLOOR), "speed-up"]
+    return console.table(lines, headers) + _lost(groups)
 
 
-def baseline(rows: list[Row], row: Row) -> Row:
-    """The reference's row of the same case."""
-    return next(r for r in rows if title(r) == title(row) and r["provider"] == "reference")
+def hosts(found: Sequence[Row]) -> str:
+    """A step of each network: without DCA, with the reference's and with ours."""
+    groups = grouped(found, lambda r: r.case in cases.HOSTS and (r.phase, r.mode) == ("train", "full"))
+    lines = []
+    for (case, _, batch, dtype, *_), group in groups.items():
+        of = {name: best(group, name) for name in ("without", "reference", *FUSED)}
+        ours = best(group, *FUSED)
+        if of["without"] is None or of["reference"] is None or ours is None:
+            continue
+        bare = of["without"].p50_ms
+        lines.append(
+            [
+                f"{case}, batch {batch}, {dtype}",
+                *(_span(row) for row in of.values()),
+                f"{of['reference'].p50_ms - bare:.3g}",
+                f"{ours.p50_ms - bare:.3g}",
+                console.ratio(of["reference"].p50_ms, ours.p50_ms, "x"),
+            ]
+        )
+    headers = ["network", "without DCA, ms", "reference, ms", "torch, ms", "triton, ms"]
+    return console.table(lines, [*headers, "reference DCA adds", "ours adds", "speed-up of the step"])
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Bars of latency (whiskers from p20 to p80) and of peak memory, a group a case."""
-    titles = list(dict.fromkeys(title(row) for row in rows))
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    figure, (times, memory) = plt.subplots(1, 2, figsize=(4 + 2.2 * len(titles), 4.2), layout="constrained")
-    width = 0.8 / len(providers)
-    for p, provider in enumerate(providers):
-        for row in (row for row in rows if row["provider"] == provider):
-            position = titles.index(title(row)) + (p - (len(providers) - 1) / 2) * width
-            style: dict[str, Any] = {"width": width, "color": COLOURS[provider]}
-            if row["p50_ms"] is not None:
-                whiskers = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
-                bars = times.bar(position, row["p50_ms"], yerr=whiskers, capsize=2, **style)
-                times.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
-            if row["peak_mb"] is not None:
-                memory.bar_label(memory.bar(position, row["peak_mb"], **style), fmt="%.0f", fontsize=8, padding=2)
-    names = "latency, ms (median; whiskers p20 to p80)", "peak memory above the inputs, MB"
-    for axis, name in zip((times, memory), names, strict=True):
-        axis.set_title(name, fontsize=10)
-        axis.set_xticks(range(len(titles)), [t.replace(", ", "\n") for t in titles], fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(y=0.12)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in providers]
-    figure.legend(handles, providers, loc="outside lower center", ncols=len(providers), frameon=False)
-    environment = rows[0]["environment"]
-    where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
-    figure.suptitle(f"Dual Cross-Attention, {rows[0]['dtype']} on {where}, torch {environment['torch']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def not_run(found: Sequence[Row]) -> str:
+    """What has no time, by reason."""
+    reasons: dict[str, list[Row]] = {}
+    for row in (row for row in found if row.not_run):
+        reasons.setdefault(row.not_run, []).append(row)
+    lines = []
+    for reason, of_reason in sorted(reasons.items()):
+        names, where = (sorted({getattr(r, name) for r in of_reason}) for name in ("provider", "case"))
+        lines.append([reason, ", ".join(names), ", ".join(where), len(of_reason)])
+    return console.table(lines, ["not run", "providers", "cases", "rows"])
 
 
-def save(rows: list[Row], path: Path) -> None:
-    """The rows as JSON, each with the environment that it was measured in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "module": module,
+    "stages": stages,
+    "hosts": hosts,
+    "not run": not_run,
+}
+PICTURES = {"module": ("latency", "memory", "speedup"), "stages": ("of_floor",)}
 
 
-def ratio(a: float | None, b: float | None, unit: str = "") -> str:
-    """a / b, or nothing where one was not measured or is too small to measure."""
-    return f"{a / b:.2f}{unit}" if a and b else ""
+def _span(row: Row | None) -> str:
+    """The median, and half of what lies between the 20th and 80th percentile."""
+    if row is None or row.p50_ms is None:
+        return ""
+    return f"{row.p50_ms:.3g} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %"
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
+def _lost(groups: dict[Group, list[Row]]) -> str:
+    """Where a reference is faster than everything of ours, said under the table."""
+    lost = []
+    for (case, size, batch, dtype, phase, mode), group in groups.items():
+        ours, theirs = best(group, *FUSED), best(group, "reference")
+        if ours and theirs and theirs.p50_ms < ours.p50_ms:
+            ratio = console.ratio(theirs.p50_ms, ours.p50_ms, "x")
+            lost.append(f"{case}, {size}, batch {batch}, {dtype}, {phase} {mode}: {ratio} ({theirs.provider})")
+    return "\n\nSlower than the best reference: " + ("; ".join(lost) if lost else "nowhere") + "."
+
+
+def block(name: str, results: Path, document: Path) -> str:
+    """A block's Markdown, a machine after the other, with links to its figures."""
+    parts = []
+    for folder, found in machines(results).items():
+        environment = found[0].environment
+        where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
+        parts.append(f"{where}, torch {environment.get('torch')}, medians (± half of 20th to 80th percentile):")
+        parts.append(BLOCKS[name](found))
+        for picture in (p for p in plots.figures(found) if p in PICTURES.get(name, ())):
+            link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
+            parts.append(f"![{picture.replace('_', ' ')}]({link})")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def filled(text: str, blocks: dict[str, str]) -> str:
+    """The document with each block between its markers; text without a block's markers stays as it is.
+
+    Raises:
+        ValueError: a marker has no partner.
+    """
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        if (text.count(begin), text.count(end)) not in ((0, 0), (1, 1)):
+            raise ValueError(f"expected {begin} and {end} once each, or neither")
+        pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
+        text = pattern.sub(lambda match: f"{begin}\n{content}\n{end}", text)  # noqa: B023  used at once
+    return text
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks report",
+        description="Writes tables of committed rows between the document's markers, `<!-- begin: NAME -->` and "
+        f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
+        "does not exist is made, with every block.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--document", type=Path, default=RESULTS.parents[1] / "README.md", help="what is written")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="a folder a machine")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
+    chosen = parser.parse_args(arguments)
+    document = chosen.document
+    empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in BLOCKS) + "\n"
+    before = document.read_text() if document.exists() else empty
+    try:
+        after = filled(before, {name: block(name, chosen.results, document) for name in BLOCKS})
+    except ValueError as error:
+        print(f"{document}: {error}", file=sys.stderr)
+        return 2
+    for name in BLOCKS:
+        if f"<!-- begin: {name} -->" not in before:
+            print(f"{document}: has no block {name!r}")
+
+    stale = [] if document.exists() and after == before else [document]
+    if not chosen.check:
+        document.write_text(after)
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, found in machines(chosen.results).items():
+            for name in plots.figures(found):
+                path = folder / f"{name}.png"
+                drawn = Path(scratch) / f"{name}.png" if chosen.check else path
+                message = plots.draw(plots.FIGURES[name], found, drawn)
+                if not message.startswith("figure"):
+                    print(message)
+                    break
+                if chosen.check and not (path.exists() and path.read_bytes() == drawn.read_bytes()):
+                    stale.append(path)
+    if chosen.check and stale:
+        print("\n".join(f"{path}: differs from what the rows give" for path in stale))
+        return 1
+    return 0

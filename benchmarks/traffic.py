@@ -98,7 +98,7 @@ class Gpu:
     rates: dict[str, float]
 
 
-GPUS = {"H200": Gpu(4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "tf32x3": 395e12 / 3})}
+GPUS = {"H200": Gpu(4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "tf32x3": 395e12 / 3, "ieee": 53e12})}
 
 
 # Triton kernels
@@ -393,8 +393,9 @@ def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
 
     from dca_kernels import launch, pipeline
 
-    maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], torch.device("cpu"))
-    modules = cases.modules(patch, DTYPES[dtype], torch.device("cpu"))
+    cpu = torch.device("cpu")
+    maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], cpu, cases.FEATURES)
+    modules = cases.modules(patch, DTYPES[dtype], cpu, cases.FEATURES)
     gradients = cases.upstream(maps) if mode == "step" else None
     run = {
         name: functools.partial(cases.step, module.train(mode != "eval"), maps, gradients)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +12,8 @@ from unittest import mock
 
 import torch
 import triton
-from tqdm import tqdm
 
-from benchmarks import cases, measure
+from benchmarks import cases, console, measure
 from dca_kernels import launch
 
 TABLE = Path(launch.__file__).parent / "configurations.json"
@@ -50,10 +50,12 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
 
 
 def candidates(kernel: str, present: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The table's present configuration, then the others."""
+    """The table's present configuration, then the others: shuffled, since there may not be time for all."""
     yield present
     values = CANDIDATES[kernel]
-    for chosen in itertools.product(*values.values()):
+    products = list(itertools.product(*values.values()))
+    random.Random(0).shuffle(products)
+    for chosen in products:
         config = present | dict(zip(values, chosen, strict=True))
         if config != present:
             yield config
@@ -111,13 +113,19 @@ def median_milliseconds(call: Any) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def tune(probe: Probe, kernel: str, most: int | None) -> tuple[dict[str, int], float, float]:
-    """The fastest configuration that gives the present one's results, its milliseconds and the present one's."""
+def tune(probe: Probe, kernel: str, most: int | None, seconds: float) -> tuple[dict[str, int], float, float]:
+    """The fastest configuration that gives the present one's results, its milliseconds and the present one's.
+
+    After `seconds` no further candidate is tried.
+    """
+    deadline = time.monotonic() + seconds
     present = probe.present[kernel]
     expected = probe.outputs(kernel, present)
     tolerance = 4 * torch.finfo(expected[0].dtype).eps
     timed: list[tuple[float, dict[str, int]]] = []
-    for config in tqdm(list(itertools.islice(candidates(kernel, present), most)), desc=kernel, leave=False):
+    for config in console.progress(list(itertools.islice(candidates(kernel, present), most)), desc=kernel, leave=False):
+        if timed and time.monotonic() > deadline:
+            break
         try:
             outputs = probe.outputs(kernel, config)
         except triton.runtime.errors.OutOfResources:
@@ -150,32 +158,35 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tune",
         description="Tries the candidate configurations of every kernel at the paper's sizes, each checked against the "
-        "present one's results first, and writes the fastest into dca_kernels/configurations.json for this GPU.",
+        "present one's results first, and writes the fastest into dca_kernels/configurations.json for this GPU, each "
+        "kernel when it is done.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="what to tune")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the maps")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="tiles in a batch")
-    parser.add_argument("--patch", type=int, default=28, metavar="P", help="side of the token grid")
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
     parser.add_argument("--most", type=int, metavar="N", help="at most N candidates a kernel")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all kernels, in equal shares")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="the table that is written")
     chosen = parser.parse_args(arguments)
     device, dtype = measure.device(), getattr(torch, chosen.dtype)
-    image = cases.load_image(None)
+    image, size = cases.load_image(None), cases.SIZES[chosen.size]
+    share = chosen.seconds / len(chosen.kernel)
     for kernel in chosen.kernel:
-        module = cases.modules(chosen.patch, dtype, device)["fused"]
+        module = cases.modules(size.patch, dtype, device, size.features)["fused"]
         module.backend = "triton"
         module.train(kernel in ("patch_embed_train", "batch_statistics"))
-        maps = cases.skip_maps(image, chosen.batch, chosen.patch, dtype, device)
+        maps = cases.skip_maps(image, chosen.batch, size.patch, dtype, device, size.features)
         if kernel == "upsample_channels_last":
             maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
         probe = Probe(module, maps)
-        config, best, present = tune(probe, kernel, chosen.most)
+        config, best, present = tune(probe, kernel, chosen.most, share)
         conditions = {
             "architecture": [launch.architecture(device)],
             "dtype": [chosen.dtype],
             "max_size": probe.sizes[kernel],
         }
         write(kernel, conditions, config, chosen.table)
-        print(f"{kernel}: {present:.4f} ms -> {best:.4f} ms, {config}")
+        print(f"{kernel}: {present:.4f} ms -> {best:.4f} ms, {config}", flush=True)
     return 0

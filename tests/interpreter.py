@@ -1,7 +1,8 @@
-"""A correction of bfloat16 in Triton's CPU interpreter, which up to 3.9.0 truncates casts and computes on raw bits.
+"""Corrections of Triton's CPU interpreter, which up to 3.9.0 truncates casts to bfloat16 and computes on its raw bits.
 
-Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. And a launch takes a
-third less time: its functions' modules are prepared once, not with every call.
+Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. And the language is
+prepared once a launch, not anew in each call of a function within a kernel, which took a third of the time. A mask
+into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it is made a mask again.
 """
 
 import functools
@@ -10,7 +11,7 @@ import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 # What takes bfloat16 as it is, besides the corrected methods: these move elements.
 ALLOWED = {
@@ -25,9 +26,9 @@ _cast_others = InterpreterBuilder.cast_impl
 _convert_others = InterpreterBuilder.create_fp_to_fp
 _dot_others = InterpreterBuilder.create_dot
 _check_reduced = ReduceScanOpInterface.check_tensor
-_launch = GridExecutor.__call__
-_prepare = interpreter._patch_lang
-_prepared: set[int] = set()  # modules of the launch that runs
+_patch_always = interpreter._patch_lang
+_load_masked = InterpreterBuilder.create_masked_load
+_store_masked = InterpreterBuilder.create_masked_store
 
 
 def install() -> None:
@@ -41,25 +42,37 @@ def install() -> None:
     InterpreterBuilder.create_fp_to_fp = _convert
     InterpreterBuilder.create_dot = _dot
     ReduceScanOpInterface.check_tensor = _check
-    GridExecutor.__call__ = _launch_anew
-    interpreter._patch_lang = _prepare_once
+    interpreter._patch_lang = _patch
+    InterpreterBuilder.create_masked_load = _load
+    InterpreterBuilder.create_masked_store = _store
 
 
-def _launch_anew(self, *args, **kwargs):
-    _prepared.clear()  # a launch leaves the language as it was
-    return _launch(self, *args, **kwargs)
+@functools.cache
+def _languages(function) -> list:
+    return [value for value in function.__globals__.values() if value is tl or value is tl.core]
 
 
-def _prepare_once(function):
-    module = id(function.__globals__)
-    if module in _prepared:
-        return None  # which only a launch, and never a call, looks at
-    _prepared.add(module)
-    return _prepare(function)
+def _patch(function):
+    """The interpreter's meaning for what a function sees of the language; what has it already is left alone."""
+    if any(tl.core.is_builtin(language.load) for language in _languages(function)):
+        return _patch_always(function)
+    return interpreter._LangPatchScope()  # nothing to restore
+
+
+def _load(self, pointers, mask, *args):
+    return _load_masked(self, pointers, _as_mask(mask), *args)
+
+
+def _store(self, pointers, values, mask, *args):
+    return _store_masked(self, pointers, values, _as_mask(mask), *args)
+
+
+def _as_mask(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(handle.data.astype(bool), tl.int1)
 
 
 def _is_bfloat16(operand) -> bool:
-    return isinstance(operand, TensorHandle | tl.tensor) and operand.dtype.scalar == tl.bfloat16
+    return isinstance(operand, (TensorHandle, tl.tensor)) and operand.dtype.scalar == tl.bfloat16
 
 
 def _refuse(operands) -> None:

@@ -1,61 +1,106 @@
-"""The main job at a tiny size: what it writes, and that it does not time a module which is wrong."""
+"""The benchmarks at a tiny size: what they write, and that they neither time what is wrong nor leave anything out."""
 
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from skimage import io
-from torch import nn
+from skimage import data, io
 
-from benchmarks import __main__ as main_job
-from benchmarks import cases, measure, report
+from benchmarks import (
+    calibrate,
+    cases,
+    compare,
+    console,
+    determinism,
+    floor,
+    gpu,
+    measure,
+    parity,
+    providers,
+    quick,
+    report,
+    rows,
+    run,
+)
+from benchmarks.cases import Problem
+from benchmarks.group import Effort, Group, measured
+from benchmarks.measure import Call
+from benchmarks.rows import Row
 
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the main job with some arguments; gives the exit status and the rows."""
-
-    def run(*arguments: str) -> tuple[int, list[report.Row]]:
-        rows, figure = tmp_path / "rows.json", tmp_path / "figure.png"
-        fixed = ["--quick", "--batch", "1", "--patch", "4", "--json", str(rows), "--plot", str(figure)]
-        monkeypatch.setattr("sys.argv", ["benchmarks", *fixed, *arguments])
-        status = main_job.main()
-        assert figure.read_bytes().startswith(b"\x89PNG")
-        return status, json.loads(rows.read_text())
-
-    return run
-
-
-def test_rows(run, capsys: pytest.CaptureFixture[str]) -> None:
-    status, rows = run("--mode", "eval")
-    assert status == 0
-    assert [row["provider"] for row in rows] == ["reference", "fused"]
-    for row in rows:
-        assert row["parity"] and row["max_error"] >= row["rms_error"] > 0
-        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-        assert row["peak_mb"] >= 0
-        assert row["environment"]["torch"] == torch.__version__
-    assert "x the reference's speed" in capsys.readouterr().out
+ROOT = Path(__file__).parents[1]
+TINY = cases.SIZES["tiny"]
+EFFORT = Effort(memory=False, small=True)
+PLAIN = ("reference", "torch")
 
 
-def test_a_wrong_module_is_not_timed(run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    modules = cases.modules
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not taken for runnable because the tests interpret them."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
-    def slightly_wrong(*args) -> dict[str, nn.Module]:
-        pair = modules(*args)
-        with torch.no_grad():
-            pair["fused"].upconvs[0].conv.conv.weight.mul_(1.0001)
-        return pair
 
-    monkeypatch.setattr(cases, "modules", slightly_wrong)
-    monkeypatch.setattr(measure, "latency", lambda *args: pytest.fail("timed"))
-    monkeypatch.setattr(measure, "peak_memory", lambda *args: pytest.fail("measured"))
-    status, rows = run()
-    assert status == 1
-    assert all(row["p50_ms"] is None and row["peak_mb"] is None and not row["parity"] for row in rows)
+def problem(case: str = "dca", training: bool = False, dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem(case, TINY, 2, dtype, training)
+
+
+def row(provider: str = "torch", p50: float | None = 10.0, **values) -> Row:
+    """A row of times within 2 % of each other."""
+    fixed = {"case": "dca", "size": "paper", "patch": 28, "batch": 1, "dtype": "float32", "phase": "eval"}
+    times = {} if p50 is None else {"p20_ms": 0.98 * p50, "p50_ms": p50, "p80_ms": 1.02 * p50}
+    where = {"environment": {"cpu": "a CPU", "threads": 2, "torch": "2.13.0"}}
+    return Row(**fixed | {"mode": "forward", "provider": provider} | times | where | values)
+
+
+# The main job
+
+
+def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "rates", lambda dtype, small: {"copy_bytes_s": 1e9, "matmul_flop_s": 1e9})
+    file, figure = tmp_path / "rows.jsonl", tmp_path / "figure.png"
+    options = ["--quick", "--patch", "4", "--mode", "eval", "--json", str(file), "--plot", str(figure)]
+    assert quick.main(options) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    found = rows.load(file)
+    assert [r.provider for r in found] == ["reference", "torch"]
+    for one in found:
+        assert one.parity and one.max_error >= one.rms_error > 0
+        assert 0 < one.p20_ms <= one.p50_ms <= one.p80_ms and one.first_ms > 0
+        assert one.peak_mb >= 0 and one.allocations > 0 and one.counted_peak_mb <= one.allocated_mb
+        assert one.environment["torch"] == torch.__version__
     out = capsys.readouterr().out
-    assert "FAILED" in out and "speed" not in out.split("parity: ")[1]
+    assert "x the reference's speed" in out and "triton: not run: no GPU" in out
+
+
+def test_the_main_job_is_of_module_stages_and_networks() -> None:
+    groups = quick.groups(quick.parser().parse_args([]))
+    module = [str(g) for g in groups if g.problem.case == "dca"]
+    assert module == ["dca, eval, batch 1", "dca, eval, batch 4", "dca, train, batch 1", "dca, train, batch 4"]
+    assert {g.problem.case for g in groups} == set(cases.CASES)
+    assert all("reference" in g.providers and "torch" in g.providers for g in groups)
+    assert all("without" in g.providers for g in groups if g.problem.case in cases.HOSTS)
+
+
+def test_a_wrong_module_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = providers._module
+
+    def slightly_wrong(implementation: str, problem: Problem):
+        module = make(implementation, problem)
+        if implementation == "torch":
+            with torch.no_grad():
+                module.upconvs[0].conv.conv.weight.mul_(1.0001)
+        return module
+
+    monkeypatch.setattr(providers, "_module", slightly_wrong)
+    group = Group("tiny", problem(), PLAIN, ("forward",))
+    plain, wrong = measured(group, cases.load_image(None), EFFORT)
+    assert plain.parity and plain.p50_ms is not None
+    assert wrong.wrong and wrong.p50_ms is None and wrong.not_run == "outside its error budget"
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (40, 50, 3), (40, 50, 4)], ids=["grey", "rgb", "rgba"])
@@ -70,22 +115,288 @@ def test_own_image(shape: tuple[int, ...], tmp_path: Path) -> None:
     assert cases.cut_tiles(image, 1, 64).shape == (1, 3, 64, 64)  # larger than the image
 
 
+def test_the_slide_is_a_crop_of_its_source() -> None:
+    crop = data.immunohistochemistry()[128:384, 128:384]
+    np.testing.assert_array_equal(cases.load_image(None), crop.astype(np.float32) / np.float32(255))
+
+
 @pytest.mark.filterwarnings("ignore")  # the image library tries every reader that it has
 @pytest.mark.parametrize("content", [None, b"not an image"], ids=["missing", "no_image"])
-def test_bad_image_is_named(
-    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_image_is_named(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "image.png"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr("sys.argv", ["benchmarks", "--image", str(path)])
-    assert main_job.main() == 2
+    assert quick.main(["--image", str(path)]) == 2
     assert "--image:" in (error := capsys.readouterr().err) and str(path) in error
 
 
-def test_latency_takes_turns() -> None:
-    calls: list[str] = []
+# Measuring
+
+
+def test_latency_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(measure, "evict", lambda: done.append("-"))
     names = ("a", "b")
-    *_, times = measure.latency({name: lambda name=name: calls.append(name) for name in names}, rounds=3)
-    assert "".join(calls) == "ab" + "ababab"  # each once before
-    assert all(len(times[name]) == 3 for name in names)
+    calls = {n: Call(lambda n=n: done.append(n.upper()), lambda n=n: done.append(n)) for n in names}
+    *_, samples = measure.latency(calls, rounds=3)
+    assert "".join(done) == "A-aB-b" * 3
+    assert all(len(samples[name]) == 3 for name in names)
+
+
+def test_every_allocation_is_counted() -> None:
+    x = torch.ones(1000)
+
+    def call() -> None:
+        y = x + x  # 4000 bytes
+        y = y + x  # and 4000 beside them
+        del y
+        x + x
+
+    assert measure.count_allocations(call) == {"counted_peak_mb": 0.008, "allocations": 3, "allocated_mb": 0.012}
+
+
+@pytest.mark.parametrize("phase", cases.MODES)
+def test_no_floor_is_above_what_was_counted(phase: str) -> None:
+    """The kernels were counted in the interpreter, with each stage's launches one after the other."""
+    counted = json.loads((ROOT / "benchmarks" / "results" / "offline" / "traffic.json").read_text())
+    for one in (r for r in counted if r["implementation"] == "triton" and r["mode"] == phase):
+        dtype = cases.DTYPES[one["dtype"]]
+        module = Problem("dca", cases.SIZES["paper"], 1, dtype, phase == "train")
+        works = [floor.module_work(module, stage, "forward") for stage in cases.STAGES]
+        assert sum(w.flops for w in works) <= one["flops"]
+        tokens = 28 * 28 * sum(cases.FEATURES) * dtype.itemsize
+        maps = sum(w.bytes for w in works) - 6 * tokens
+        assert maps == pytest.approx(one["maps_bytes"], rel=0.01)
+        assert 6 * tokens <= one["tokens_bytes"]
+
+
+@pytest.mark.parametrize("case", cases.STAGES)
+@pytest.mark.parametrize("phase", cases.MODES)
+def test_a_stage_is_the_reference_s(case: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients of the inputs, of both backends; so much is compared where a stage is timed."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    one = dataclasses.replace(problem(case, phase == "train"), batch=1)
+    gate = parity.Gate(one, *providers.inputs_of(one, cases.load_image(None), measure.device()))
+    for name in ("torch", "triton"):
+        subject = gate.subject(providers.PROVIDERS[name])
+        error, well, seconds = gate.check(subject)
+        assert well and 0 < error.rms and seconds > 0, name
+
+
+# What is run
+
+
+def test_nothing_is_left_out() -> None:
+    """Each provider and mode of a group has a row: a time, or a reason."""
+    names = ("reference", "reference graph", "torch", "torch graph", "triton", "triton graph")
+    group = Group("tiny", problem("patch_embed"), names, ("forward",))
+    found = {r.provider: r for r in measured(group, cases.load_image(None), EFFORT)}
+    assert found.keys() == set(group.providers)
+    for name in PLAIN:
+        assert found[name].p50_ms is not None and found[name].floor_ms is not None and found[name].not_run is None
+    for name in ("triton", "triton graph", "torch graph", "reference graph"):
+        assert found[name].not_run == "no GPU" and found[name].p50_ms is None
+
+
+def test_the_registry_is_whole() -> None:
+    chosen = run.parser().parse_args([])
+    everything = list(run.groups(chosen))
+    assert {g.problem.case for g in everything} == set(cases.CASES)
+    assert {g.size for g in everything} == set(cases.SIZES) - {"tiny"}
+    dca = {(g.size, g.problem.batch, g.problem.training) for g in everything if g.problem.case == "dca"}
+    assert len(dca) == 5 * 3 * 2
+    assert {p for g in everything for p in g.providers} == set(providers.PROVIDERS)
+
+
+def test_too_large_a_reference_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1e9)
+    large = Problem("dca", cases.SIZES["grid112"], 8, torch.float32, False)
+    plain, ours = (providers.PROVIDERS[name] for name in PLAIN)
+    assert "memory" in providers.why_not(plain, large, "forward", torch.device("cpu"))
+    assert providers.why_not(ours, large, "forward", torch.device("cpu")) is None
+    assert parity.gate_batch(large, torch.device("cpu")) == 0
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.jsonl"
+    options = ["--case", "patch_embed", "--size", "tiny", "--batch", "1", "2", "--phase", "eval", "--small"]
+    options += ["--provider", *PLAIN, "--no-memory", "--out", str(file)]
+    assert run.main(options) == 0
+    text, once = file.read_text(), rows.load(file)
+    assert [(r.batch, r.provider) for r in once] == [(b, p) for b in (1, 2) for p in PLAIN]
+
+    again = []
+    monkeypatch.setattr(
+        run, "measured", lambda group, *args: again.append(group.problem.batch) or measured(group, *args)
+    )
+    assert run.main(options) == 0 and again == [] and file.read_text() == text
+    file.write_text(text[: text.rindex("{") + 50])  # stopped while it wrote its last row
+    assert run.main(options) == 0 and again == [2] and len(rows.load(file)) == len(once)
+    monkeypatch.setattr(run, "source", lambda: "other code")
+    assert run.main(options) == 0 and again == [2, 1, 2]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    file.write_text('{"case": "dca"}\n')
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 1: expected a row"):
+        rows.load(file)
+
+
+# Comparing
+
+
+@pytest.mark.parametrize(
+    ("after", "status", "word"),
+    [
+        (row(p50=13.0), 1, "regression: slower"),
+        (row(p50=10.6), 0, "slower"),  # beyond noise, within the threshold
+        (row(p50=13.0, p20_ms=9.0), 0, "0 regressions"),  # a time that spreads this far says nothing
+        (row(p50=7.0), 0, "faster"),
+        (row(p50=None, not_run="no GPU"), 1, "not run any more: no GPU"),
+        (row(peak_mb=60.0), 1, "regression: memory"),
+    ],
+    ids=["slower", "a_little", "noise", "faster", "gone", "memory"],
+)
+def test_compare(after: Row, status: int, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    for file, ours in zip(files, (row(peak_mb=50.0), after), strict=True):
+        rows.append([row("reference", 20.0), ours], file)
+    assert compare.main(list(map(str, files))) == status
+    assert word in (out := capsys.readouterr().out)
+    assert "| reference" not in out  # what stayed the same is not listed
+
+
+# Reporting
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Rows of one machine: the module at three batches, of which we lose one, a stage, a host, and what was not run."""
+    found = []
+    for batch, ours in ((1, 5.0), (8, 30.0), (32, 500.0)):
+        for step in ({"phase": "eval", "mode": "forward"}, {"phase": "train", "mode": "full"}):
+            found += [row("reference", 10.0 * batch, batch=batch, peak_mb=70.0 * batch, **step)]
+            found += [row("torch", ours, batch=batch, peak_mb=30.0 * batch, **step)]
+    found += [row("triton", None, not_run="no GPU", batch=8)]
+    found += [row(p, t, case="upsample", floor_ms=2.0) for p, t in (("reference", 8.0), ("torch", 4.0))]
+    step = {"case": "UNet", "phase": "train", "mode": "full"}
+    found += [row(p, t, **step) for p, t in (("without", 50.0), ("reference", 90.0), ("torch", 60.0))]
+    rows.append(found, tmp_path / "results" / "a-machine" / "run.jsonl")
+    return tmp_path / "results"
+
+
+def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = results.parent / "README.md"
+    blocks = "\n\n".join(
+        f"<!-- begin: {n} -->\nold\n<!-- end: {n} -->" for n in ("module", "stages", "hosts", "not run")
+    )
+    document.write_text(f"# Before\n\n{blocks}\n\nAfter.\n")
+    options = ["--document", str(document), "--results", str(results)]
+    assert report.main([*options, "--check"]) == 1 and "old" in document.read_text()
+    assert report.main(options) == 0 and report.main([*options, "--check"]) == 0
+    text = document.read_text()
+    assert text.startswith("# Before\n\n<!--") and text.endswith("-->\n\nAfter.\n") and "old" not in text
+    assert "![latency](results/a-machine/latency.png)" in text
+    assert "2.00x" in text and "4 (50 %)" in text and "no GPU" in text
+    assert "Slower than the best reference: dca, paper, batch 32, float32, eval forward: 0.64x" in text
+
+    machine = results / "a-machine"
+    pictures = {path: path.read_bytes() for path in machine.glob("*.png")}
+    assert len(pictures) == 4
+    assert report.main(options) == 0 and all(path.read_bytes() == old for path, old in pictures.items())
+    rows.append([row("torch", 6.0)], machine / "run.jsonl")
+    capsys.readouterr()
+    assert report.main([*options, "--check"]) == 1
+    assert "README.md" in (out := capsys.readouterr().out) and "latency.png" in out
+    assert all(path.read_bytes() == old for path, old in pictures.items())
+
+
+def test_a_marker_without_its_partner(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = results.parent / "README.md"
+    document.write_text("<!-- begin: module -->\n")
+    assert report.main(["--document", str(document), "--results", str(results)]) == 2
+    assert "<!-- end: module -->" in capsys.readouterr().err and document.read_text() == "<!-- begin: module -->\n"
+
+
+def test_a_slowdown_is_flagged(results: Path, tmp_path: Path) -> None:
+    slow = shutil.copytree(results / "a-machine", tmp_path / "slow")
+    lines = (slow / "run.jsonl").read_text().splitlines()
+    planted = [json.loads(line) for line in lines]
+    for name in ("p20_ms", "p50_ms", "p80_ms"):
+        planted[1][name] *= 1.2
+    (slow / "run.jsonl").write_text("".join(json.dumps(one) + "\n" for one in planted))
+    assert compare.main([str(results / "a-machine"), str(results / "a-machine")]) == 0
+    assert compare.main([str(results / "a-machine"), str(slow)]) == 1
+    assert compare.main([str(slow), str(results / "a-machine")]) == 0
+
+
+def test_a_table_without_tabulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    assert console.table([["a", None], [1, 2.5]], ["x", "y"]) == "| x | y |\n| --- | --- |\n| a |  |\n| 1 | 2.5 |"
+
+
+# For a machine with a GPU
+
+
+def test_little_is_needed_there(results: Path) -> None:
+    """Nothing on the way imports what may be missing, and a report without figures is one."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({gpu.OPTIONAL!r}))\n"
+        "from benchmarks import calibrate, determinism, gpu, report, run, tune\n"
+        "from benchmarks.cases import load_image\n"
+        "assert load_image(None).shape == (256, 256, 3)\n"
+        f"status = report.main(['--results', {str(results)!r}, '--document', {str(results / 'report.md')!r}])\n"
+        "raise SystemExit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "plots: not drawn, matplotlib is not installed" in done.stdout
+    assert "| upsample, paper" in (results / "report.md").read_text() and not list(results.rglob("*.png"))
+
+
+def test_steps_of_the_gpu_job(tmp_path: Path) -> None:
+    for dry in (False, True):
+        steps = list(gpu.steps(tmp_path, dry))
+        names = [s.name for s in steps if s.shared is None]
+        assert names == ["tests", "calibrate", "tune", "determinism", "report"]
+        budgets = {s.shared or s.name: s.seconds for s in steps}
+        assert sum(budgets.values()) < 8 * 60
+        for one in (s for s in steps if s.shared == "run"):
+            assert list(run.groups(run.parser().parse_args(one.arguments[2:])))
+
+
+def test_a_step_out_of_time_keeps_what_it_had(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    code = "import pathlib, time; print('begun', flush=True); pathlib.Path('kept').write_text('1'); time.sleep(60)"
+    (tmp_path / "slow_step.py").write_text(code.replace("'kept'", repr(str(tmp_path / "kept"))))
+    variables = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    result = gpu.perform(gpu.Step("slow", ["slow_step"], 2), 2, tmp_path, variables)
+    assert result["stopped"] == "after 2 s" and result["status"] != 0 and float(str(result["seconds"])) < 12
+    assert (tmp_path / "kept").exists() and "begun" in (tmp_path / "logs" / "slow.txt").read_text()
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "not run: no GPU" in capsys.readouterr().err
+
+
+def test_bits_that_differ_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = torch.zeros(3)
+    assert determinism.differing(zero, zero.clone()) == 0
+    assert determinism.differing(zero, torch.tensor([0.0, -0.0, 1e-45])) == 2
+
+    options = ["--provider", "torch", "--size", "tiny", "--batch", "1", "--dtype", "float32", "--repeats", "2"]
+    assert determinism.main([*options, "--out", str(tmp_path / "same.json")]) == 0
+    same = json.loads((tmp_path / "same.json").read_text())
+    assert same["repeats"] == 2 and same["differ"] == 0 and same["values"] > 2000  # parameters' gradients too
+    backward, times = providers.AutogradSubject.backward, iter(range(1, 100))
+
+    def drifting(self):
+        gradients = backward(self)
+        gradients[0][0, 0, 0, 0] = next(times)
+        return gradients
+
+    monkeypatch.setattr(providers.AutogradSubject, "backward", drifting)
+    assert determinism.main(options) == 1

@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.oracle import (
     random_maps,
     randomise,
 )
+from tests.readme import snippet
 
 FEATURES, STRIDES, PATCH = [8, 16], [4, 2], 4
 VENDORED = Config(FEATURES, PATCH)
@@ -634,34 +636,35 @@ def test_replaced_again_after_it_was_restored() -> None:
 # The README's snippets
 
 
-def test_snippet_for_official_code() -> None:
-    model, checkpoint = host(), host(seed=3).state_dict()
-    print(dca_kernels.inspect(model))
-    dca_kernels.replace_dca(model)
-    model.load_state_dict(checkpoint)
-    assert_same({"output": model(IMAGE)}, {"output": host(seed=3)(IMAGE)})
-    dca_kernels.restore_dca(model)
-    assert_same({"output": model(IMAGE)}, {"output": host(seed=3)(IMAGE)})
+def test_snippet_for_official_code(capsys: pytest.CaptureFixture[str]) -> None:
+    model, expected = host(), {"output": host()(IMAGE)}
+    before, replace, after = snippet("replace_dca(model)").partition("dca_kernels.replace_dca(model)\n")
+    exec(before + replace, {"model": model})
+    assert isinstance(model.DCA, dca_kernels.DCA)
+    assert_same({"output": model(IMAGE)}, expected)
+    exec(before + after, {"model": model})
+    assert "DCA" in capsys.readouterr().out
+    assert not isinstance(model.DCA, dca_kernels.DCA)
+    assert_same({"output": model(IMAGE)}, expected)
 
 
 def test_snippet_for_an_own_unet() -> None:
-    class UNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.down = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
-            self.bottom = nn.Conv2d(16, 32, 3, 2, 1)
-            self.dca = dca_kernels.DCA([8, 16], patch=7)
-            self.up, self.out = nn.Conv2d(32 + 16, 16, 1), nn.Conv2d(16 + 8, 2, 1)
+    class Encoder(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [nn.functional.avg_pool2d(x[:, :1].expand(-1, c, -1, -1), c // 32) for c in (32, 64, 128, 256)]
 
-        def forward(self, x: Tensor) -> Tensor:
-            x1 = self.stem(x)
-            x2 = self.down(x1)
-            x3 = self.bottom(x2)
-            x1, x2 = self.dca([x1, x2])
-            x2 = self.up(torch.cat([nn.functional.interpolate(x3, x2.shape[2:]), x2], 1))
-            return self.out(torch.cat([nn.functional.interpolate(x2, x1.shape[2:]), x1], 1))
+    names: dict[str, Any] = {}
+    exec(snippet("class UNet"), names)
+    image = torch.randn(1, 3, 240, 272)
+    skips, refined = Encoder()(image), names["UNet"](Encoder(), nn.Identity())(image)
+    assert [x.shape for x in refined] == [x.shape for x in skips]
+    assert not torch.equal(refined[0], skips[0])
 
-    assert UNet()(torch.randn(1, 1, 45, 60)).shape == (1, 2, 45, 60)
+
+def test_snippet_of_the_module() -> None:
+    names: dict[str, Any] = {}
+    exec(snippet("refined = dca(skips)"), names)
+    assert [x.shape for x in names["refined"]] == [x.shape for x in names["skips"]]
 
 
 # On the skips of an encoder-decoder

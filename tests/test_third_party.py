@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dca_kernels import add_dca
 from tests.oracle import assert_identical, assert_same, randomise
+from tests.readme import snippet
 
 
 def _library(name: str) -> ModuleType:
@@ -180,6 +182,7 @@ def test_three_dimensions_are_refused() -> None:
 
 
 def test_snippet_of_the_readme() -> None:
-    smp = _library("segmentation_models_pytorch")
-    model = add_dca(smp.Unet("resnet18", encoder_weights=None, classes=2), patch=14)
-    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 2, 224, 224)
+    _library("segmentation_models_pytorch")
+    names: dict[str, Any] = {}
+    exec(snippet("smp.Unet"), names)
+    assert names["model"](torch.randn(1, 3, 224, 224)).shape == (1, 2, 224, 224)

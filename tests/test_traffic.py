@@ -270,12 +270,11 @@ def test_main(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def two_maps(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Maps of few channels, as those that are counted at a grid of 2 x 2."""
     monkeypatch.setattr(cases, "FEATURES", (4, 8))
-    monkeypatch.setattr(cases, "STRIDES", (2, 1))
     return [torch.zeros(1, 4, 4, 4), torch.zeros(1, 8, 2, 2)]
 
 
 def reference_forward(maps: list[torch.Tensor]) -> Callable:
-    module = cases.modules(2, torch.float32, torch.device("cpu"))["reference"].eval()
+    module = cases.modules(2, torch.float32, torch.device("cpu"), cases.FEATURES)["reference"].eval()
     return functools.partial(cases.step, module, maps, None)
 
 

@@ -1,0 +1,75 @@
+"""`python -m benchmarks compare BEFORE AFTER`: what got faster, what slower, and what took more memory."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import console, rows
+from benchmarks.rows import Row
+
+
+def verdict(before: Row, after: Row, threshold: float) -> str:
+    """What became of a row: a word, "regression: ..." where it is worse by more than the threshold and beyond noise.
+
+    Noise is what lies between the 20th and the 80th percentile: times whose spans overlap are the same.
+    """
+    if before.p50_ms is None and after.p50_ms is None:
+        return "not run"
+    if before.p50_ms is None:
+        return "new"
+    if after.p50_ms is None:
+        return f"regression: not run any more: {after.not_run}"
+    if after.peak_mb and before.peak_mb and after.peak_mb > max(threshold * before.peak_mb, before.peak_mb + 1):
+        return "regression: memory"
+    if after.p20_ms > before.p80_ms:
+        return "regression: slower" if after.p50_ms > threshold * before.p50_ms else "slower"
+    if after.p80_ms < before.p20_ms:
+        return "faster"
+    return "same"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare",
+        description="Compares two runs row by row. Times whose spans from the 20th to the 80th percentile overlap are "
+        "the same. Exit status 1 means that something got slower, or took more memory, by more than the threshold.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("before", type=Path, help="a file of rows, or a folder of such")
+    parser.add_argument("after", type=Path, help="another")
+    parser.add_argument("--threshold", type=float, default=1.1, metavar="RATIO", help="what is allowed")
+    parser.add_argument("--all", action="store_true", help="also what stayed the same")
+    chosen = parser.parse_args(arguments)
+    try:
+        before, after = ({row.key: row for row in rows.load(path)} for path in (chosen.before, chosen.after))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    both = [(before[key], after[key]) for key in before if key in after]
+    if not both:
+        print("the two have no row in common", file=sys.stderr)
+        return 2
+    verdicts = [(old, new, verdict(old, new, chosen.threshold)) for old, new in both]
+    lines = [
+        [
+            new.title,
+            new.provider,
+            *(console.number(row.p50_ms) for row in (old, new)),
+            console.ratio(new.p50_ms, old.p50_ms),
+            *(console.number(row.peak_mb) for row in (old, new)),
+            what,
+        ]
+        for old, new, what in verdicts
+        if chosen.all or what not in ("same", "not run")
+    ]
+    if lines:
+        headers = ["case", "provider", "ms before", "after", "ratio", "peak MB before", "after", ""]
+        print(console.table(lines, headers))
+    regressions = sum(what.startswith("regression") for *_, what in verdicts)
+    alone = len(before.keys() ^ after.keys())
+    print(f"{len(both)} rows compared, {alone} in one of the two only; {regressions} regressions")
+    machines = {row.environment.get("gpu") or row.environment.get("cpu") for pair in both for row in pair}
+    if len(machines) > 1:
+        print(f"note: these are different machines: {', '.join(sorted(map(str, machines)))}")
+    return 1 if regressions else 0

@@ -1,0 +1,58 @@
+"""`python -m benchmarks determinism`: whether the kernels' outputs and gradients are the same bits every time."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases, console, measure, providers
+from benchmarks.cases import Problem
+from benchmarks.environment import environment
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def differing(a: Tensor, b: Tensor) -> int:
+    """How many values are not the same bits."""
+    dtype = BITS[a.element_size()]
+    return int((a.contiguous().view(dtype) != b.contiguous().view(dtype)).sum())
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks determinism",
+        description="Repeats a forward and backward in training and compares outputs and all gradients with the first "
+        "one's, bit by bit. Exit status 1 means that they differ.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--provider", choices=("torch", "triton"), default="triton", help="whose")
+    parser.add_argument("--repeats", type=int, default=250, metavar="N", help="after the first")
+    parser.add_argument("--batch", type=int, default=60, metavar="B", help="images")
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of maps and weights")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the counts go, as JSON")
+    chosen = parser.parse_args(arguments)
+    device, provider = measure.device(), providers.PROVIDERS[chosen.provider]
+    problem = Problem("dca", cases.SIZES[chosen.size], chosen.batch, cases.DTYPES[chosen.dtype], training=True)
+    reason = providers.why_not(provider, problem, "full", device)
+    if reason is not None:
+        print(f"determinism: not run: {reason}")
+        return 0
+    subject = providers.build(provider, problem, *providers.inputs_of(problem, cases.load_image(None), device))
+
+    def results() -> list[Tensor]:
+        outputs = [y.detach() for y in subject.forward()]
+        return [*outputs, *subject.backward(), *subject.parameter_gradients]
+
+    first, differ, done = results(), 0, 0
+    for done in console.progress(range(1, chosen.repeats + 1), desc="repeats"):  # noqa: B007  counted below
+        differ += sum(differing(a, b) for a, b in zip(first, results(), strict=True))
+    values = sum(x.numel() for x in first)
+    print(f"{done} repeats of {values} values, batch {chosen.batch}, {chosen.dtype}: {differ} differ")
+    if chosen.out is not None:
+        found = {"repeats": done, "values": values, "batch": chosen.batch, "dtype": chosen.dtype, "differ": differ}
+        chosen.out.write_text(json.dumps(found | {"environment": environment()}, indent=1) + "\n")
+    return 1 if differ else 0

@@ -1,0 +1,84 @@
+"""`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there."""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, console, providers, rows
+from benchmarks.cases import Problem
+from benchmarks.environment import describe, environment, source
+from benchmarks.group import Effort, Group, lost, measured
+
+BROKEN = 3  # exit status: the GPU's context is lost, and another process must go on
+
+
+def groups(chosen: argparse.Namespace) -> Iterator[Group]:
+    """The selection, in the registry's order."""
+    for case, dtype, batch, phase in itertools.product(chosen.case, chosen.dtype, chosen.batch, chosen.phase):
+        sizes = [s for s in chosen.size if s in cases.sizes_of(case) or (s == "tiny" and case not in cases.HOSTS)]
+        named = tuple(p for p in providers.providers_of(case) if p in chosen.provider)
+        modes = tuple(m for m in cases.MODES[phase] if m in chosen.mode)
+        for size in sizes if modes and named else []:
+            problem = Problem(case, cases.SIZES[size], batch, cases.DTYPES[dtype], phase == "train")
+            yield Group(size, problem, named, modes)
+
+
+def parser() -> argparse.ArgumentParser:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks run",
+        description="Times cases, sizes, modes and providers, each checked against float64 first, and writes a row for "
+        "each as soon as it is measured. What this machine cannot run is a row too, which says why. Rows that are "
+        "there already, from the same code, are kept: after a stop, the same command does the rest.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known = {
+        "case": (cases.CASES, cases.CASES),
+        "size": (cases.SIZES, [s for s in cases.SIZES if s != "tiny"]),
+        "dtype": (cases.DTYPES, ["bfloat16", "float32"] if gpu else ["float32"]),
+        "phase": (cases.MODES, list(cases.MODES)),
+        "mode": (("forward", "backward", "full"), ["forward", "backward", "full"]),
+        "provider": (providers.PROVIDERS, list(providers.PROVIDERS)),
+    }
+    for name, (choices, default) in known.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(default), help="which")
+    parser.add_argument("--batch", nargs="+", type=int, default=list(cases.BATCHES), metavar="B", help="images")
+    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="to time one case at one size, about")
+    parser.add_argument("--longest", type=float, default=Effort.longest, help="seconds; a longer call is not timed")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--small", action="store_true", help="one round, small calibration: for tests")
+    parser.add_argument("--out", type=Path, default=rows.LATEST / "run.jsonl", metavar="FILE", help="where rows go")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
+    effort = Effort(chosen.seconds, chosen.longest, not chosen.no_memory, chosen.small)
+    image, done = cases.load_image(None), rows.finished(chosen.out, source())
+    print(f"environment: {describe(environment())}", flush=True)
+    status = 0
+    for group in console.progress(list(groups(chosen)), Group.__str__):
+        wanted = itertools.product(group.providers, group.modes)
+        if all(group.row(*pair).key in done for pair in wanted):
+            continue
+        try:
+            new = measured(group, image, effort)
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            new = [
+                group.row(*pair, not_run=reason, environment=environment())
+                for pair in itertools.product(group.providers, group.modes)
+            ]
+            if lost(error):
+                status = BROKEN
+        rows.append(new, chosen.out)
+        if status == BROKEN:
+            print("the GPU answers no more; run the same command again to go on", flush=True)
+            return status
+        if any(row.wrong for row in new):
+            status = 1
+    print(f"rows: {chosen.out}")
+    return status
