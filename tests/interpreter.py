@@ -1,7 +1,8 @@
 """Corrections of Triton's CPU interpreter, which up to 3.9.0 truncates casts to bfloat16 and computes on its raw bits.
 
 Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. And the language is
-prepared once a launch, not anew in each call of a function within a kernel, which took a third of the time.
+prepared once a launch, not anew in each call of a function within a kernel, which took a third of the time. A mask
+into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it is made a mask again.
 """
 
 import functools
@@ -26,6 +27,8 @@ _convert_others = InterpreterBuilder.create_fp_to_fp
 _dot_others = InterpreterBuilder.create_dot
 _check_reduced = ReduceScanOpInterface.check_tensor
 _patch_always = interpreter._patch_lang
+_load_masked = InterpreterBuilder.create_masked_load
+_store_masked = InterpreterBuilder.create_masked_store
 
 
 def install() -> None:
@@ -40,6 +43,8 @@ def install() -> None:
     InterpreterBuilder.create_dot = _dot
     ReduceScanOpInterface.check_tensor = _check
     interpreter._patch_lang = _patch
+    InterpreterBuilder.create_masked_load = _load
+    InterpreterBuilder.create_masked_store = _store
 
 
 @functools.cache
@@ -52,6 +57,18 @@ def _patch(function):
     if any(tl.core.is_builtin(language.load) for language in _languages(function)):
         return _patch_always(function)
     return interpreter._LangPatchScope()  # nothing to restore
+
+
+def _load(self, pointers, mask, *args):
+    return _load_masked(self, pointers, _as_mask(mask), *args)
+
+
+def _store(self, pointers, values, mask, *args):
+    return _store_masked(self, pointers, values, _as_mask(mask), *args)
+
+
+def _as_mask(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(handle.data.astype(bool), tl.int1)
 
 
 def _is_bfloat16(operand) -> bool:
