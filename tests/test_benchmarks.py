@@ -234,6 +234,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.main(options) == 0 and again == [2] and len(rows.load(file)) == len(once)
     monkeypatch.setattr(run, "source", lambda: "other code")
     assert run.main(options) == 0 and again == [2, 1, 2]
+    options.remove("2")
+    assert run.main(options) == 0 and again == [2, 1, 2, 1]
+    assert [r.key for r in rows.load(file)] == [r.key for r in once]  # what was not chosen stays
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
