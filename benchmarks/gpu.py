@@ -94,7 +94,9 @@ def perform(step: Step, seconds: float, out: Path, variables: dict[str, str]) ->
     log = out / "logs" / f"{step.name}.txt"
     with log.open("w") as file:
         command = [sys.executable, "-m", *step.arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts
+        )
         stopped = False
         for wait, number in ((seconds, signal.SIGINT), (10, signal.SIGKILL), (None, None)):
             try:
@@ -109,6 +111,11 @@ def perform(step: Step, seconds: float, out: Path, variables: dict[str, str]) ->
     if step.name == "tests" and (out / "tests.xml").exists():
         result |= counted(out / "tests.xml")
     return result
+
+
+def _heed_interrupts() -> None:
+    """What runs in the background of a shell, and all that it starts, ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def counted(junit: Path) -> dict[str, int]:

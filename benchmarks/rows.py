@@ -105,14 +105,14 @@ def append(rows: Iterable[Row], path: Path) -> None:
 def finished(path: Path, source: str) -> dict[tuple[Any, ...], Row]:
     """The rows of an earlier, perhaps stopped, run of the same code; a half-written last line is dropped.
 
-    The file is left with these rows alone.
+    Rows of other code stay in the file until they are measured again.
     """
     if not path.exists():
         return {}
     text = path.read_text()
     if not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1])
-    kept = {row.key: row for row in load(path) if row.environment.get("source") == source}
+    present = load(path)
     path.write_text("")
-    append(kept.values(), path)
-    return kept
+    append(present, path)  # of each key the last alone
+    return {row.key: row for row in present if row.environment.get("source") == source}

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from dca_kernels import fused
 
 
-class ReferenceStage(nn.Module):
-    """A stage of the reference: S maps, S token tensors (B, N, C_i), or for `upsample` both, tokens first."""
+class _Stage(nn.Module):
+    """A stage of a module; called with S maps, S token tensors (B, N, C_i), or for `upsample` both, tokens first."""
 
     def __init__(self, dca: Any, stage: str) -> None:
         super().__init__()
         self.dca, self.stage = dca, stage
+
+
+class ReferenceStage(_Stage):
+    """A stage of the reference."""
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         dca, block = self.dca, self.dca.attention[0]
@@ -28,12 +32,8 @@ class ReferenceStage(nn.Module):
         return dca.upsample(inputs[:scales], inputs[scales:])
 
 
-class TorchStage(nn.Module):
+class TorchStage(_Stage):
     """A stage of the `torch` backend, whose tokens are float32, or float64 for float64 maps."""
-
-    def __init__(self, dca: Any, stage: str) -> None:
-        super().__init__()
-        self.dca, self.stage = dca, stage
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         dca, block = self.dca, self.dca.attention[0]

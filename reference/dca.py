@@ -200,11 +200,13 @@ class DCA(nn.Module):
         return self.upsample(tokens, maps)
 
     def patch_embed(self, maps: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
+        """S maps of (B, C_i, H_i, W_i) -> S of (B, N, C_i)."""
         pooled = [F.adaptive_avg_pool2d(x, self.grid) for x in maps]  # S of (B, C_i, P_h, P_w)
         tokens = [x.flatten(2).transpose(1, 2) for x in pooled]  # S of (B, N, C_i)
         return [scale(t, self.grid) for scale, t in zip(self.avg_map, tokens, strict=True)]  # S of (B, N, C_i)
 
     def upsample(self, tokens: list[Tensor], maps: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """S of (B, N, C_i), and the S maps -> S maps of the same shapes."""
         low = [t.transpose(1, 2).unflatten(2, self.grid) for t in tokens]  # S of (B, C_i, P_h, P_w)
         up = [conv(z, x.shape[-2:]) for conv, z, x in zip(self.upconvs, low, maps, strict=True)]  # as the maps
         summed = [u + x for u, x in zip(up, maps, strict=True)]  # S of (B, C_i, H_i, W_i)

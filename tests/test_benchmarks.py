@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.main(options) == 0 and again == [2] and len(rows.load(file)) == len(once)
     monkeypatch.setattr(run, "source", lambda: "other code")
     assert run.main(options) == 0 and again == [2, 1, 2]
+    options.remove("2")
+    assert run.main(options) == 0 and again == [2, 1, 2, 1]
+    assert [r.key for r in rows.load(file)] == [r.key for r in once]  # what was not chosen stays
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
@@ -371,7 +375,11 @@ def test_a_step_out_of_time_keeps_what_it_had(tmp_path: Path) -> None:
     code = "import pathlib, time; print('begun', flush=True); pathlib.Path('kept').write_text('1'); time.sleep(60)"
     (tmp_path / "slow_step.py").write_text(code.replace("'kept'", repr(str(tmp_path / "kept"))))
     variables = {"PYTHONPATH": str(tmp_path), "PATH": ""}
-    result = gpu.perform(gpu.Step("slow", ["slow_step"], 2), 2, tmp_path, variables)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+    try:
+        result = gpu.perform(gpu.Step("slow", ["slow_step"], 2), 2, tmp_path, variables)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result["stopped"] == "after 2 s" and result["status"] != 0 and float(str(result["seconds"])) < 12
     assert (tmp_path / "kept").exists() and "begun" in (tmp_path / "logs" / "slow.txt").read_text()
 
