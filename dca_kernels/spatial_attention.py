@@ -236,9 +236,7 @@ def _attend_backward(
 
 
 @triton.jit
-def _load_upstream(
-    projected_ptr, dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr
-):
+def _load_upstream(projected_ptr, dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr):
     """The gradient of the result, and its product with the projected averages summed over channels."""
     dattended = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL)
     projected = _load_tokens(projected_ptr, offs_n, own, mask_n, mask_v, TOTAL)
@@ -368,7 +366,9 @@ def spatial_attention(tokens: Tokens, attention: Attention, training: bool) -> t
         scores_ptr=scores,
         **shared,
     )
-    return attended, None if projected is None or scores is None else Saved(tokens, normalised, level, projected, scores)
+    if projected is None or scores is None:
+        return attended, None
+    return attended, Saved(tokens, normalised, level, projected, scores)
 
 
 def spatial_attention_backward(

@@ -642,7 +642,8 @@ def _grid_gradient_kernel(
 
 @triton.jit
 def _grid_gradient(
-    x_ptr, z_ptr, adjoint_ptr, image, tables_ptr, wide_ptr, saved_ptr, gamma_ptr, removed_ptr, p, offs_q, offs_c, mask_c,
+    x_ptr, z_ptr, adjoint_ptr, image, tables_ptr, wide_ptr, saved_ptr, gamma_ptr, removed_ptr, p, offs_q,
+    offs_c, mask_c,
     CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     GRID: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -815,7 +816,7 @@ def _avg_map_gradient_kernel(
     sums_ptr, gradients_ptr, batch,
     CHANNELS: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: weight and bias, (2, C), of BLOCK_C channels of one scale, over images and tiles in a fixed order."""
+    """One program: weight and bias, (2, C), of BLOCK_C channels of a scale, over images and tiles in a fixed order."""
     TOTAL: tl.constexpr = total(CHANNELS)
     for i in tl.static_range(len(CHANNELS)):
         block = tl.program_id(0) - blocks_before(CHANNELS, BLOCK_C, i)
