@@ -167,7 +167,9 @@ def channel_attention(
     every = torch.cat(_layer_norm(tokens, norms), dim=2)  # (B, N, C)
     n_tokens, total = every.shape[1:]
     mean = every.mean(1)  # (B, C)
-    gram = _Gram.apply(every - mean[:, None], [t.shape[2] for t in tokens])  # (B, C, C)
+    centred = every - mean[:, None]
+    mean = mean + centred.detach().mean(1)  # what rounding left: the logits have N times the means' products
+    gram = _Gram.apply(centred, [t.shape[2] for t in tokens])  # (B, C, C)
     out, begin = [], 0
     for t, attention, no_shift in zip(tokens, attentions, removed, strict=True):
         own, heads = slice(begin, begin + t.shape[2]), attention.heads

@@ -16,11 +16,13 @@ import dca_kernels.flops  # noqa: F401
 from dca_kernels import fused, use_backend
 from tests.oracle import (
     Config,
+    assert_all_within_budget,
     assert_identical,
     assert_same,
     both_modes,
     evaluate,
     pair,
+    promoted,
     random_maps,
 )
 from tests.test_autocast import under
@@ -33,6 +35,7 @@ pytestmark = [
 # No two sizes are equal: dynamic sizes that are equal at first would be taken for one.
 CONFIG = Config((8, 12), (2, 5), sizes=((14, 20), (6, 15)), batch=3)
 SMALL = Config((8,), (2, 5), sizes=((6, 9),), batch=3)  # compiles in less time
+TOKENS = Config((32, 64), 28, sizes=((28, 28), (28, 28)))
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +92,18 @@ def test_inductor() -> None:
     compiled.compile(fullgraph=True)
     maps = random_maps(SMALL)
     assert_same(evaluate(compiled, maps), evaluate(eager, maps))
+
+
+def test_inductor_is_within_the_error_budget() -> None:
+    """It adds up one after the other what PyTorch adds up pairwise: enough tokens for that to show."""
+    compiled, theirs = pair(TOKENS, dtype=torch.float32, train=False)
+    compiled.compile(fullgraph=True)
+    draws = []
+    for seed in range(3):
+        maps = random_maps(TOKENS, torch.float32, seed)
+        exact = evaluate(promoted(theirs, TOKENS), [x.double() for x in maps], backward=False)
+        draws.append([evaluate(compiled, maps, backward=False), evaluate(theirs, maps, backward=False), exact])
+    assert_all_within_budget(draws, torch.float32)
 
 
 def test_the_backend_is_the_one_that_is_named_now() -> None:
