@@ -67,7 +67,7 @@ CASES = tuple(
     Case("train" if train else "eval", dtype, train=train)
     for dtype in (torch.float32, torch.bfloat16)
     for train in (False, True)
-)
+) + (Case("train, high", torch.float32, train=True, precision="high"),)
 
 
 @dataclass

@@ -119,7 +119,7 @@ class TritonStage:
             dtokens, _ = spatial_attention.spatial_attention_backward(self.saved, *self.douts, self.of_tokens, removed)
         else:
             norms = self.parameters.norms
-            last = upsample.upsample_backward(self.saved, self.douts, self.parameters.upconvs, norms, self.grid)
+            last = upsample.upsample_backward(self.saved, self.douts, self.parameters.upconvs, norms, self.grid, True)
             dtokens = last.tokens
             none = torch.zeros_like(dtokens)  # what would have come back from the attention
             avg_map, wanted = self.parameters.avg_map, [True] * scales

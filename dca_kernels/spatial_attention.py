@@ -462,11 +462,14 @@ def _configured(kernel: str, tokens: Tokens, heads: tuple[int, ...]) -> tuple[di
     """A kernel's configuration, and the arguments that forward and backward share."""
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     config = launch.configuration(kernel, target, dtype, launch.padded(tokens.shape[2] // min(heads)))
+    precision = launch.precision(dtype, target)
+    if precision == "tf32x3" and config.get("ieee"):  # wide heads spill otherwise
+        precision = "ieee"
     return config, {
         "N": tokens.shape[1],
         "CHANNELS": tokens.channels,
         "HEADS": heads,
-        "PRECISION": "ieee" if config.get("ieee") else launch.precision(dtype, target),  # wide heads spill otherwise
+        "PRECISION": precision,
         "ACC": launch.triton_type(tokens.accumulation),
         "BLOCK_M": config["block_m"],
         "BLOCK_N": config["block_n"],
