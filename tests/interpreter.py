@@ -1,11 +1,14 @@
 """Corrections of Triton's CPU interpreter, which up to 3.9.0 truncates casts to bfloat16 and computes on its raw bits.
 
-Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. And the language is
-prepared once a launch, not anew in each call of a function within a kernel, which took a third of the time. A mask
-into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it is made a mask again.
+Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. A mask into which a
+scalar's comparison went holds integers, which 3.9.0 no longer takes: it is made a mask again.
+
+And what took half of the time is done once: the language is prepared once a launch, not anew in each call of a function
+within a kernel, and types and shapes are kept.
 """
 
 import functools
+import math
 
 import numpy as np
 import triton.language as tl
@@ -27,6 +30,10 @@ _convert_others = InterpreterBuilder.create_fp_to_fp
 _dot_others = InterpreterBuilder.create_dot
 _check_reduced = ReduceScanOpInterface.check_tensor
 _patch_always = interpreter._patch_lang
+_describe_block = tl.block_type.__init__
+_dtype_of = interpreter._get_np_dtype
+_NUMPY_DTYPES: dict = {}
+_BLOCK_TYPES: dict = {}
 _load_masked = InterpreterBuilder.create_masked_load
 _store_masked = InterpreterBuilder.create_masked_store
 
@@ -45,6 +52,9 @@ def install() -> None:
     interpreter._patch_lang = _patch
     InterpreterBuilder.create_masked_load = _load
     InterpreterBuilder.create_masked_store = _store
+    tl.block_type.__init__ = _init_block_type
+    tl.tensor.__init__ = _init_tensor
+    interpreter._get_np_dtype = _numpy_dtype
 
 
 @functools.cache
@@ -57,6 +67,34 @@ def _patch(function):
     if any(tl.core.is_builtin(language.load) for language in _languages(function)):
         return _patch_always(function)
     return interpreter._LangPatchScope()  # nothing to restore
+
+
+def _numpy_dtype(dtype):
+    name = dtype.scalar.name
+    if name not in _NUMPY_DTYPES:
+        _NUMPY_DTYPES[name] = _dtype_of(dtype)
+    return _NUMPY_DTYPES[name]
+
+
+def _init_block_type(self, element_ty, shape) -> None:
+    shape = shape.values if isinstance(shape, tl.tuple) else tl.core._unwrap_if_constexpr(shape)
+    shape = tuple(size if isinstance(size, int) else tl.core._unwrap_if_constexpr(size) for size in shape)
+    key = element_ty.name, shape
+    if key not in _BLOCK_TYPES:
+        _describe_block(self, element_ty, list(shape))
+        _BLOCK_TYPES[key] = vars(self).copy()
+    vars(self).update(_BLOCK_TYPES[key])
+
+
+def _init_tensor(self, handle, type) -> None:
+    """As the language's own, but that equal shapes are one."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape(tuple(type.shape) if type.is_block() else ())
+
+
+@functools.cache
+def _shape(sizes: tuple[int, ...]) -> tuple:
+    return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
 
 
 def _load(self, pointers, mask, *args):
