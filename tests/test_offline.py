@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
+
+from dca_kernels import launch, spatial_attention
+from dca_kernels.tokens import Tokens
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = ROOT / "benchmarks" / "results" / "offline"
@@ -101,3 +105,14 @@ def test_a_training_step_is_21_launches() -> None:
 def test_bytes_are_within_the_bound() -> None:
     assert len(counted("triton")) == 6
     assert [key for key, r in counted("triton").items() if r["bytes"] > r["bound_bytes"]] == []
+
+
+@pytest.mark.parametrize(("precision", "products"), [("highest", "ieee"), ("high", "tf32")])
+def test_only_the_highest_precision_goes_without_tensor_cores(
+    precision: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    tokens = Tokens(torch.empty(1, 784, 480), (32, 64, 128, 256))
+    _, arguments = spatial_attention._configured("spatial_attention_backward", tokens, (4, 4, 4, 4))
+    assert arguments["PRECISION"] == products
