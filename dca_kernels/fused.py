@@ -9,14 +9,15 @@ N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 
-TILE_BYTES = 2**22  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
+TILE_BYTES = 2**20  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
 PLANE_BYTES = 2**22  # full-resolution values in flight at a time while a skip map is merged
 NEGLIGIBLE = 1e-18  # smaller attention weights are zero: far below rounding, and subnormal products cost 50x on a CPU
 MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_SpatialAttention`
@@ -65,7 +66,7 @@ def refine(dca: Holder, maps: Sequence[Tensor], norms: Sequence[Holder], dtypes:
         if dca.spatial_att:
             attentions.append((spatial_attention, block.spatial_norm, block.s_attention))
     with _no_autocast(maps[0]):
-        tokens, maps = patch_embed(maps, dca.avg_map, dca.grid)
+        tokens, maps = patch_embed(maps, dca.avg_map, dca.grid, norms)
         for i, (attend, *modules) in enumerate(attentions, start=1):
             tokens = attend(tokens, *modules, removed if i == len(attentions) else kept)
         return upsample(tokens, maps, dca.upconvs, norms, dca.grid, dtypes)
@@ -75,7 +76,7 @@ def refine(dca: Holder, maps: Sequence[Tensor], norms: Sequence[Holder], dtypes:
 
 
 def patch_embed(
-    maps: Sequence[Tensor], avg_map: Sequence[Holder], grid: tuple[int, int]
+    maps: Sequence[Tensor], avg_map: Sequence[Holder], grid: tuple[int, int], norms: Sequence[Holder | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Average each skip map over the token grid, then scale and shift each channel (paper, eq. 1).
 
@@ -88,8 +89,8 @@ def patch_embed(
         S tensors (B, N, C_i), and the maps as `upsample` takes them: the gradients of both meet in one pass.
     """
     tokens, passed = [], []
-    for x, projection in zip(maps, avg_map, strict=True):
-        pooled, same = _AdaptiveAvgPool.apply(x, grid)
+    for x, projection, norm in zip(maps, avg_map, norms, strict=True):
+        pooled, same = _AdaptiveAvgPool.apply(x, grid, norm is not None)
         pooled = pooled.flatten(2).transpose(1, 2).contiguous()  # (B, N, C_i)
         weight, bias = _affine(projection, pooled.dtype)
         tokens.append(torch.addcmul(bias, pooled, weight))
@@ -100,12 +101,13 @@ def patch_embed(
 class _AdaptiveAvgPool(torch.autograd.Function):
     """`adaptive_avg_pool2d`, accumulated in float32, beside the map itself: (B, C, P_h, P_w) and (B, C, H, W).
 
-    Deterministic, also backward. The map's gradient passes through here, and the average's is added to it.
+    Deterministic, also backward. The map's gradient passes through here, and the average's is added to it: in its own
+    memory where that is `fresh`, as the merge's is.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        ctx.size = x.shape[2:]
+    def forward(ctx: Any, x: Tensor, grid: tuple[int, int], fresh: bool) -> tuple[Tensor, Tensor]:
+        ctx.size, ctx.fresh = x.shape[2:], fresh
         dtype = accumulation_dtype(x.dtype)
         if ctx.size == grid:
             return x.to(dtype, copy=True), x.view_as(x)
@@ -119,18 +121,21 @@ class _AdaptiveAvgPool(torch.autograd.Function):
         return pooled, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         dpooled, dx = grads
         (height, width), grid = ctx.size, dpooled.shape[2:]
+        if torch.is_grad_enabled() or not ctx.fresh:
+            dx = dx.clone()
         if ctx.size == grid:
-            return dx + dpooled.to(dx.dtype), None
+            return dx.add_(dpooled), None, None
         with _no_autocast(dx):
             rows = dpooled @ _window_matrix(width, grid[1], dx.device, dpooled.dtype)  # (B, C, P_h, W)
             if height % grid[0] == 0:
-                rows = (rows * (grid[0] / height)).to(dx.dtype)
-                return (dx.unflatten(2, (grid[0], -1)) + rows[:, :, :, None]).flatten(2, 3), None
-            windows = _window_matrix(height, grid[0], dx.device, dpooled.dtype)
-            return dx + (windows.mT @ rows).to(dx.dtype), None
+                rows *= grid[0] / height
+                dx.unflatten(2, (grid[0], -1)).add_(rows[:, :, :, None])
+            else:
+                dx.add_(_window_matrix(height, grid[0], dx.device, dpooled.dtype).mT @ rows)
+        return dx, None, None
 
 
 def _window_matrix(size: int, windows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -168,7 +173,7 @@ def channel_attention(
     n_tokens, total = every.shape[1:]
     mean = every.mean(1)  # (B, C)
     centred = every - mean[:, None]
-    mean = mean + centred.detach().mean(1)  # what rounding left: the logits have N times the means' products
+    refined = mean + centred.detach().mean(1)  # what rounding left: the logits have N times the means' products
     gram = _Gram.apply(centred, [t.shape[2] for t in tokens])  # (B, C, C)
     out, begin = [], 0
     for t, attention, no_shift in zip(tokens, attentions, removed, strict=True):
@@ -180,17 +185,18 @@ def channel_attention(
         p_weight, p_bias = _affine(attention.projection, t.dtype)
         if no_shift:
             p_bias = _with_zero_grad(p_bias.detach(), p_bias)
-        q_weight, q_mean = q_weight * total**-0.5, (mean[:, own] * q_weight + q_bias) * total**-0.5
-        k_mean = mean * k_weight + k_bias
+        q_weight, q_mean = q_weight * total**-0.5, (refined[:, own] * q_weight + q_bias) * total**-0.5
+        k_mean = refined * k_weight + k_bias
         covariance = q_weight[:, None] * k_weight * gram[:, own]  # (B, C_i, C)
         logits = _head_blocks(covariance, heads) + n_tokens * (
             q_mean.unflatten(1, (heads, -1, 1)) * k_mean.unflatten(1, (heads, 1, -1))
         )  # (B, h, C_i / h, C / h)
         weights = _cut(torch.softmax(logits, -1))
-        shift = p_weight * (weights @ v_bias.unflatten(0, (heads, -1, 1))).flatten(1) + p_bias  # (B, C_i)
+        v_mean = mean * v_weight + v_bias
+        shift = p_weight * (weights @ v_mean.unflatten(1, (heads, -1, 1))).flatten(1) + p_bias  # (B, C_i)
         mixing = p_weight.unflatten(0, (heads, -1, 1)) * weights * v_weight.unflatten(0, (heads, 1, -1))
         mixed = torch.baddbmm(
-            _heads(t, heads).flatten(0, 1), _heads(every, heads).flatten(0, 1), mixing.flatten(0, 1).mT
+            _heads(t, heads).flatten(0, 1), _heads(centred, heads).flatten(0, 1), mixing.flatten(0, 1).mT
         )  # (B h, N, C_i / h), the residual added
         out.append(mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2).add_(shift[:, None]))
     return out
@@ -256,17 +262,17 @@ def spatial_attention(
         pairs.append(_with_zero_grad(scale * q_weight * k_weight, k_bias))
         keys.append(scale * (mean * q_weight + q_bias) * k_weight)
     key_scores = _head_sums(every, keys, heads)  # S of (B, h, N)
-    out, begin = [], 0
+    sizes = [t.shape[2] for t in tokens]
+    owns, means = every.split(sizes, 2), mean.split(sizes, 1)  # S of (B, N, C_i) and of (B, C_i)
+    out = []
     for i, (t, attention, no_shift) in enumerate(zip(tokens, attentions, removed, strict=True)):
-        own = slice(begin, begin + t.shape[2])
-        begin = own.stop
-        attended = _attend(every, every[:, :, own], pairs[i], key_scores[i])  # (B, N, C_i)
+        attended = _attend(every, owns[i], pairs[i], key_scores[i])  # (B, N, C_i)
         v_weight, v_bias = _affine(attention.v_map, t.dtype)
         p_weight, p_bias = _affine(attention.projection, t.dtype)
         weight, bias = p_weight * v_weight, p_weight * v_bias + p_bias  # (C_i)
         if no_shift:
             bias = _with_zero_grad(bias.detach(), v_bias, p_bias)
-        shift = mean[:, own] * weight + bias  # (B, C_i)
+        shift = means[i] * weight + bias  # (B, C_i)
         out.append(torch.addcmul(t, attended, weight).add_(shift[:, None]))
     return out
 
@@ -463,36 +469,45 @@ def _symmetric_backward(
     devery: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of one image's own (N, C_i), pair (C) and key scores (h, N); that of every (N, C) into `devery`."""
-    heads = len(weights)
-    values = _weighted_values(own, weights)  # (h, dv + 1, N)
-    upstream = _columns(dout, heads) / normaliser  # (h, dv, N)
-    upstream = torch.cat([upstream, -(upstream * _columns(out, heads)).sum(1, keepdim=True)], 1)  # (h, dv + 1, N)
-    of_scores = upstream * math.log(2)
-    left = tiles.rows(torch.cat([of_scores, values], 1).mT.contiguous())
-    right = tiles.columns(torch.cat([values, of_scores], 1))
-    queries = tiles.rows(_heads(every * pair, heads))
-    plain = tiles.rows(_heads(every, heads))
-    keys = [block.mT for block in plain]
-    blocks = tiles.columns(upstream)
-    received = _zeros(blocks)  # upstream E: (h, dv + 1, n)
-    dscores = _zeros(plain)  # (dS + dS^T) y: (h, n, dk)
-    for i, j, tile, thin in tiles.upper:
-        torch.bmm(queries[i], keys[j], out=tile).exp2_()  # E: (h, rows, columns)
-        received[i].baddbmm_(blocks[j], tile.mT)
-        if i != j:
-            received[j].baddbmm_(blocks[i], tile)
-        tile.mul_(torch.bmm(left[i], right[j], out=thin))  # dS + dS^T
-        dscores[i].baddbmm_(tile, plain[j])
-        if i != j:
-            dscores[j].baddbmm_(tile.mT, plain[i])
-    received_all = torch.cat(received, 2)
-    for span, block in zip(tiles.spans, dscores, strict=True):
-        devery[span].unflatten(1, (heads, -1)).copy_(block.transpose(0, 1))
-    dkey_scores = (values * received_all).sum(1) * math.log(2)  # (h, N)
-    down = (received_all[:, :-1] * weights).flatten(0, 1).mT  # (N, C_i)
+    heads, depth = len(weights), own.shape[1] // len(weights) + 1
+    thin = own.new_empty(heads, 3 * depth, own.shape[0])  # [values, upstream, values]
+    values = thin[:, :depth]  # [v w, w]
+    upstream = thin[:, depth : 2 * depth]  # [u, -u out] for u = log(2) dout / normaliser
+    torch.mul(_columns(own, heads), weights, out=values[:, :-1])
+    values[:, -1:] = weights
+    thin[:, 2 * depth :] = values
+    of_values = torch.div(_columns(dout, heads), normaliser / math.log(2), out=upstream[:, :-1])
+    torch.sum(of_values * _columns(out, heads), 1, keepdim=True, out=upstream[:, -1:]).neg_()
+    received = _symmetric_gradient(every, pair, thin, tiles, devery)
+    dkey_scores = (values * received).sum(1)  # (h, N)
+    down = (received[:, :-1] * (weights / math.log(2))).flatten(0, 1).mT  # (N, C_i)
     dpair = 0.5 * (devery * every).sum(0)
     devery.mul_(pair)
     return down, dpair, dkey_scores
+
+
+def _symmetric_gradient(every: Tensor, pair: Tensor, thin: Tensor, tiles: _Tiles, dscores: Tensor) -> Tensor:
+    """(dS + dS^T) y into `dscores` (N, C), and upstream E (h, dv + 1, N), from [values, upstream, values]."""
+    heads, depth = len(thin), thin.shape[1] // 3
+    left = tiles.rows(thin[:, depth:].mT)
+    right = tiles.columns(thin[:, : 2 * depth])
+    upstream = tiles.columns(thin[:, depth : 2 * depth])
+    queries = tiles.rows(_heads(every * pair, heads))
+    plain = tiles.rows(_heads(every, heads))
+    received = _zeros(upstream)  # (h, dv + 1, n)
+    products = _zeros(plain)  # (h, n, dk)
+    for i, j, tile, second in tiles.upper:
+        torch.bmm(queries[i], plain[j].mT, out=tile).exp2_()  # E: (h, rows, columns)
+        received[i].baddbmm_(upstream[j], tile.mT)
+        if i != j:
+            received[j].baddbmm_(upstream[i], tile)
+        tile.mul_(torch.bmm(left[i], right[j], out=second))  # dS + dS^T
+        products[i].baddbmm_(tile, plain[j])
+        if i != j:
+            products[j].baddbmm_(tile.mT, plain[i])
+    for span, block in zip(tiles.spans, products, strict=True):
+        _heads(dscores[span], heads).copy_(block)
+    return torch.cat(received, 2)
 
 
 def _rows_backward(
@@ -533,7 +548,7 @@ def _heads(tokens: Tensor, heads: int) -> Tensor:
 def tile_spans(key_scores: Tensor) -> list[slice]:
     """Spans of tokens such that the scores of one with another, of every head, take at most `TILE_BYTES`."""
     heads, length = key_scores.shape[-2:]
-    return _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())))
+    return _spans(length, math.isqrt(TILE_BYTES // (heads * key_scores.element_size())), multiple=16)
 
 
 def _row_spans(key_scores: Tensor) -> list[slice]:
@@ -542,9 +557,11 @@ def _row_spans(key_scores: Tensor) -> list[slice]:
     return _spans(length, TILE_BYTES // (heads * length * key_scores.element_size()))
 
 
-def _spans(length: int, most: int) -> list[slice]:
-    """0 .. length in equal spans of at most `most` (at least one) each."""
-    step = math.ceil(length / math.ceil(length / max(1, most)))
+def _spans(length: int, most: int, multiple: int = 1) -> list[slice]:
+    """0 .. length in equal spans of at most `most` (at least one) each; of the next multiple, if that is allowed."""
+    most = max(1, most)
+    step = math.ceil(length / max(1, math.ceil(length / most)))
+    step = max(1, min(most, math.ceil(step / multiple) * multiple))
     return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
 
 
@@ -638,15 +655,22 @@ def _merge_planes(
     the merged map, the mean and the variance. Of full resolution only x is saved: the backward interpolates again.
     """
     planes = _Planes(x, z)
-    if mean is None or variance is None:
-        mean, variance = _batch_statistics(planes)
-    else:
-        mean, variance = mean.clone(), variance.clone()  # an operator does not hand on its arguments
     out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
-    scale = gamma * torch.rsqrt(variance + eps)
-    for b, c, y in planes.shifted(-mean):
-        torch.add(y.mul_(_plane(scale[c])), _plane(beta[c]), out=out[b, c]).relu_()
-    return out, mean, variance
+    from_batch = mean is None or variance is None
+    centre = planes.mean() if from_batch else mean
+    mean, variance = _contiguous_like(gamma, gamma) if from_batch else (mean.clone(), variance.clone())
+    for c in planes.channels:
+        pieces = planes.pieces(partial(planes.centred, c, centre))
+        if from_batch:  # the centre is the mean up to rounding: taking what is left off the squares is safe
+            sums = sum((planes.sums(y, y) for _, y in pieces()), gamma.new_zeros(2, 1, dtype=torch.float64))
+            left, squares = sums / planes.count
+            mean[c] = centre[c] + left
+            variance[c] = squares - left.square()
+        scale = gamma[c] * torch.rsqrt(variance[c] + eps)
+        shift = beta[c] - scale * (mean[c] - centre[c])
+        for b, y in pieces():
+            torch.add(y.mul_(_plane(scale)), _plane(shift), out=out[b, c]).relu_()
+    return out, mean, variance  # an operator does not hand on its arguments
 
 
 def _merge_planes_backward(
@@ -665,20 +689,20 @@ def _merge_planes_backward(
         planes = _Planes(x, z)
         inv_std = torch.rsqrt(variance + eps)
         scale = gamma * inv_std
-        count = x.numel() // x.shape[1]
-        sum_g = x.new_zeros(x.shape[:2], dtype=z.dtype)  # (B, C)
-        sum_gy = torch.zeros_like(sum_g)
-        for b, c, y, g in planes.masked(mean, scale, beta, dout):
-            sum_g[b, c] = g.sum((1, 2))
-            sum_gy[b, c] = g.mul_(y).sum((1, 2))
-        dbeta, dgamma = sum_g.sum(0), sum_gy.sum(0) * inv_std  # (C)
-        from_mean = scale * dbeta / count if from_batch else torch.zeros_like(dbeta)
-        from_variance = scale * inv_std * dgamma / count if from_batch else torch.zeros_like(dgamma)
         dx, dz = torch.empty_like(x, memory_format=memory_format(x)), *_contiguous_like(z)
-        for b, c, y, g in planes.masked(mean, scale, beta, dout):
-            dy = g.mul_(_plane(scale[c])).sub_(_plane(from_mean[c])).sub_(y.mul_(_plane(from_variance[c])))
-            dx[b, c] = dy
-            dz[b, c] = planes.adjoint(dy)
+        dbeta, dgamma = _contiguous_like(beta, gamma)
+        for c in planes.channels:
+            pieces = planes.pieces(partial(planes.masked, c, mean, scale, beta, dout))
+            sums = sum((planes.sums(g, y) for _, (y, g) in pieces()), gamma.new_zeros(2, 1, dtype=torch.float64))
+            dbeta[c], dgamma[c] = sums[0], sums[1] * inv_std[c]
+            through_mean = scale[c] * dbeta[c] / planes.count
+            through_variance = scale[c] * inv_std[c] * dgamma[c] / planes.count
+            for b, (y, g) in pieces():
+                dy = g.mul_(_plane(scale[c]))
+                if from_batch:
+                    dy.sub_(y.mul_(_plane(through_variance)).add_(_plane(through_mean)))
+                dx[b, c] = dy
+                dz[b, c] = planes.adjoint(dy)
     return dx, dz, dgamma, dbeta, -scale * dbeta
 
 
@@ -728,53 +752,66 @@ library.register_autograd("dca_kernels::merge", _differentiate_merge, setup_cont
 
 
 class _Planes:
-    """up(z) + x, some channels of one image at a time: what is done to them happens in the cache."""
+    """up(z) + x, some channels of some images at a time: what is done to them happens in the cache."""
 
     def __init__(self, x: Tensor, z: Tensor) -> None:
         self.x, self.z = x, z
         self.rows, self.columns = _interpolation_matrices(z, x)
-        self.wide = z @ self.columns.mT  # (B, C, P_h, W)
-        self.channels = _spans(x.shape[1], PLANE_BYTES // (x.shape[2] * x.shape[3] * z.element_size()))
-        self.scratch = z.new_empty(2, self.channels[0].stop, *x.shape[2:])
+        self.count = max(1, x.numel() // x.shape[1])  # values a channel
+        planes = max(1, PLANE_BYTES // (x.shape[2] * x.shape[3] * z.element_size()))
+        # A few channels of all images; in channels_last memory those lie far apart, so all channels of a few images.
+        images = planes if memory_format(x) == torch.contiguous_format else planes // x.shape[1]
+        self.images = _spans(x.shape[0], images)
+        images = self.images[0].stop if self.images else 1
+        self.channels = _spans(x.shape[1], planes // images)
+        self.scratch = z.new_empty(3, images * self.channels[0].stop, *x.shape[2:])
 
-    def shifted(self, shift: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
-        """Image, channels, and up(z) + x + shift in the accumulation dtype (c, H, W); shift (C)."""
-        for b in range(self.x.shape[0]):
-            for c in self.channels:
-                y = torch.add(self.x[b, c], _plane(shift[c]), out=self.scratch[0, : c.stop - c.start])
-                if self.z.shape == self.x.shape:
-                    yield b, c, y.add_(self.z[b, c])
-                else:
-                    yield b, c, y.baddbmm_(self.rows.expand(len(y), -1, -1), self.wide[b, c])
+    def pieces(self, compute: Callable[[slice], Any]) -> Callable[[], Iterable[tuple[slice, Any]]]:
+        """What walks through the spans of images, each with its `compute`; a single one is computed once, and kept."""
+        if len(self.images) != 1:
+            return lambda: ((b, compute(b)) for b in self.images)
+        kept = [(b, compute(b)) for b in self.images]
+        return lambda: kept
+
+    def mean(self) -> Tensor:
+        """The mean of up(z) + x over images and pixels, up to rounding: (C)."""
+        of_x = self.x.sum((2, 3), dtype=self.z.dtype).sum(0) / self.count
+        of_z = self.z.sum(0) / max(1, len(self.z))  # (C, P_h, P_w)
+        return of_x + self.rows.mean(0) @ of_z @ self.columns.mean(0)
+
+    def centred(self, c: slice, centre: Tensor, b: slice) -> Tensor:
+        """up(z) + x - centre, in the accumulation dtype: centre (C) -> (b, c, H, W)."""
+        y = self._scratch(0, b, c)
+        torch.sub(self.x[b, c], _plane(centre[c]), out=y)
+        if self.z.shape == self.x.shape:
+            return y.add_(self.z[b, c])
+        wide = (self.z[b, c] @ self.columns.mT).flatten(0, 1)  # (b c, P_h, W)
+        y.flatten(0, 1).baddbmm_(self.rows.expand(len(wide), -1, -1), wide)
+        return y
 
     def masked(
-        self, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor
-    ) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """As `shifted` by -mean, and dout where the ReLU let y * scale + beta through, as the forward computes it."""
-        for b, c, y in self.shifted(-mean):
-            before_relu = torch.mul(y, _plane(scale[c]), out=self.scratch[1, : len(y)]).add_(_plane(beta[c]))
-            upstream = dout[b, c].to(y.dtype)
-            g = torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
-            yield b, c, y, g
+        self, c: slice, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor, b: slice
+    ) -> tuple[Tensor, Tensor]:
+        """`centred`, and dout where the ReLU let y * scale + beta through, as the forward computes it."""
+        y = self.centred(c, mean, b)
+        before_relu = torch.mul(y, _plane(scale[c]), out=self._scratch(1, b, c)).add_(_plane(beta[c]))
+        upstream = dout[b, c].to(y.dtype)
+        return y, torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
+
+    def sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """left and left * right summed over images and pixels: two of (b, c, H, W) -> (2, c) in float64."""
+        product = torch.mul(left, right, out=self.scratch[2, : left.shape[0] * left.shape[1]].view(left.shape))
+        return torch.stack([t.sum((2, 3)).sum(0, dtype=torch.float64) for t in (left, product)])
 
     def adjoint(self, dy: Tensor) -> Tensor:
-        """The transposed interpolation: (c, H, W) -> (c, P_h, P_w)."""
-        return torch.bmm(self.rows.mT.expand(len(dy), -1, -1), dy) @ self.columns
+        """The transposed interpolation: (b, c, H, W) -> (b, c, P_h, P_w)."""
+        tall = dy.flatten(0, 1)  # (b c, H, W)
+        low = torch.bmm(self.rows.mT.expand(len(tall), -1, -1), tall) @ self.columns
+        return low.unflatten(0, dy.shape[:2])
 
-
-def _batch_statistics(planes: _Planes) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a channel, centred a plane at a time and merged in float64."""
-    x, z = planes.x, planes.z
-    if x.shape[0] == 0:
-        return z.new_zeros(x.shape[1]), z.new_zeros(x.shape[1])
-    means, squares = (torch.empty(x.shape[:2], dtype=torch.float64, device=x.device) for _ in range(2))  # (B, C)
-    for b, c, y in planes.shifted(z.new_zeros(x.shape[1])):
-        mean = y.mean((1, 2), keepdim=True)
-        means[b, c] = mean.flatten().double()
-        squares[b, c] = y.sub_(mean).square_().sum((1, 2)).double()
-    mean = means.mean(0)
-    variance = squares.mean(0) / (x.shape[2] * x.shape[3]) + (means - mean).square().mean(0)
-    return mean.to(z.dtype), variance.to(z.dtype)
+    def _scratch(self, i: int, b: slice, c: slice) -> Tensor:
+        images, channels = b.stop - b.start, c.stop - c.start
+        return self.scratch[i, : images * channels].unflatten(0, (images, channels))
 
 
 def _interpolate(z: Tensor, x: Tensor) -> Tensor:

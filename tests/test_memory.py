@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import count_allocations
 from dca_kernels import fused
 from tests.oracle import (
     TRAINABLE,
@@ -19,6 +20,7 @@ from tests.oracle import (
     each_trainable,
     evaluate,
     pair,
+    random_like,
     random_maps,
 )
 
@@ -123,6 +125,43 @@ def test_nothing_is_saved_without_gradients(train: bool, backend: str) -> None:
     with saved_tensors() as saved, torch.no_grad():
         module(random_maps(Config(), backend=backend))
     assert not saved
+
+
+PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=1)
+
+
+def test_a_training_step_takes_a_third_of_the_memory() -> None:
+    gradients = 4 * sum(x.numel() for x in random_maps(PAPER, torch.float32)) / 1e6  # of the maps, in MB
+
+    def extra(module: nn.Module) -> float:
+        maps = [x.requires_grad_() for x in random_maps(PAPER, torch.float32)]
+        upstream = [torch.ones_like(x) for x in maps]
+        peak = count_allocations(lambda: torch.autograd.backward(module(maps), upstream))["counted_peak_mb"]
+        return peak - gradients
+
+    ours, theirs = (extra(module) for module in pair(PAPER, "torch", torch.float32, train=True))
+    assert ours <= theirs / 3
+
+
+# Gradients that the user holds
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_the_upstream_gradient_is_left_alone(replaced: bool) -> None:
+    """The pooled map's gradient is added in place, to memory of the module's own."""
+    module, _ = pair(Config(), "torch", train=True)
+    if replaced:
+        module.bn_relu = nn.ModuleList(nn.Identity() for _ in Config().features)
+    maps = [x.requires_grad_() for x in random_maps(Config())]
+    outs = module(maps)
+    upstream = random_like(outs)
+    before = [g.clone() for g in upstream]
+    first = torch.autograd.grad(outs, maps, upstream, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(outs, maps, upstream)
+    assert all(map(torch.equal, before, upstream))
+    assert all(map(torch.equal, kept, first))
+    assert all(map(torch.equal, first, second))
 
 
 # The fixture of conftest.py

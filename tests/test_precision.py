@@ -216,7 +216,7 @@ def test_one_image_out_of_range_leaves_the_other(row_calls: list[int]) -> None:
     assert len(row_calls) == 2  # of the first image: forward and backward
 
 
-RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)))  # 35 tokens
+RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), batch=3)  # 35 tokens
 
 
 def with_settings(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Results:
@@ -234,9 +234,10 @@ PATHS: dict[str, dict[str, object]] = {
     "rows_ragged": ROWS | {"TILE_BYTES": 4 * 35 * 8 * 4},
     "rows_one_by_one": ROWS | {"TILE_BYTES": 1},
     "flash": {"_attend": fused._attend_flash},
-    "tiles_ragged": {"TILE_BYTES": 4 * 8 * 10**2},  # 9, 9, 9 and 8 tokens with 4 heads
+    "tiles_ragged": {"TILE_BYTES": 4 * 8 * 10**2},  # 10, 10, 10 and 5 tokens with 4 heads
     "tiles_of_one": {"TILE_BYTES": 1},
-    "planes_ragged": {"PLANE_BYTES": 11 * 15 * 8 * 3},  # 3, 3 and 2 channels of the first map
+    "planes_ragged": {"PLANE_BYTES": 11 * 15 * 8 * 3 * RAGGED.batch},  # 3, 3 and 2 channels of the first map
+    "planes_of_some_images": {"PLANE_BYTES": 11 * 15 * 8 * 2},  # two images and one
     "planes_of_one": {"PLANE_BYTES": 1},
 }
 
@@ -247,10 +248,20 @@ def test_paths_agree(settings: dict[str, object], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "length, most, sizes",
-    [(35, 10, [9, 9, 9, 8]), (35, 35, [35]), (35, 100, [35]), (3, 0, [1, 1, 1]), (8, 3, [3, 3, 2])],
+    "length, most, multiple, sizes",
+    [
+        (35, 10, 1, [9, 9, 9, 8]),
+        (35, 35, 1, [35]),
+        (35, 100, 1, [35]),
+        (3, 0, 1, [1, 1, 1]),
+        (8, 3, 1, [3, 3, 2]),
+        (0, 3, 1, []),
+        (784, 256, 16, [208, 208, 208, 160]),
+        (35, 10, 16, [10, 10, 10, 5]),
+        (35, 100, 16, [35]),
+    ],
 )
-def test_spans_cover_all(length: int, most: int, sizes: list[int]) -> None:
-    spans = fused._spans(length, most)
+def test_spans_cover_all(length: int, most: int, multiple: int, sizes: list[int]) -> None:
+    spans = fused._spans(length, most, multiple)
     assert [span.stop - span.start for span in spans] == sizes
     assert [i for span in spans for i in range(span.start, span.stop)] == list(range(length))
