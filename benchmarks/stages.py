@@ -38,7 +38,8 @@ class TorchStage(_Stage):
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         dca, block = self.dca, self.dca.attention[0]
         if self.stage == "patch_embed":
-            return fused.patch_embed(inputs, dca.avg_map, dca.grid)[0]
+            norms = [head[0] for head in dca.bn_relu]
+            return fused.patch_embed(inputs, dca.avg_map, dca.grid, norms)[0]
         if self.stage == "channel_attention":
             return fused.channel_attention(inputs, block.channel_norm, block.c_attention, [False] * len(inputs))
         if self.stage == "spatial_attention":  # in training BatchNorm behind it removes what it adds to a channel

@@ -84,6 +84,7 @@ def patch_embed(
         maps: S tensors (B, C_i, H_i, W_i).
         avg_map: S depthwise projections.
         grid: (P_h, P_w).
+        norms: `upsample`'s. Where None, the gradient that it gives a map may be someone else's memory.
 
     Returns:
         S tensors (B, N, C_i), and the maps as `upsample` takes them: the gradients of both meet in one pass.
