@@ -652,8 +652,8 @@ def _merge_planes(
     """relu(gamma * (up(z) + x - mean) / sqrt(variance + eps) + beta), a few planes at a time.
 
     x (B, C, H, W) in any floating dtype, z (B, C, P_h, P_w) and gamma, beta, mean, variance (C) in the accumulation
-    dtype. Where mean is None, mean and variance are the batch's (the variance biased), by a first pass over x. Returns
-    the merged map, the mean and the variance. Of full resolution only x is saved: the backward interpolates again.
+    dtype. Where mean is None, mean and variance are the batch's (the variance biased). Returns the merged map, the mean
+    and the variance. Of full resolution only x is saved: the backward interpolates again.
     """
     planes = _Planes(x, z)
     out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
@@ -666,7 +666,7 @@ def _merge_planes(
             sums = sum((planes.sums(y, y) for _, y in pieces()), gamma.new_zeros(2, 1, dtype=torch.float64))
             left, squares = sums / planes.count
             mean[c] = centre[c] + left
-            variance[c] = squares - left.square()
+            variance[c] = (squares - left.square()).clamp_(min=0)
         scale = gamma[c] * torch.rsqrt(variance[c] + eps)
         shift = beta[c] - scale * (mean[c] - centre[c])
         for b, y in pieces():
@@ -793,7 +793,7 @@ class _Planes:
     def masked(
         self, c: slice, mean: Tensor, scale: Tensor, beta: Tensor, dout: Tensor, b: slice
     ) -> tuple[Tensor, Tensor]:
-        """`centred`, and dout where the ReLU let y * scale + beta through, as the forward computes it."""
+        """`centred`, and dout where the ReLU let y * scale + beta through."""
         y = self.centred(c, mean, b)
         before_relu = torch.mul(y, _plane(scale[c]), out=self._scratch(1, b, c)).add_(_plane(beta[c]))
         upstream = dout[b, c].to(y.dtype)
