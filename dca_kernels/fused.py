@@ -765,7 +765,8 @@ class _Planes:
         self.images = _spans(x.shape[0], images)
         images = self.images[0].stop if self.images else 1
         self.channels = _spans(x.shape[1], planes // images)
-        self.scratch = z.new_empty(3, images * self.channels[0].stop, *x.shape[2:])
+        self.most = images * self.channels[0].stop  # planes of a piece
+        self.memory: dict[str, Tensor] = {}  # of a piece, by what it is for
 
     def pieces(self, compute: Callable[[slice], Any]) -> Callable[[], Iterable[tuple[slice, Any]]]:
         """What walks through the spans of images, each with its `compute`; a single one is computed once, and kept."""
@@ -782,7 +783,7 @@ class _Planes:
 
     def centred(self, c: slice, centre: Tensor, b: slice) -> Tensor:
         """up(z) + x - centre, in the accumulation dtype: centre (C) -> (b, c, H, W)."""
-        y = self._scratch(0, b, c)
+        y = self._scratch("centred", b.stop - b.start, c.stop - c.start)
         torch.sub(self.x[b, c], _plane(centre[c]), out=y)
         if self.z.shape == self.x.shape:
             return y.add_(self.z[b, c])
@@ -795,13 +796,13 @@ class _Planes:
     ) -> tuple[Tensor, Tensor]:
         """`centred`, and dout where the ReLU let y * scale + beta through."""
         y = self.centred(c, mean, b)
-        before_relu = torch.mul(y, _plane(scale[c]), out=self._scratch(1, b, c)).add_(_plane(beta[c]))
+        before_relu = torch.mul(y, _plane(scale[c]), out=self._scratch("masked", *y.shape[:2])).add_(_plane(beta[c]))
         upstream = dout[b, c].to(y.dtype)
         return y, torch.ops.aten.threshold_backward.grad_input(upstream, before_relu, 0, grad_input=before_relu)
 
     def sums(self, left: Tensor, right: Tensor) -> Tensor:
         """left and left * right summed over images and pixels: two of (b, c, H, W) -> (2, c) in float64."""
-        product = torch.mul(left, right, out=self.scratch[2, : left.shape[0] * left.shape[1]].view(left.shape))
+        product = torch.mul(left, right, out=self._scratch("product", *left.shape[:2]))
         return torch.stack([t.sum((2, 3)).sum(0, dtype=torch.float64) for t in (left, product)])
 
     def adjoint(self, dy: Tensor) -> Tensor:
@@ -810,9 +811,11 @@ class _Planes:
         low = torch.bmm(self.rows.mT.expand(len(tall), -1, -1), tall) @ self.columns
         return low.unflatten(0, dy.shape[:2])
 
-    def _scratch(self, i: int, b: slice, c: slice) -> Tensor:
-        images, channels = b.stop - b.start, c.stop - c.start
-        return self.scratch[i, : images * channels].unflatten(0, (images, channels))
+    def _scratch(self, use: str, images: int, channels: int) -> Tensor:
+        """(images, channels, H, W), the same memory for every piece."""
+        if use not in self.memory:
+            self.memory[use] = self.z.new_empty(self.most, *self.x.shape[2:])
+        return self.memory[use][: images * channels].unflatten(0, (images, channels))
 
 
 def _interpolate(z: Tensor, x: Tensor) -> Tensor:
