@@ -658,20 +658,25 @@ def _merge_planes(
     planes = _Planes(x, z)
     out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
     from_batch = mean is None or variance is None
-    centre = planes.mean() if from_batch else mean
-    mean, variance = _contiguous_like(gamma, gamma) if from_batch else (mean.clone(), variance.clone())
+    if mean is None or variance is None:
+        centre = planes.mean()
+        mean, variance = _contiguous_like(gamma, gamma)
+    else:
+        centre = mean
+        mean, variance = mean.clone(), variance.clone()  # an operator does not hand on its arguments
     for c in planes.channels:
         pieces = planes.pieces(partial(planes.centred, c, centre))
+        left = gamma.new_zeros(1)
         if from_batch:  # the centre is the mean up to rounding: taking what is left off the squares is safe
             sums = sum((planes.sums(y, y) for _, y in pieces()), gamma.new_zeros(2, 1, dtype=torch.float64))
             left, squares = sums / planes.count
             mean[c] = centre[c] + left
             variance[c] = (squares - left.square()).clamp_(min=0)
         scale = gamma[c] * torch.rsqrt(variance[c] + eps)
-        shift = beta[c] - scale * (mean[c] - centre[c])
+        shift = beta[c] - scale * left.to(scale.dtype)
         for b, y in pieces():
             torch.add(y.mul_(_plane(scale)), _plane(shift), out=out[b, c]).relu_()
-    return out, mean, variance  # an operator does not hand on its arguments
+    return out, mean, variance
 
 
 def _merge_planes_backward(
