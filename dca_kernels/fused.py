@@ -474,9 +474,7 @@ def _symmetric_backward(
     thin = own.new_empty(heads, 3 * depth, own.shape[0])  # [values, upstream, values]
     values = thin[:, :depth]  # [v w, w]
     upstream = thin[:, depth : 2 * depth]  # [u, -u out] for u = log(2) dout / normaliser
-    torch.mul(_columns(own, heads), weights, out=values[:, :-1])
-    values[:, -1:] = weights
-    thin[:, 2 * depth :] = values
+    values[:] = thin[:, 2 * depth :] = _weighted_values(own, weights)
     of_values = torch.div(_columns(dout, heads), normaliser / math.log(2), out=upstream[:, :-1])
     torch.sum(of_values * _columns(out, heads), 1, keepdim=True, out=upstream[:, -1:]).neg_()
     received = _symmetric_gradient(every, pair, thin, tiles, devery)
