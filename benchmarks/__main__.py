@@ -14,6 +14,7 @@ COMMANDS = {
     "calibrate": "the machine's copy and product rates",
     "determinism": "whether results are the same bits every time",
     "offline": "what can be known of the kernels without a GPU",
+    "host": "what a call costs the host, without a GPU",
 }
 
 

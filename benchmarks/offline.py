@@ -23,28 +23,15 @@ from unittest import mock
 import torch
 import triton
 from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
 import dca_kernels
-from dca_kernels import backends, launch
+from benchmarks import stand_in
 
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "offline"
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a program
-
 
 PAPER, WIDE = (32, 64, 128, 256), (64, 128, 256, 512)
 
@@ -55,6 +42,7 @@ class Case:
 
     name: str
     dtype: torch.dtype = torch.bfloat16
+    batch: int = 8
     features: tuple[int, ...] = PAPER
     train: bool = False
     channels_last: bool = False
@@ -64,46 +52,57 @@ class Case:
 
 
 CASES = (
+    Case("eval", torch.bfloat16),
+    Case("train", torch.bfloat16, train=True),
+    Case("eval, batch 1", torch.bfloat16, batch=1),
+    Case("train, batch 1", torch.bfloat16, batch=1, train=True),
     Case("eval", torch.float32),
     Case("train", torch.float32, train=True),
     Case("train, high", torch.float32, train=True, precision="high"),
-    Case("eval", torch.bfloat16),
-    Case("train", torch.bfloat16, train=True),
+    Case("eval", torch.float64),
+    Case("train", torch.float64, train=True),
 )
 
 
 @dataclass
 class Launch:
-    """One recorded launch: the kernel, its arguments and its configuration."""
+    """One launch as Triton's JIT was asked for it: a kernel, its grid, and all arguments, options among them."""
 
-    kernel: Any
-    programs: int
-    config: dict[str, int]
+    kernel: JITFunction
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
 
     @property
     def name(self) -> str:
         return self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is no argument of the kernel: warps, stages and what else the compiler is told."""
+        return {name: value for name, value in self.arguments.items() if name not in self.kernel.arg_names}
 
-def record(case: Case, target: str, batch: int = 8) -> list[Launch]:
+    def compile(self) -> Any:
+        """As the launch itself would, by the JIT's own binder, for the target that is stood in for."""
+        return self.kernel.run(grid=self.grid, warmup=True, **self.arguments)
+
+
+def record(case: Case, target: str) -> list[Launch]:
     """The launches of one forward, in training of a whole step; none of them runs."""
     launches: list[Launch] = []
 
-    def keep(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
-        launches.append(Launch(kernel, programs, config, arguments))
+    def keep(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
+        launches.append(Launch(kernel, grid, arguments))
 
     module = dca_kernels.DCA(case.features, channel_att=case.channel_att, n=case.n, backend="triton")
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     maps = [
-        torch.empty(batch, c, side, side, dtype=case.dtype, memory_format=layout)
+        torch.empty(case.batch, c, side, side, dtype=case.dtype, memory_format=layout)
         for c, side in zip(case.features, (224, 112, 56, 28), strict=True)
     ]
     with (
         mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision),
-        mock.patch.object(backends, "why_not", lambda name, device: None),
-        mock.patch.object(launch, "run", keep),
-        mock.patch.object(launch, "architecture", lambda device: target),
+        mock.patch.object(JITFunction, "run", keep),
+        stand_in.standing_in(target),
     ):
         module.to(case.dtype).train(case.train).requires_grad_(case.train)
         outs = module([x.requires_grad_(case.train) for x in maps])
@@ -112,42 +111,22 @@ def record(case: Case, target: str, batch: int = 8) -> list[Launch]:
     return launches
 
 
-def describe(one: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility of a launch's arguments, as `kernel[grid](...)` specialises on them."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
+def specialised(one: Launch) -> list[str]:
+    """What the JIT compiles a launch for: types, constants, what it knows of the arguments, options."""
+    found: list[str] = []
 
-    def type_of(value: Any, path: tuple[int, ...], constant: bool) -> Any:
-        if isinstance(value, tuple):
-            return tuple(type_of(v, (*path, i), constant) for i, v in enumerate(value))
-        if constant or value is None or (isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return "*" + _TYPES[value.dtype]
-        if value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32"
+    def keep(**asked: Any) -> bool:
+        found.extend(str(asked["compile"][part]) for part in ("signature", "constants", "configs"))
+        return True  # do not compile it
 
-    for i, parameter in enumerate(one.kernel.params):
-        signature[parameter.name] = type_of(one.arguments[parameter.name], (i,), parameter.is_constexpr)
-    return signature, constants, attributes
-
-
-def compile_launch(one: Launch, target: str) -> Any:
-    """What `kernel[grid](...)` would compile on the target."""
-    signature, constants, attributes = describe(one)
-    source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.config["num_warps"], "num_stages": one.config["num_stages"], "enable_fp_fusion": True}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", keep):
+        one.compile()
+    return [*found, str(one.options)]
 
 
 def digest(one: Launch) -> str:
-    """Changes with all that the machine code depends on: the kernel's code, types, constants and configuration."""
-    described = [str(part) for part in describe(one)]
-    return hashlib.sha256("\0".join([*_code(one.kernel), *described, str(one.config)]).encode()).hexdigest()[:16]
+    """Changes with all that the machine code depends on: the kernel's code and what it is compiled for."""
+    return hashlib.sha256("\0".join([*_code(one.kernel), *specialised(one)]).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -167,21 +146,12 @@ def _code(kernel: JITFunction) -> list[str]:
     return [found[name] for name in sorted(found)]
 
 
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-}
-
-
 @functools.cache
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def resources(compiled: Any, target: str) -> dict[str, int]:
+def resources(compiled: Any) -> dict[str, int]:
     """Registers a thread, spilled bytes, shared memory in bytes, and counts of instructions in the machine code."""
     if "cubin" not in compiled.asm:
         return _amd_resources(compiled)
@@ -226,15 +196,19 @@ def _count(code: str, pattern: str) -> int:
 
 def row(case: Case, target: str, one: Launch) -> Row:
     """One line of the table."""
+    with stand_in.standing_in(target):
+        its_digest = digest(one)  # first: what is compiled already is not looked up again
+        found = resources(one.compile())
     return {
         "kernel": one.name,
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "target": target,
-        "config": one.config,
-        "digest": digest(one),
-        **resources(compile_launch(one, target), target),
-        "shared_limit": SHARED_LIMIT[target],
+        "config": {name.lower(): value for name, value in one.arguments.items() if name.startswith("BLOCK")}
+        | one.options,
+        "digest": its_digest,
+        **found,
+        "shared_limit": stand_in.TARGETS[target].shared_limit,
     }
 
 
@@ -242,9 +216,10 @@ def plan(targets: Sequence[str]) -> dict[tuple[str, str], tuple[Case, str, int]]
     """Case, target and number of every launch that differs from the others, under its target and digest."""
     jobs: dict[tuple[str, str], tuple[Case, str, int]] = {}
     for target in targets:
-        for case in CASES:
-            for i, one in enumerate(record(case, target)):
-                jobs.setdefault((target, digest(one)), (case, target, i))
+        with stand_in.standing_in(target):
+            for case in CASES:
+                for i, one in enumerate(record(case, target)):
+                    jobs.setdefault((target, digest(one)), (case, target, i))
     return jobs
 
 
@@ -264,7 +239,7 @@ def table(rows: Sequence[Row]) -> str:
             len(group),
             max(r["registers"] for r in group),
             max(r["spilled"] for r in group),
-            f"{max(r['shared'] for r in group) / 1024:.0f} of {SHARED_LIMIT[target] / 1024:.0f}",
+            f"{max(r['shared'] for r in group) / 1024:.0f} of {stand_in.TARGETS[target].shared_limit / 1024:.0f}",
             f"{min(r['loads_128'] for r in group)} / {min(r['stores_128'] for r in group)}",
             min(r["tensor_core"] for r in group),
             sum(r["atomics"] for r in group),
@@ -294,7 +269,9 @@ def main(arguments: Sequence[str]) -> int:
         "not compiled again; all of it takes about half an hour on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="what to compile for")
+    parser.add_argument(
+        "--target", nargs="+", choices=stand_in.TARGETS, default=list(stand_in.TARGETS), help="what to compile for"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the two row files go")
     chosen = parser.parse_args(arguments)
     chosen.out.mkdir(parents=True, exist_ok=True)

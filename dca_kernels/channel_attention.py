@@ -12,6 +12,7 @@ from dca_kernels import launch
 from dca_kernels.parameters import Attention, LayerNorm
 from dca_kernels.primitives import (
     blocks_before,
+    kernel,
     load_concatenated,
     load_vector,
     offset,
@@ -28,7 +29,7 @@ from dca_kernels.primitives import (
 from dca_kernels.tokens import Tokens, statistics_of
 
 
-@triton.jit
+@kernel
 def _covariance_kernel(
     tokens_ptr, statistics_ptr, sums_ptr, mean_ptr, covariance_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -105,7 +106,7 @@ def _load_centred(
     return tl.where(mask, centred, 0.0).to(tokens.dtype)
 
 
-@triton.jit
+@kernel
 def _mixing_kernel(
     covariance_ptr, mean_ptr, sums_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases, v_weights, v_biases,
     p_weights, p_biases, mixing_ptr, shift_ptr, mean_token_ptr,
@@ -171,7 +172,7 @@ def _attention_weights(
     return weights / tl.sum(weights, 1)[:, None], covariance
 
 
-@triton.jit
+@kernel
 def _mix_kernel(
     tokens_ptr, statistics_ptr, mean_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas,
     mixed_ptr, normalised_ptr, level_ptr,
@@ -228,7 +229,7 @@ def _mix(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _mixing_gradient_kernel(
     tokens_ptr, statistics_ptr, mean_ptr, dmixed_ptr, dmixing_ptr, dshift_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -262,7 +263,7 @@ def _mixing_gradient_kernel(
         tl.store(dshift_ptr + b * TOTAL + offs_i, dshift, mask=mask_i)
 
 
-@triton.jit
+@kernel
 def _mixing_backward_kernel(
     covariance_ptr, mean_ptr, dmixing_ptr, dshift_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases,
     v_weights, v_biases, p_weights, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr,
@@ -337,7 +338,7 @@ def _mixing_backward_kernel(
             tl.store(column_ptr + 4 * TOTAL, k_weight * dk_mean / N, mask=mask_d)
 
 
-@triton.jit
+@kernel
 def _mix_backward_kernel(
     tokens_ptr, statistics_ptr, mean_ptr, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas,
     dtokens_ptr, daffine_ptr,
@@ -399,7 +400,7 @@ def _mix_backward(
     return dnormalised + of_means[None, :]
 
 
-@triton.jit
+@kernel
 def _channel_gradients_kernel(
     rows_ptr, columns_ptr, daffine_ptr, gradients_ptr, batch,
     CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, AFFINE_BLOCKS: tl.constexpr, REMOVED: tl.constexpr,

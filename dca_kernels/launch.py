@@ -112,6 +112,16 @@ def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManage
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def sizes(maps: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Height and width of each scale's map."""
+    return tuple((x.shape[2], x.shape[3]) for x in maps)
+
+
+def strides(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
+    """The strides of each scale's tensor, None where there is none."""
+    return tuple(None if t is None else t.stride() for t in tensors)
+
+
 def weights(parts: Iterable[Any]) -> tuple[Tensor, ...]:
     """The weight of each scale."""
     return tuple(part.weight for part in parts)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dca_kernels.fused import checked, uses_batch_statistics
 
+ALIGNMENT = 16  # bytes
+
 
 class Affine(NamedTuple):
     """A weight and a bias: of a depthwise projection (C, 1, 1, 1) or of a convolution (C_i, C_i, 1, 1), and (C)."""
@@ -149,7 +151,7 @@ def flatten(dca: Any, norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]
 def unflatten(spec: Spec, parameters: Sequence[Tensor], buffers: Sequence[Tensor] | None) -> Parameters:
     """The lists of `flatten`, a stage at a time; a backward has no buffers."""
     scales = len(spec.fused)
-    rest = (t.contiguous() for t in parameters)  # as kernels take them
+    rest = map(_as_kernels_take_it, parameters)
     state = iter(buffers or ())
 
     def affine() -> list[Affine]:
@@ -179,6 +181,15 @@ def unflatten(spec: Spec, parameters: Sequence[Tensor], buffers: Sequence[Tensor
         )  # fmt: skip
         norms.append(norm if spec.fused[i] else None)
     return Parameters(avg_map, blocks, upconvs, norms)
+
+
+def _as_kernels_take_it(parameter: Tensor) -> Tensor:
+    """Contiguous, and at an address that is a multiple of 16 bytes.
+
+    Triton compiles another kernel for any other address; a copy of one vector is faster by far.
+    """
+    contiguous = parameter.contiguous()
+    return contiguous if contiguous.data_ptr() % ALIGNMENT == 0 else contiguous.clone()
 
 
 def _depthwise(projection: Any) -> nn.Conv2d:

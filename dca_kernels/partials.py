@@ -1,14 +1,14 @@
 """The last step of a parameter's gradient in the `triton` backend: many programs' partial sums, in a fixed order."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
+from dca_kernels.primitives import kernel
 
 
-@triton.jit
+@kernel
 def _sum_partials_kernel(
     partials_ptr, out_ptr, count,
     SIZE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,

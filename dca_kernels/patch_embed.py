@@ -15,7 +15,9 @@ from dca_kernels.primitives import (
     band_begin,
     interpolation,
     interpolation_matrix,
+    kernel,
     load_vector,
+    of_scale,
     offset,
     padded,
     split_program,
@@ -27,7 +29,7 @@ from dca_kernels.primitives import (
 from dca_kernels.tokens import Tokens
 
 
-@triton.jit
+@kernel
 def _patch_embed_kernel(
     maps, weights, biases, tokens_ptr, statistics_ptr, sums_ptr, moments_ptr, adjoint_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, WINDOWS: tl.constexpr, GRID: tl.constexpr,
@@ -43,8 +45,9 @@ def _patch_embed_kernel(
         if tile // BLOCKS == i:
             x_ptr = maps[i] + b * STRIDES[i][0]
             sums, lane_means, lane_squares = _sum_windows(
-                x_ptr, p, q_begin, CHANNELS[i], SIZES[i], STRIDES[i], WINDOWS[i], GRID, FROM_BATCH[i], ACC, BLOCK_Q
-            )
+                x_ptr, p, q_begin, CHANNELS[i], of_scale(SIZES, i), of_scale(STRIDES, i), of_scale(WINDOWS, i), GRID,
+                FROM_BATCH[i], ACC, BLOCK_Q,
+            )  # fmt: skip
             offs_q = q_begin + tl.arange(0, BLOCK_Q)
             offs_c = tl.arange(0, padded(CHANNELS[i]))
             mask_c = offs_c < CHANNELS[i]
@@ -67,12 +70,15 @@ def _patch_embed_kernel(
                 )  # fmt: skip
             if FROM_BATCH[i]:
                 mean, squares = _merge_lanes(
-                    lane_means, lane_squares, p, q_begin, SIZES[i], WINDOWS[i], GRID, ACC, BLOCK_Q
+                    lane_means, lane_squares, p, q_begin, of_scale(SIZES, i), of_scale(WINDOWS, i), GRID, ACC, BLOCK_Q
                 )
                 moments_ptrs = moments_ptr + (b * BLOCKS + block) * 2 * total(CHANNELS) + offset(CHANNELS, i) + offs_c
                 tl.store(moments_ptrs, mean, mask=mask_c)
                 tl.store(moments_ptrs + total(CHANNELS), squares, mask=mask_c)
-                adjoint = _adjoint(x_ptr, p, q_begin, CHANNELS[i], SIZES[i], STRIDES[i], GRID, PRECISION, ACC, BLOCK_Q)
+                adjoint = _adjoint(
+                    x_ptr, p, q_begin, CHANNELS[i], of_scale(SIZES, i), of_scale(STRIDES, i), GRID, PRECISION, ACC,
+                    BLOCK_Q,
+                )  # fmt: skip
                 adjoint /= SIZES[i][0] * SIZES[i][1] / (GRID[0] * GRID[1])  # of a map's size, whatever the stride
                 tl.store(adjoint_ptr + offs_tokens, tl.trans(adjoint), mask=mask)
 
@@ -195,7 +201,7 @@ def patch_embed(
         interpolation over the pixels of a token, (B, N, C) in `dtype` (docs/algebra.md, "Upsample and merge").
     """
     batch, channels = maps[0].shape[0], tuple(x.shape[1] for x in maps)
-    sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
+    sizes = launch.sizes(maps)
     windows = tuple((_widest(h, grid[0]), _widest(w, grid[1])) for h, w in sizes)
     target = launch.architecture(maps[0].device)
     widest = max(launch.padded(c) * _power(w) for c, (_, w) in zip(channels, windows, strict=True))
@@ -226,7 +232,7 @@ def patch_embed(
         adjoint_ptr=adjoint,
         CHANNELS=channels,
         SIZES=sizes,
-        STRIDES=tuple(x.stride() for x in maps),
+        STRIDES=launch.strides(maps),
         WINDOWS=windows,
         GRID=grid,
         EPS=None if following is None else launch.epsilons(following),

@@ -11,11 +11,24 @@ import math
 import triton
 import triton.language as tl
 
+# What is launched. Numbers of images and of rows are not specialised on: 1 would be a constant, which has no `.to`, and
+# 1, 16 and 17 images would be three compilations.
+kernel = triton.jit(do_not_specialize=["batch", "count"])
+
 
 @triton.constexpr_function
 def padded(size):
     """The power of two, at least 16, that holds `size`: Triton's blocks are powers of two, and products start at 16."""
     return max(16, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def of_scale(values, i):
+    """What a constant tuple of tuples holds for scale i, as a constant.
+
+    `values[i]` is a plain tuple, which Triton 3.6 hands on to no other jit function.
+    """
+    return values[i]
 
 
 @triton.constexpr_function

@@ -11,6 +11,7 @@ from torch import Tensor
 from dca_kernels import launch
 from dca_kernels.parameters import Attention
 from dca_kernels.primitives import (
+    kernel,
     load_vector,
     offset,
     padded,
@@ -29,7 +30,7 @@ def _first_head(heads, i):
     return sum(heads[k] for k in range(i))
 
 
-@triton.jit
+@kernel
 def _spatial_attention_kernel(
     tokens_ptr, normalised_ptr, level_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights, p_biases,
     attended_ptr, projected_ptr, scores_ptr,
@@ -127,7 +128,7 @@ def _load_tokens(ptr, offs_n, offs_c, mask_n, mask_c, TOTAL: tl.constexpr):
     return tl.load(ptr + offs_n[:, None] * TOTAL + offs_c[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@kernel
 def _spatial_attention_backward_kernel(
     normalised_ptr, level_ptr, projected_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
     p_weights, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr,
@@ -243,7 +244,7 @@ def _load_upstream(projected_ptr, dattended_ptr, offs_n, own, mask_n, mask_v, TO
     return dattended, tl.sum(dattended.to(ACC) * projected.to(ACC), 1)
 
 
-@triton.jit
+@kernel
 def _spatial_gradients_kernel(
     level_ptr, dpair_ptr, dweight_ptr, daffine_ptr, q_weights, q_biases, k_weights, v_weights, v_biases, p_weights,
     gradients_ptr, batch,

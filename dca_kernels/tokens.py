@@ -11,6 +11,7 @@ from torch import Tensor
 from dca_kernels import launch
 from dca_kernels.parameters import LayerNorm
 from dca_kernels.primitives import (
+    kernel,
     offset,
     padded,
     split_program,
@@ -63,7 +64,7 @@ class Tokens:
         return torch.empty(shape, dtype=dtype or self.accumulation, device=self.values.device)
 
 
-@triton.jit
+@kernel
 def _statistics_kernel(
     tokens_ptr, statistics_ptr, sums_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -80,7 +81,7 @@ def _statistics_kernel(
             )
 
 
-@triton.jit
+@kernel
 def _normalise_kernel(
     tokens_ptr, sums_ptr, gammas, betas, normalised_ptr, level_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
@@ -112,7 +113,7 @@ def _load_scale(tokens_ptr, b, i: tl.constexpr, offs_n, N: tl.constexpr, CHANNEL
     return tl.load(ptrs + offs_c[None, :], mask=mask, other=0.0).to(ACC), mask
 
 
-@triton.jit
+@kernel
 def _layer_norm_backward_kernel(
     tokens_ptr, dnormalised_ptr, dvalues_ptr, dresidual_ptr, gammas, dtokens_ptr, daffine_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,

@@ -21,7 +21,9 @@ from dca_kernels.primitives import (
     blocks_before,
     interpolation,
     interpolation_matrix,
+    kernel,
     load_vector,
+    of_scale,
     offset,
     padded,
     split_program,
@@ -36,7 +38,7 @@ from dca_kernels.tokens import Tokens
 CANCELLATION = tl.constexpr(100.0)
 
 
-@triton.jit
+@kernel
 def _conv_kernel(
     tokens_ptr, weights, z_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -81,7 +83,7 @@ def _conv(
     tl.store(z_ptr + offs_n[:, None] * TOTAL + offs_out[None, :], z, mask=mask_n[:, None] & mask_out[None, :])
 
 
-@triton.jit
+@kernel
 def _batch_statistics_kernel(
     maps, z_ptr, moments_ptr, adjoint_ptr, tables_ptr, counters, statistics_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, GRID: tl.constexpr, FROM_BATCH: tl.constexpr,
@@ -103,7 +105,14 @@ def _batch_statistics_kernel(
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
             x_mean, x_squares = _merge_moments(
-                moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL, own, mask_c, SIZES[i], GRID, TOTAL, MOMENT_BLOCKS, BLOCK_N
+                moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL,
+                own,
+                mask_c,
+                of_scale(SIZES, i),
+                GRID,
+                TOTAL,
+                MOMENT_BLOCKS,
+                BLOCK_N,
             )
             z_mean, z_squares, products = _interpolated_moments(
                 z_ptr + image, adjoint_ptr + image, tables_ptr + i * 3 * (GRID[0] + GRID[1]), own, mask_c,
@@ -116,7 +125,7 @@ def _batch_statistics_kernel(
                 if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
                     mean, squares = _direct_moments(
                         x_ptrs, z_ptr + image + own, mask_c,
-                        SIZES[i], STRIDES[i], GRID, TOTAL, ACC, BLOCK_P,
+                        of_scale(SIZES, i), of_scale(STRIDES, i), GRID, TOTAL, ACC, BLOCK_P,
                     )  # fmt: skip
             tl.store(statistics_ptr + b * 2 * TOTAL + own, mean, mask=mask_c)
             tl.store(statistics_ptr + (b * 2 + 1) * TOTAL + own, tl.maximum(squares, 0.0), mask=mask_c)
@@ -272,7 +281,7 @@ def _load_merged(
     return upper * (1.0 - fraction_h)[:, None] + lower * fraction_h[:, None] + x, mask
 
 
-@triton.jit
+@kernel
 def _upsample_kernel(
     maps, z_ptr, conv_biases, gammas, betas, means, variances, counters, statistics_ptr, outs, saved_ptr, batch,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr, GRID: tl.constexpr,
@@ -290,8 +299,9 @@ def _upsample_kernel(
             _merge(
                 maps[i], z_ptr, conv_biases[i], gammas[i], betas[i], means[i], variances[i], counters[i],
                 statistics_ptr, outs[i], saved_ptr, batch, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i),
-                total(CHANNELS), SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i],
-                UPDATES[i], MOMENTUM[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+                total(CHANNELS), of_scale(SIZES, i), of_scale(STRIDES, i), of_scale(OUT_STRIDES, i), GRID, NORM[i],
+                FROM_BATCH[i], EPS[i], UPDATES[i], MOMENTUM[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1],
+                BLOCKS[i][2],
             )  # fmt: skip
 
 
@@ -490,7 +500,7 @@ def _masked_gradient(
     return x, y, gradient
 
 
-@triton.jit
+@kernel
 def _merge_gradient_kernel(
     maps, z_ptr, douts, gammas, betas, saved_ptr, sums_ptr, wide_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr, GRID: tl.constexpr,
@@ -509,8 +519,9 @@ def _merge_gradient_kernel(
             _merge_gradient(
                 maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, sums_ptr + b * MOST * 2 * TOTAL,
                 wide_ptr + b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i), b,
-                tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), TOTAL, SIZES[i], STRIDES[i], OUT_STRIDES[i], GRID,
-                NORM[i], EPS[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+                tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), TOTAL, of_scale(SIZES, i), of_scale(STRIDES, i),
+                of_scale(OUT_STRIDES, i), GRID, NORM[i], EPS[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1],
+                BLOCKS[i][2],
             )  # fmt: skip
 
 
@@ -553,7 +564,7 @@ def _sum_pairs(tile, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr):
     return tl.sum(tl.reshape(tl.sum(tile, 1), [BLOCK_H, BLOCK_C]), 0)
 
 
-@triton.jit
+@kernel
 def _norm_gradient_kernel(
     sums_ptr, saved_ptr, gammas, gradients_ptr, removed_ptr, batch,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
@@ -593,7 +604,7 @@ def _norm_gradient_kernel(
                 tl.store(out_ptr + 2 * TOTAL, scale * dbeta, mask=mask_c)
 
 
-@triton.jit
+@kernel
 def _grid_gradient_kernel(
     maps, z_ptr, adjoint_ptr, tables_ptr, wide_ptr, saved_ptr, gammas, removed_ptr, weights, dz_ptr, dtokens_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr,
@@ -627,7 +638,7 @@ def _grid_gradient_kernel(
                     tables_ptr + i * 3 * (GRID[0] + GRID[1]),
                     wide_ptr + b * _wide(CHANNELS, SIZES, GRID, len(CHANNELS)) + _wide(CHANNELS, SIZES, GRID, i),
                     saved_ptr, gammas[i], removed_ptr, p, offs_q, offs_c, mask_c, CHANNELS[i], offset(CHANNELS, i),
-                    TOTAL, SIZES[i], STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], ACC,
+                    TOTAL, of_scale(SIZES, i), of_scale(STRIDES, i), GRID, NORM[i], FROM_BATCH[i], EPS[i], ACC,
                 ).to(dz_ptr.dtype.element_ty)  # fmt: skip
                 own = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
                 tl.store(dz_ptr + row[:, None] + (offset(CHANNELS, i) + offs_c)[None, :], dz, mask=own)
@@ -696,7 +707,7 @@ def _interpolated_twice(
     return out
 
 
-@triton.jit
+@kernel
 def _conv_gradient_kernel(
     tokens_ptr, dz_ptr, dweight_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -736,7 +747,7 @@ def _squares(sizes, block, i):
     return sum((-(-sizes[k] // block)) ** 2 for k in range(i))
 
 
-@triton.jit
+@kernel
 def _map_gradient_kernel(
     maps, z_ptr, douts, gammas, betas, saved_ptr, removed_ptr, dtokens_ptr, avg_weights, dmaps, sums_ptr,
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, OUT_STRIDES: tl.constexpr,
@@ -754,9 +765,10 @@ def _map_gradient_kernel(
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
             _map_gradient(
                 maps[i], z_ptr, douts[i], gammas[i], betas[i], saved_ptr, removed_ptr, dtokens_ptr, avg_weights[i],
-                dmaps[i], sums_ptr, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS), SIZES[i],
-                STRIDES[i], OUT_STRIDES[i], MAP_STRIDES[i], GRID, NORM[i], FROM_BATCH[i], EPS[i], SHARED[i], PRECISION,
-                ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2], MOST,
+                dmaps[i], sums_ptr, b, tile - FIRST[i], CHANNELS[i], offset(CHANNELS, i), total(CHANNELS),
+                of_scale(SIZES, i), of_scale(STRIDES, i), of_scale(OUT_STRIDES, i), of_scale(MAP_STRIDES, i), GRID,
+                NORM[i], FROM_BATCH[i], EPS[i], SHARED[i], PRECISION, ACC, BLOCKS[i][0], BLOCKS[i][1], BLOCKS[i][2],
+                MOST,
             )  # fmt: skip
 
 
@@ -811,7 +823,7 @@ def _map_gradient(
     tl.store(sums_ptrs + TOTAL, _sum_pairs(pooled, BLOCK_C, BLOCK_H), mask=mask_c)
 
 
-@triton.jit
+@kernel
 def _avg_map_gradient_kernel(
     sums_ptr, gradients_ptr, batch,
     CHANNELS: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -876,7 +888,7 @@ def upsample(
     """
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
-    sizes = tuple((x.shape[2], x.shape[3]) for x in maps)
+    sizes = launch.sizes(maps)
     from_batch = _from_batch(norms)
     shared = {
         "CHANNELS": tokens.channels,
@@ -918,7 +930,7 @@ def upsample(
             counters=counters,
             statistics_ptr=statistics,
             SIZES=sizes,
-            STRIDES=tuple(x.stride() for x in maps),
+            STRIDES=launch.strides(maps),
             GRID=grid,
             FROM_BATCH=from_batch,
             GUARDED=dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
@@ -957,8 +969,8 @@ def upsample(
         saved_ptr=kept,
         batch=batch,
         SIZES=sizes,
-        STRIDES=tuple(x.stride() for x in maps),
-        OUT_STRIDES=tuple(y.stride() for y in outs),
+        STRIDES=launch.strides(maps),
+        OUT_STRIDES=launch.strides(outs),
         GRID=grid,
         NORM=tuple(norm is not None for norm in norms),
         FROM_BATCH=from_batch,
@@ -994,8 +1006,7 @@ def upsample_backward(
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     precision = launch.precision(dtype, target)
-    config, shared, tiles = _backward_arguments(saved, norms)
-    blocks, first = tiles
+    config, shared, (blocks, first) = _backward_arguments(saved, norms)
     rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
     sums = tokens.new_empty(batch, max(rows), 2, width)
     wide_size = sum(x.shape[1] * x.shape[2] * grid[1] for x in saved.maps)
@@ -1012,8 +1023,8 @@ def upsample_backward(
         saved_ptr=saved.statistics,
         sums_ptr=sums,
         wide_ptr=wide,
-        STRIDES=tuple(x.stride() for x in saved.maps),
-        OUT_STRIDES=tuple(y.stride() for y in douts),
+        STRIDES=launch.strides(saved.maps),
+        OUT_STRIDES=launch.strides(douts),
         GRID=grid,
         PRECISION=precision,
         BLOCKS=blocks,
@@ -1053,7 +1064,7 @@ def upsample_backward(
         maps=tuple(saved.maps),
         z_ptr=saved.z,
         adjoint_ptr=saved.adjoint,
-        tables_ptr=_tables(shared["SIZES"], grid, tokens.accumulation, saved.z.device),
+        tables_ptr=_tables(launch.sizes(saved.maps), grid, tokens.accumulation, saved.z.device),
         wide_ptr=wide,
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
@@ -1061,7 +1072,7 @@ def upsample_backward(
         weights=launch.weights(upconvs),
         dz_ptr=dz,
         dtokens_ptr=dtokens,
-        STRIDES=tuple(x.stride() for x in saved.maps),
+        STRIDES=launch.strides(saved.maps),
         GRID=grid,
         FROM_BATCH=from_batch,
         BLOCK_C=config["block_c"],
@@ -1142,9 +1153,9 @@ def map_gradients(
         avg_weights=launch.weights(avg_map),
         dmaps=tuple(dmaps),
         sums_ptr=sums,
-        STRIDES=tuple(x.stride() for x in saved.maps),
-        OUT_STRIDES=tuple(y.stride() for y in douts),
-        MAP_STRIDES=tuple(None if x is None else x.stride() for x in dmaps),
+        STRIDES=launch.strides(saved.maps),
+        OUT_STRIDES=launch.strides(douts),
+        MAP_STRIDES=launch.strides(dmaps),
         GRID=grid,
         FROM_BATCH=_from_batch(norms),
         SHARED=tuple(_shared_windows(x.shape[2], grid[0]) for x in saved.maps),
@@ -1175,7 +1186,7 @@ def map_gradients(
 
 def _backward_arguments(saved: Saved, norms: Sequence[BatchNorm | None]) -> tuple[dict[str, int], dict[str, Any], Any]:
     """Configuration, common arguments and tiles of the kernels that go over the maps again."""
-    tokens, sizes = saved.tokens, tuple((x.shape[2], x.shape[3]) for x in saved.maps)
+    tokens, sizes = saved.tokens, launch.sizes(saved.maps)
     widest = max(w for _, w in sizes)
     layout = "channels_last" if all(x.stride(1) == 1 for x in saved.maps) else "contiguous"
     target = launch.architecture(saved.z.device)
@@ -1232,14 +1243,22 @@ def _tiles(
     return tuple(tiles), tuple(first)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # a few kilobytes each, and never freed: a CUDA graph replays with their addresses
 def _tables(
     sizes: tuple[tuple[int, int], ...], grid: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """For U, the interpolation along rows, then columns: column sums, diagonal and next diagonal of U^T U.
 
     (S, 3 (P_h + P_w)), from the weights as the kernels round them.
+
+    Raises:
+        RuntimeError: they are first needed while a CUDA graph is captured, which allows no copy from the host.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"maps: expected sizes that were run before a CUDA graph is captured, got {sizes} for the first time: run "
+            "the module once with such maps, then capture"
+        )
     rows = []
     for size in sizes:
         for high, low in zip(size, grid, strict=True):

@@ -1,0 +1,172 @@
+"""A forward and a training step against the stand-in driver: real JIT, real ptxas, the real launcher written in C.
+
+`python -m tests.launched SIZE DTYPE MODE BATCH...` prints what was launched and compiled as JSON, and fails where a
+launch was given anything but what was meant. A process of its own, since the tests' interprets.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, nn
+
+import dca_kernels
+from benchmarks import stand_in
+from dca_kernels import launch
+
+TARGET = "sm_90"
+
+
+class Size(NamedTuple):
+    features: tuple[int, ...]
+    patch: int
+    sides: tuple[int, ...]
+
+
+SIZES = {"tiny": Size((8, 16), 4, (16, 8)), "paper": Size((32, 64, 128, 256), 28, (224, 112, 56, 28))}
+NORM_ARGUMENTS = {"gammas": "weight", "betas": "bias", "means": "running_mean", "variances": "running_var"}
+
+
+class Call(NamedTuple):
+    """One forward, with its backward where there is one: the user's tensors."""
+
+    module: nn.Module
+    maps: Sequence[Tensor]
+    outs: Sequence[Tensor]
+    douts: Sequence[Tensor]
+    dmaps: Sequence[Tensor]
+
+
+def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
+    """The user's tensors that a kernel's argument stands for; None for a workspace."""
+    (block,) = call.module.attention
+    norms = [head[0] for head in call.module.bn_relu]
+    attentions = block.s_attention if kernel.startswith("spatial") else block.c_attention
+    if argument in ("maps", "outs", "douts", "dmaps"):
+        return list(getattr(call, argument))
+    if argument == "counters":
+        return [norm.num_batches_tracked for norm in norms if norm.training]
+    if argument in NORM_ARGUMENTS:
+        # `mix` normalises for the attention behind it.
+        before = block.channel_norm if kernel in ("mixing", "mixing_backward", "mix_backward") else block.spatial_norm
+        own = before if kernel.startswith(("mix", "spatial", "layer_norm")) else norms
+        return [getattr(norm, NORM_ARGUMENTS[argument]) for norm in own]
+    prefix, _, kind = argument.rpartition("_")
+    if kind not in ("weights", "biases"):
+        return None
+    if prefix in ("q", "k", "v"):
+        modules = [getattr(attention, f"{prefix}_map").proj.depthwise for attention in attentions]
+    elif prefix == "p":
+        modules = [attention.projection.proj.depthwise for attention in attentions]
+    elif prefix == "conv" or kernel in ("conv", "grid_gradient"):
+        modules = [upconv.conv.conv for upconv in call.module.upconvs]
+    else:
+        modules = [embedding.proj.depthwise for embedding in call.module.avg_map]
+    return [module.weight if kind == "weights" else module.bias for module in modules]
+
+
+def leaves(argument: Any) -> Iterator[Any]:
+    """What a launcher hands over of an argument: no more than its tensors and numbers."""
+    if isinstance(argument, tuple):
+        for part in argument:
+            yield from leaves(part)
+    elif argument is not None:
+        yield argument
+
+
+def check(asked: dict[str, Any], given: stand_in.Launched, call: Call, shared_limit: int) -> None:
+    """What one launch was given is what `launch.run` was asked for, and that what was meant."""
+    kernel, arguments = asked["kernel"], asked["arguments"]
+    name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    assert (given.name, given.programs) == (kernel.__name__, asked["programs"])
+    assert given.shared <= shared_limit, (name, given.shared)
+    handed = [p.name for p in kernel.params if not p.is_constexpr]
+    expected = [
+        part.data_ptr() if isinstance(part, Tensor) else part for arg in handed for part in leaves(arguments[arg])
+    ]
+    assert given.arguments == expected, (name, given.arguments, expected)
+
+    module, *tensors = call
+    of_user = [*module.parameters(), *module.buffers(), *(t for group in tensors for t in group)]
+    storages = {t.untyped_storage().data_ptr() for t in of_user}
+    for argument in handed:
+        tensors = [part for part in leaves(arguments[argument]) if isinstance(part, Tensor)]
+        its = meant(name, argument, call)
+        if its is not None:
+            assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in its], (name, argument)
+            continue
+        for t in tensors:
+            storage = t.untyped_storage()
+            assert storage.data_ptr() not in storages, (name, argument, "a workspace in the user's memory")
+            assert t.is_contiguous() and t.data_ptr() + t.nbytes <= storage.data_ptr() + storage.nbytes(), argument
+
+
+class Recorder:
+    """Makes calls and checks their launches."""
+
+    def __init__(self, driver: stand_in.Driver) -> None:
+        self.driver = driver
+        self.compiled: list[str] = []
+        self.asked: list[dict[str, Any]] = []
+        self._run = launch.run
+
+    def run(self, kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
+        if programs:
+            self.asked.append({"kernel": kernel, "programs": programs, "arguments": arguments})
+        self._run(kernel, programs, config, **arguments)
+
+    def note(self, *, fn: Any, **_: Any) -> None:
+        self.compiled.append(plain(fn.name))
+
+    def call(self, module: nn.Module, maps: Sequence[Tensor]) -> dict[str, list[str]]:
+        """The names of the kernels that one call launched, and of those that it compiled."""
+        for found in (self.compiled, self.asked, self.driver.launched):
+            found.clear()
+        for x in maps:
+            x.requires_grad_(module.training)
+        with contextlib.nullcontext() if module.training else torch.no_grad():
+            outs = module(maps)
+        douts = [torch.randn_like(y) for y in outs] if module.training else []
+        gradients = torch.autograd.grad(outs, [*maps, *module.parameters()], douts) if module.training else []
+        assert len(self.asked) == len(self.driver.launched)
+        for asked, given in zip(self.asked, self.driver.launched, strict=True):
+            check(
+                asked, given, Call(module, maps, outs, douts, gradients[: len(maps)]), self.driver.target.shared_limit
+            )
+        return {"launched": [plain(one.name) for one in self.driver.launched], "compiled": list(self.compiled)}
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("_").removesuffix("_kernel")
+
+
+def main(name: str, dtype: str, mode: str, *batches: str) -> None:
+    size, found = SIZES[name], []
+    with stand_in.standing_in(TARGET) as driver:
+        recorder = Recorder(driver)
+        with (
+            mock.patch.object(launch, "run", recorder.run),
+            mock.patch.object(triton.knobs.runtime, "jit_cache_hook", recorder.note),
+        ):
+            module = dca_kernels.DCA(size.features, patch=size.patch, backend="triton")
+            module.to(getattr(torch, dtype)).train(mode == "train")
+
+            def maps(batch: int, factor: float = 1) -> list[Tensor]:
+                sides = [(int(side * factor), side) for side in size.sides]
+                shapes = [(batch, c, *side) for c, side in zip(size.features, sides, strict=True)]
+                return [torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes]
+
+            for batch in map(int, batches):
+                found.append(recorder.call(module, maps(batch)))
+            again = recorder.call(module, maps(int(batches[-1])))
+            other = recorder.call(module, maps(int(batches[-1]), 1.5)) if name == "tiny" else None
+    print(json.dumps({"calls": found, "again": again, "other size": other}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""The path of a launch on a GPU, without one: the JIT's binder, the compiler, the launcher in C, up to the driver."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks import stand_in
+from dca_kernels import upsample
+from tests.compiled import output_of
+
+FORWARD = ["patch_embed", "covariance", "mixing", "mix", "spatial_attention", "conv", "upsample"]
+TRAINING = [*FORWARD[:-1], "batch_statistics", "upsample"]
+BACKWARD = [
+    *("merge_gradient", "norm_gradient", "grid_gradient", "conv_gradient"),
+    *("spatial_attention_backward", "layer_norm_backward", "spatial_gradients"),
+    *("mixing_gradient", "mixing_backward", "mix_backward", "channel_gradients"),
+    *("map_gradient", "avg_map_gradient"),
+]
+# Of several images, the convolutions' gradients are sums of partial ones.
+STEP = {1: [*TRAINING, *BACKWARD], 2: [*TRAINING, *BACKWARD[:4], "sum_partials", *BACKWARD[4:]]}
+# What another image size compiles anew: every kernel that goes over the maps, and the sums of what these left.
+OF_IMAGE_SIZE = {
+    "eval": ["patch_embed", "upsample"],
+    "train": [
+        *("patch_embed", "batch_statistics", "upsample", "merge_gradient", "norm_gradient", "grid_gradient"),
+        *("map_gradient", "avg_map_gradient"),
+    ],
+}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_every_source_becomes_triton_ir(target: str) -> None:
+    found = json.loads(output_of("-m", "tests.front_end", target))
+    assert found["failures"] == {}
+    assert found["anew"] == {"another number of images": 0, "parameters at odd addresses": 0}
+    assert found["sources"] >= 270
+
+
+@pytest.fixture
+def launches() -> None:
+    """Skips where nothing launches into the stand-in; continuous integration has what that takes."""
+    reason = stand_in.why_no_launches()
+    if reason is not None and not os.environ.get("CI"):
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(("size", "dtype", "batches"), [("tiny", "float32", (1, 2)), ("paper", "bfloat16", (1, 8))])
+def test_launches_reach_the_driver_as_meant(size: str, dtype: str, batches: tuple[int, int], mode: str) -> None:
+    """Programs, shared memory and every argument are checked in `tests.launched`; here, which kernels there were."""
+    found = json.loads(output_of("-m", "tests.launched", size, dtype, mode, *map(str, batches)))
+    one, several = (FORWARD, FORWARD) if mode == "eval" else (STEP[1], STEP[2])
+    assert [call["launched"] for call in found["calls"]] == [one, several]
+    assert found["again"] == {"launched": several, "compiled": []}
+    if size == "tiny":
+        assert found["other size"] == {"launched": several, "compiled": OF_IMAGE_SIZE[mode]}
+
+
+@pytest.mark.usefixtures("launches")
+def test_host_time_is_measured_beside_its_bare_launches() -> None:
+    table = output_of("-m", "benchmarks", "host", "--size", "tiny", "--dtype", "float32")
+    for name in ("forward", "its 7 launches by kernel", "training step", "its 21 launches by kernel"):
+        assert f"| {name}" in table
+
+
+def test_tables_outlive_the_sizes_that_came_after() -> None:
+    """A CUDA graph replays with their addresses."""
+
+    def tables(size: int) -> torch.Tensor:
+        return upsample._tables(((size, size),), (2, 2), torch.float32, torch.device("cpu"))
+
+    first = tables(2)
+    for size in range(3, 203):
+        tables(size)
+    assert tables(2) is first
+
+
+def test_tables_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"maps: expected sizes .* got \(\(301, 7\),\) for the first time"):
+        upsample._tables(((301, 7),), (2, 2), torch.float32, torch.device("cuda"))
