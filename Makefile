@@ -22,7 +22,7 @@ gpu:  ## On a machine with a GPU: tests, tuning, benchmarks and a report in unde
 
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
 	PYTHONPATH=.venv/newest $(BIN)/python -m pytest --numprocesses auto tests/test_interpreter.py tests/test_triton.py \
-		-k "test_interpreter or test_shapes or test_number_of_launches" $(ARGS)
+		tests/test_launch.py -k "test_interpreter or test_shapes or test_number_of_launches or triton_ir or tiny" $(ARGS)
 
 third-party: .venv/third-party  ## Run the tests with segmentation_models_pytorch, MONAI and nnU-Net's networks
 	$(BIN)/python -m pytest --numprocesses auto tests/test_third_party.py $(ARGS)

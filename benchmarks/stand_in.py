@@ -8,8 +8,10 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +68,9 @@ class Driver:
         self.names: dict[int, str] = {}  # of the functions that were loaded
         self.launched: list[Launched] = []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_utilities(), name)  # newer ones hold the launcher in C as well
+
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         _library()  # the launcher is linked against it
         launcher = nvidia.CudaLauncher(source, metadata)
@@ -91,6 +96,9 @@ class Driver:
         function = len(self.names) + 1
         self.names[function] = name
         return function, function, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
 
 
 class _Record(ctypes.Structure):
@@ -132,8 +140,6 @@ def why_no_launches() -> str | None:
     """Why nothing can be launched into the stand-in here; None where it can. Compiling works everywhere."""
     if shutil.which("gcc") is None and shutil.which("cc") is None:
         return "no C compiler: Triton builds its launcher with one"
-    if not hasattr(nvidia, "make_launcher"):
-        return f"triton {triton.__version__} launches through another interface than the stand-in has"
     return None
 
 
@@ -151,6 +157,18 @@ def _library() -> ctypes.CDLL:
     library.stand_in_launches.restype = ctypes.c_long
     triton.knobs.nvidia.libcuda_path = folder  # where the launchers are linked against it
     return library
+
+
+@functools.cache
+def _utilities() -> Any:
+    """Triton's own C functions, above the stand-in of libcuda, which lacks what no launch calls."""
+    _library()
+    present = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        return nvidia.CudaUtils()
+    finally:
+        sys.setdlopenflags(present)
 
 
 @contextlib.contextmanager

@@ -172,8 +172,12 @@ VARIANTS = {
     "gradients of the norms": Call(change=only("bn_relu")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Targets differ in block sizes alone, so the rarer choices are tried with each dtype on one of them.
-VARIANT_DTYPES = {"sm_80": DTYPES[:1], "sm_90": DTYPES, "sm_100": DTYPES[1:2]}
+# Targets differ in block sizes alone: the rarer choices are tried with each dtype on one of them.
+VARIANT_DTYPES = {
+    "sm_80": [torch.float64],
+    "sm_90": [torch.float32, torch.bfloat16],
+    "sm_100": [torch.float16],
+}
 
 
 def calls(target: str) -> Iterator[tuple[str, Call]]:
