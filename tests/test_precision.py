@@ -211,7 +211,7 @@ def test_adversarial_gradients_of_the_kernels(case: str, magnitude: float) -> No
             {name: t for name, t in results.items() if not name.startswith("after")}
             for results in runs("triton", torch.float32, True, case, seed, backward=True, magnitude=magnitude)
         ]
-        for seed in (SEEDS if full_size("triton") else SEEDS[:2])
+        for seed in SEEDS
     ]
     assert_all_within_budget(draws, torch.float32)
 
