@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache
 from torch.export import Dim
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,8 +46,10 @@ def poisoned_memory() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
+    """Without what was compiled before: Inductor's cache does not tell ATEN_CPU_CAPABILITY's choices apart."""
     torch._dynamo.reset()
-    yield
+    with fresh_cache():
+        yield
     torch._dynamo.reset()
 
 
