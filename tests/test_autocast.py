@@ -43,17 +43,19 @@ def under(autocast: torch.dtype, module: nn.Module) -> nn.Module:
 @both_modes
 @each_backend
 def test_dtypes_and_error_budget(dtype: torch.dtype, autocast: torch.dtype, train: bool, backend: str) -> None:
-    modules = pair(CONFIG, backend, torch.float32, train)
-    exact = promoted(modules[1], CONFIG)
-    maps = random_maps(CONFIG, dtype, backend=backend)
-    ours, theirs = (evaluate(under(autocast, module), maps, backward=backend in TRAINABLE) for module in modules)
-    expected = evaluate(exact, [x.double() for x in maps], backward=backend in TRAINABLE)
-    assert ours.keys() == theirs.keys() == expected.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype, name
-        if name.startswith("output"):
-            assert_within_budget([[ours[name], theirs[name], expected[name]]], ours[name].dtype, name)
-        assert ours[name].isfinite().all(), name
+    draws = []
+    for seed in range(6):
+        modules = pair(CONFIG, backend, torch.float32, train, seed)
+        exact = promoted(modules[1], CONFIG)
+        maps = random_maps(CONFIG, dtype, seed, backend)
+        ours, theirs = (evaluate(under(autocast, module), maps, backward=backend in TRAINABLE) for module in modules)
+        expected = evaluate(exact, [x.double() for x in maps], backward=backend in TRAINABLE)
+        assert ours.keys() == theirs.keys() == expected.keys()
+        assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+        assert all(t.isfinite().all() for t in ours.values())
+        draws.append([ours, theirs, expected])
+    for name in (name for name in draws[0][0] if name.startswith("output")):
+        assert_within_budget([[of[name] for of in draw] for draw in draws], draws[0][0][name].dtype, name)
 
 
 @needs_triton
