@@ -37,14 +37,16 @@ class TorchStage(_Stage):
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         dca, block = self.dca, self.dca.attention[0]
+        operands = fused.operand_dtype([dca.avg_map[0].proj.depthwise.weight])  # which has the maps' dtype
         if self.stage == "patch_embed":
             norms = [head[0] for head in dca.bn_relu]
             return fused.patch_embed(inputs, dca.avg_map, dca.grid, norms)[0]
         if self.stage == "channel_attention":
-            return fused.channel_attention(inputs, block.channel_norm, block.c_attention, [False] * len(inputs))
+            removed = [False] * len(inputs)
+            return fused.channel_attention(inputs, block.channel_norm, block.c_attention, removed, operands)
         if self.stage == "spatial_attention":  # in training BatchNorm behind it removes what it adds to a channel
             removed = [dca.training] * len(inputs)
-            return fused.spatial_attention(inputs, block.spatial_norm, block.s_attention, removed)
+            return fused.spatial_attention(inputs, block.spatial_norm, block.s_attention, removed, operands)
         scales = len(inputs) // 2
         tokens, maps = inputs[:scales], inputs[scales:]
         dtypes = [x.dtype for x in maps]

@@ -2,7 +2,8 @@
 
 Every map of the paper's module is affine per channel, so the query, key and value maps fold into their neighbours
 (docs/algebra.md derives each step). Tokens travel between the stages as S tensors (B, N, C_i), in float32, or in
-float64 for float64 maps; only the merge writes the maps' own dtype again. Autocast is off meanwhile.
+float64 for float64 maps; only the merge writes the maps' own dtype again. On CUDA the operands of the large products
+have 16-bit maps' dtype (`operand_dtype`). Autocast is off meanwhile.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
@@ -10,7 +11,7 @@ N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(maps: Sequence[Tensor]) -> torch.dtype:
+    """Of the large products' operands: on CUDA the maps' own, whose products are many times as fast in 16 bit.
+
+    Elsewhere it is the accumulation dtype: CPUs are faster with it, and on ROCm not every product has a float32 result.
+    """
+    if maps[0].is_cuda and torch.version.hip is None:
+        return reduce(torch.promote_types, (x.dtype for x in maps))
+    return accumulation_dtype(maps[0].dtype)
+
+
 def refine(dca: Holder, maps: Sequence[Tensor], norms: Sequence[Holder], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """The skip maps refined by a DCA's blocks.
 
@@ -65,10 +76,11 @@ def refine(dca: Holder, maps: Sequence[Tensor], norms: Sequence[Holder], dtypes:
             attentions.append((channel_attention, block.channel_norm, block.c_attention))
         if dca.spatial_att:
             attentions.append((spatial_attention, block.spatial_norm, block.s_attention))
+    dtype = operand_dtype(maps)
     with _no_autocast(maps[0]):
         tokens, maps = patch_embed(maps, dca.avg_map, dca.grid, norms)
         for i, (attend, *modules) in enumerate(attentions, start=1):
-            tokens = attend(tokens, *modules, removed if i == len(attentions) else kept)
+            tokens = attend(tokens, *modules, removed if i == len(attentions) else kept, dtype)
         return upsample(tokens, maps, dca.upconvs, norms, dca.grid, dtypes)
 
 
@@ -155,6 +167,7 @@ def channel_attention(
     norms: Sequence[Holder],
     attentions: Sequence[Holder],
     removed: Sequence[bool],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Attend across channels, with its LayerNorms and its residual (paper, eq. 3).
 
@@ -166,6 +179,7 @@ def channel_attention(
         norms: S LayerNorms over C_i.
         attentions: S modules with `q_map`, `k_map`, `v_map`, `projection` and `heads`.
         removed: for each scale, whether the BatchNorm behind removes a per-channel constant added here.
+        dtype: of the large products' operands, the tokens' or 16-bit.
 
     Returns:
         S tensors (B, N, C_i).
@@ -175,7 +189,7 @@ def channel_attention(
     mean = every.mean(1)  # (B, C)
     centred = every - mean[:, None]
     refined = mean + centred.detach().mean(1)  # what rounding left: the logits have N times the means' products
-    gram = _Gram.apply(centred, [t.shape[2] for t in tokens])  # (B, C, C)
+    gram = _Gram.apply(centred, [t.shape[2] for t in tokens], dtype)  # (B, C, C)
     out, begin = [], 0
     for t, attention, no_shift in zip(tokens, attentions, removed, strict=True):
         own, heads = slice(begin, begin + t.shape[2]), attention.heads
@@ -196,22 +210,25 @@ def channel_attention(
         v_mean = mean * v_weight + v_bias
         shift = p_weight * (weights @ v_mean.unflatten(1, (heads, -1, 1))).flatten(1) + p_bias  # (B, C_i)
         mixing = p_weight.unflatten(0, (heads, -1, 1)) * weights * v_weight.unflatten(0, (heads, 1, -1))
-        mixed = torch.baddbmm(
-            _heads(t, heads).flatten(0, 1), _heads(centred, heads).flatten(0, 1), mixing.flatten(0, 1).mT
-        )  # (B h, N, C_i / h), the residual added
+        residual, operand = _heads(t, heads).flatten(0, 1), _heads(centred, heads).flatten(0, 1)
+        mixed = _add_product(residual, operand, mixing.flatten(0, 1).mT, dtype)  # (B h, N, C_i / h)
         out.append(mixed.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2).add_(shift[:, None]))
     return out
 
 
 class _Gram(torch.autograd.Function):
-    """x^T x over the tokens: (B, N, C) -> (B, C, C).
+    """x^T x over the tokens, of operands in `dtype`: (B, N, C) -> (B, C, C).
 
     Symmetric, so each row block stops at its diagonal; the backward is one product, not the two of a general one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row_blocks: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, row_blocks: Sequence[int], dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.dtype = dtype
+        if dtype != x.dtype:  # at most 2 sqrt(C_i) times LayerNorm's weight: far within float16's range
+            x = x.to(dtype)
+            return _multiply(x.mT, x)  # whole: on a GPU, one call in place of several takes less time
         gram = x.new_empty(x.shape[0], x.shape[2], x.shape[2])
         end = 0
         for size in row_blocks:
@@ -221,10 +238,10 @@ class _Gram(torch.autograd.Function):
         return gram
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,), (dgram,) = ctx.saved_tensors, grads
         with _no_autocast(x):
-            return x @ (dgram + dgram.mT), None
+            return _product(x, dgram + dgram.mT, ctx.dtype), None, None
 
 
 def _head_blocks(matrix: Tensor, heads: int) -> Tensor:
@@ -241,6 +258,7 @@ def spatial_attention(
     norms: Sequence[Holder],
     attentions: Sequence[Holder],
     removed: Sequence[bool],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Attend across tokens, with its LayerNorms and its residual (paper, eq. 4).
 
@@ -267,7 +285,7 @@ def spatial_attention(
     owns, means = every.split(sizes, 2), mean.split(sizes, 1)  # S of (B, N, C_i) and of (B, C_i)
     out = []
     for i, (t, attention, no_shift) in enumerate(zip(tokens, attentions, removed, strict=True)):
-        attended = _attend(every, owns[i], pairs[i], key_scores[i])  # (B, N, C_i)
+        attended = _attend(every, owns[i], pairs[i], key_scores[i], dtype)  # (B, N, C_i)
         v_weight, v_bias = _affine(attention.v_map, t.dtype)
         p_weight, p_bias = _affine(attention.projection, t.dtype)
         weight, bias = p_weight * v_weight, p_weight * v_bias + p_bias  # (C_i)
@@ -287,26 +305,67 @@ def _head_sums(tokens: Tensor, vectors: Sequence[Tensor], heads: Sequence[int]) 
     return list((tokens @ torch.cat(columns, 2)).mT.split(list(heads), 1))
 
 
-def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
+def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dtype: torch.dtype) -> Tensor:
     """softmax over m of log(2) * (y_n diag(pair) y_m + key_scores_m), applied to the values: y = every, values = own.
 
-    every (B, N, C), own (B, N, C_i), pair (C), key_scores (B, h, N) -> (B, N, C_i).
+    every (B, N, C), own (B, N, C_i), pair (C), key_scores (B, h, N) -> (B, N, C_i). The products' operands are in
+    `dtype`, these tensors' or 16-bit.
     """
-    if every.is_cuda and every.dtype == torch.float32:
-        return _attend_flash(every, own, pair, key_scores)
+    if dtype != every.dtype or (every.is_cuda and every.dtype == torch.float32):
+        return _attend_flash(every, own, pair, key_scores, dtype)
     return _spatial_attention(every, own, pair, key_scores)[0]
 
 
-def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
-    """`_attend` by the flash attention that PyTorch has for GPUs, the key scores as one more channel."""
+def _attend_flash(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_attend` by the flash attention that PyTorch has for GPUs, the key scores as more channels.
+
+    Scores may be hundreds, where a step of bfloat16 is 2: in 16 bit they take two channels, the rounded score and the
+    rest. In float16 tokens and scores need no factor: LayerNorm bounds the tokens, and centred ones have scores around
+    zero, within range wherever the reference's logits are, for heads of nine channels or more.
+    """
+    query, scores = every * pair, [key_scores]
+    if dtype != every.dtype:
+        query, every, own, rounded, factor = _Rounded.apply(dtype, query, every, own, key_scores)
+        scores = [rounded, (key_scores - rounded).detach().to(dtype)]
     heads = key_scores.shape[1]
     values = _heads(own, heads)  # (B, h, N, dv)
-    query = F.pad(_heads(every * pair, heads), (0, 1), value=1.0)  # (B, h, N, dk + 1)
-    keys = torch.cat([_heads(every, heads), key_scores[..., None]], -1)
+    query = F.pad(_heads(query, heads), (0, len(scores)), value=1.0)  # (B, h, N, dk + 1 or 2)
+    keys = torch.cat([_heads(every, heads), *(score[..., None] for score in scores)], -1)
     # Its kernels take multiples of eight channels; for others it would hold all scores in memory.
     query, keys, padded = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (query, keys, values))
     out = F.scaled_dot_product_attention(query, keys, padded, scale=math.log(2))
-    return out[..., : values.shape[-1]].transpose(1, 2).flatten(2)
+    out = out[..., : values.shape[-1]].transpose(1, 2).flatten(2)
+    return out if dtype == key_scores.dtype else _Restored.apply(out, factor)
+
+
+class _Rounded(torch.autograd.Function):
+    """Tensors (B, .., ..) in a 16-bit dtype, and ones (B, 1, 1), whose gradient is the factor `_Restored` took off."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return *(t.to(dtype) for t in tensors), tensors[0].new_ones(tensors[0].shape[0], 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *of_tensors, factor = grads
+        return None, *(g * factor for g in of_tensors)
+
+
+class _Restored(torch.autograd.Function):
+    """A 16-bit tensor (B, .., ..) in the factor's dtype; float16 gradients are rounded with their size taken off."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return tensor.to(factor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dout,) = grads
+        if ctx.dtype != torch.float16:
+            return dout.to(ctx.dtype), dout.new_ones(dout.shape[0], 1, 1)
+        factor = _magnitude(dout)
+        return (dout / factor).to(ctx.dtype), factor
 
 
 def _attend_rows(rows: slice, every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor) -> Tensor:
@@ -578,7 +637,8 @@ def upsample(
     """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
 
     The convolution commutes with the interpolation; its bias is added after it, in float32. BatchNorm's running buffers
-    are updated when every map is done.
+    are updated when every map is done. Pooling and interpolation have float32 operands on every device: they read and
+    write full-resolution maps, and that takes their time.
 
     Args:
         tokens: S tensors (B, N, C_i).
@@ -593,9 +653,10 @@ def upsample(
     """
     outs: list[Tensor] = []
     updates = []
+    operands = operand_dtype(maps)
     for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
         conv = checked(upconv.conv.conv, nn.Conv2d)
-        z = (conv.weight.flatten(1).to(t.dtype) @ t.mT).unflatten(2, grid)  # (B, C_i, P_h, P_w)
+        z = _pointwise(conv.weight.flatten(1).to(t.dtype), t, operands).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
             outs.append((x + (_interpolate(z, x) + _plane(bias))).to(dtype))  # x first: the sum has its layout
@@ -614,6 +675,15 @@ def upsample(
     for update in updates:
         update_running_buffers(*update)
     return outs
+
+
+def _pointwise(weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (C, C) @ tokens (B, N, C)^T, of operands in `dtype`; the tokens are centred before they are rounded."""
+    if dtype == tokens.dtype:
+        return weight @ tokens.mT
+    mean = tokens.mean(1, keepdim=True)
+    centred = (tokens - mean).flatten(0, 1)[None]  # one product for all images: no gradient of a weight for each
+    return (_product(centred, weight.mT[None], dtype).view_as(tokens) + mean @ weight.mT).mT
 
 
 def uses_batch_statistics(norm: Holder) -> bool:
@@ -874,6 +944,55 @@ def checked(module: Holder, kind: type[nn.Module]) -> Holder:
             "forward pre-hook computes, and that hook would not run"
         )
     return module
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (B, n, k) @ b (B, k, m), of operands in `dtype`; sums and result in their own."""
+    return a @ b if dtype == a.dtype else _Product.apply(a, b, dtype)
+
+
+def _add_product(c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """c + `_product`."""
+    return torch.baddbmm(c, a, b) if dtype == a.dtype else c + _Product.apply(a, b, dtype)
+
+
+class _Product(torch.autograd.Function):
+    """The product of float32 tensors, rounded to 16 bit on the way; so are the gradient's. Differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.dtype = dtype
+        if dtype != torch.float16:
+            return _multiply(a.to(dtype), b.to(dtype))
+        of_a, of_b = _magnitude(a), _magnitude(b)
+        return _multiply((a / of_a).to(dtype), (b / of_b).to(dtype)).mul_(of_a * of_b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (a, b), (dout,) = ctx.saved_tensors, grads
+        with _no_autocast(dout):
+            da = _Product.apply(dout, b.mT, ctx.dtype) if ctx.needs_input_grad[0] else None
+            db = _Product.apply(a.mT, dout, ctx.dtype) if ctx.needs_input_grad[1] else None
+        return da, db, None
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a (B, n, k) @ b (B, k, m) of 16-bit tensors, with float32 sums and a float32 result; no gradients."""
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    """A power of two (B, 1, 1) that brings the largest value of x (B, .., ..) to 1 .. 2: any float32 then fits float16.
+
+    Gradients need it, whose size a loss scale sets, and of which attention weights make small factors.
+    """
+    if x.numel() == 0:
+        return x.new_ones(x.shape[0], 1, 1)
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, (1, 2), keepdim=True)
+    return torch.exp2(torch.floor(torch.log2(largest.clamp(min=torch.finfo(x.dtype).tiny))))
 
 
 def _cut(weights: Tensor) -> Tensor:
