@@ -1,7 +1,10 @@
 """How far implementations are from float64, and whether they are within their error budget."""
 
+import copy
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from benchmarks.providers import Provider, Subject
 # error by less than a factor of two; a root mean square moves less from draw to draw than a maximum.
 MAX_RATIO = 2.0
 RMS_RATIO = 1.5
+DOUBLE = 1e-9  # of the largest value: what two orders of sums differ by in float64, which has no baseline
 KINK = 0.1  # outputs this close to the ReLU's kink get no upstream gradient: rounding decides the ReLU's slope there
 
 
@@ -30,10 +34,20 @@ class Error:
         return cls(difference.abs().max().item(), difference.square().mean().sqrt().item())
 
 
+def excess(ours: Error, baseline: Error, exact: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Our error over what it may be: the baseline's in the same dtype by the ratios above, and one rounding step."""
+    step = (DOUBLE if dtype == torch.float64 else torch.finfo(dtype).eps) * max(e.abs().max().item() for e in exact)
+    allowed = MAX_RATIO * baseline.largest + step, RMS_RATIO * baseline.rms + step
+    ratios = [
+        error / most if most else float(error > 0)
+        for error, most in zip((ours.largest, ours.rms), allowed, strict=True)
+    ]
+    return max(ratios) if all(map(math.isfinite, ratios)) else math.inf
+
+
 def within_budget(ours: Error, baseline: Error, exact: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether our error is at most the baseline's in the same dtype by the ratios above, but for one rounding step."""
-    step = torch.finfo(dtype).eps * max(e.abs().max().item() for e in exact)
-    return ours.largest <= MAX_RATIO * baseline.largest + step and ours.rms <= RMS_RATIO * baseline.rms + step
+    """Whether our error is at most the baseline's by the ratios above, but for one rounding step."""
+    return excess(ours, baseline, exact, dtype) <= 1
 
 
 class Gate:
@@ -101,3 +115,71 @@ def gate_batch(problem: Problem, device: torch.device) -> int:
     """The largest batch, at most the problem's, whose reference in float64 fits into memory; 0 where none does."""
     one = dataclasses.replace(problem, batch=1).reference_bytes(8)
     return min(problem.batch, int(measure.free_memory(device) // one))
+
+
+Results = dict[str, list[Tensor]]
+
+
+class Judge:
+    """A module's outputs, and in training all gradients and BatchNorm's buffers, held to the error budget.
+
+    Args:
+        plain: the reference, with the weights of what is judged and in its dtype and mode.
+        maps: in the same dtype.
+        gradients: upstream; those near a ReLU's kink are left out. None in evaluation.
+    """
+
+    def __init__(self, plain: Any, maps: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
+        self.maps, self.gradients, self.dtype = list(maps), gradients, maps[0].dtype
+        before_relu: list[Tensor] = []
+        double = copy.deepcopy(plain).double()
+        for head in double.bn_relu:
+            head[0].register_forward_hook(lambda module, args, out: before_relu.append(out.detach()))
+        wide = [x.double() for x in maps]
+        if gradients is not None:
+            with torch.no_grad():
+                copy.deepcopy(double)(wide)  # its copies of the hooks fill the list; its own buffers stay
+            self.gradients = [g * (y.abs() > KINK) for g, y in zip(gradients, before_relu, strict=True)]
+            gradients = [g.double() for g in self.gradients]
+        self.exact = results(double, wide, gradients)
+        # The largest error of few parameters' gradients is luck: the reference's is that of several orders of its sums.
+        flips = [(), (2,), (3,)] if gradients is not None else [()]
+        errors = [self._errors(flipped(copy.deepcopy(plain), self.maps, self.gradients, axes)) for axes in flips]
+        self.baseline = {
+            kind: Error(max(e[kind].largest for e in errors), max(e[kind].rms for e in errors)) for kind in self.exact
+        }
+
+    def excess(self, module: Any) -> dict[str, float]:
+        """The error over what it may be, of outputs, gradients and buffers; the module's buffers stay as they are."""
+        errors = self._errors(results(copy.deepcopy(module), self.maps, self.gradients))
+        return {
+            kind: excess(errors[kind], self.baseline[kind], exact, self.dtype) for kind, exact in self.exact.items()
+        }
+
+    def _errors(self, found: Results) -> dict[str, Error]:
+        return {kind: Error.of(found[kind], exact) for kind, exact in self.exact.items()}
+
+
+def results(module: Any, maps: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> Results:
+    """Of a forward, or with upstream gradients of a forward and backward, by what they are."""
+    if gradients is None:
+        with torch.no_grad():
+            return {"outputs": list(module(maps))}
+    outputs, of_maps = cases.step(module, list(maps), list(gradients))
+    buffers = [b for name, b in module.named_buffers() if not name.endswith("num_batches_tracked")]
+    of_parameters = [p.grad for p in module.parameters() if p.grad is not None]
+    return {
+        "outputs": outputs,
+        "gradients of maps": of_maps,
+        "gradients of parameters": of_parameters,
+        "buffers": buffers,
+    }
+
+
+def flipped(module: Any, maps: Sequence[Tensor], gradients: Sequence[Tensor] | None, axes: Sequence[int]) -> Results:
+    """As `results`, computed of what is flipped along some axes: the same, but for the order of sums."""
+    gradients = None if gradients is None else [g.flip(axes) for g in gradients]
+    found = results(module, [x.flip(axes) for x in maps], gradients)
+    for kind in ("outputs", "gradients of maps"):
+        found |= {kind: [x.flip(axes) for x in found[kind]]} if kind in found else {}
+    return found

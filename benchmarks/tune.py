@@ -1,39 +1,65 @@
 """Measures the candidate configurations of every kernel and writes the fastest into `configurations.json`."""
 
 import argparse
+import copy
+import dataclasses
 import itertools
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 
-from benchmarks import cases, console, measure
+import dca_kernels
+import reference
+from benchmarks import cases, compile, console, journal, measure, parity, stand_in
+from benchmarks.cases import Size
+from benchmarks.compile import Call, Compiled, Job, Pool, replaced
+from benchmarks.group import lost
+from benchmarks.run import BROKEN
 from dca_kernels import launch
 
 TABLE = Path(launch.__file__).parent / "configurations.json"
 WARPS = (4, 8)
+LOST = "the GPU answers no more"
+Config = dict[str, int]
 
-# What is tried, beside the table's present row. Each is a product of its values.
+# What is tried, beside the table's present row: each is a product of its values.
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
-    "patch_embed_train": {"block_q": (4, 8, 16), "num_warps": WARPS},
-    "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64), "splits": (1, 2, 4), "num_warps": WARPS},
+    "patch_embed_train": {"block_q": (2, 4, 8, 16), "num_warps": WARPS},
+    "tokens": {"block_n": (16, 32), "num_warps": WARPS},
+    "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},
     "mixing": {"block_c": (2, 4, 8, 16), "num_warps": WARPS},
     "mix": {"block_n": (16, 32, 64, 128), "block_c": (16, 32, 64), "num_warps": WARPS, "num_stages": (1, 2, 3)},
-    "spatial_attention": {
-        "block_m": (64, 128),
-        "block_n": (32, 64, 128),
+    "mixing_gradient": {"block_c": (32, 64, 128), "block_n": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
+    "mixing_backward": {"block_c": (2, 4, 8), "num_warps": WARPS},
+    "mix_backward": {"block_n": (16, 32, 64), "block_c": (16, 32), "num_warps": WARPS, "num_stages": (1, 2)},
+    "spatial_attention": {"block_m": (64, 128), "block_n": (32, 64), "num_warps": WARPS, "num_stages": (2, 3, 4)},
+    "spatial_attention_backward": {
+        "block_m": (32, 64, 128),
+        "block_n": (16, 32, 64),
         "num_warps": WARPS,
-        "num_stages": (2, 3, 4),
+        "num_stages": (1, 2),
     },
     "conv": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
-    "batch_statistics": {"block_n": (64, 128, 256), "block_c": (4, 8, 16), "num_warps": WARPS},
+    "grid_gradient": {"block_c": (32, 64, 128), "block_k": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
+    "batch_statistics": {
+        "block_n": (64, 128, 256),
+        "block_c": (4, 8, 16),
+        "block_p": (64, 128),
+        "num_warps": WARPS,
+        "num_stages": (1, 2),
+    },
+    "merge_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
+    "merge_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
     "upsample_contiguous": {
         "tile": (2048, 4096, 8192, 16384),
         "block_c": (4, 8, 16),
@@ -48,96 +74,199 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     },
 }
 
+# The most promising, by registers and occupancy, before the others: what is best on an H100 by the machine code.
+FIRST: dict[str, Sequence[Config]] = {
+    "spatial_attention": (
+        {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2},
+        {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3},
+        {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 2},
+    ),
+    "mix": (
+        {"block_n": 32, "num_warps": 4},
+        {"block_n": 32, "block_c": 32, "num_warps": 4, "num_stages": 2},
+    ),
+    "spatial_attention_backward": ({"num_stages": 2}, {"block_m": 32, "num_warps": 4}),
+    "merge_gradient_contiguous": ({"tile": 2048, "num_warps": 4}, {"tile": 2048}),
+    "merge_gradient_channels_last": ({"tile": 2048, "num_warps": 4}, {"tile": 2048}),
+    "mix_backward": ({"block_n": 64, "num_warps": 8, "num_stages": 1},),
+}
+# In this order one candidate of each is tried after the other: where the most is to be gained comes first.
+ORDER = (*FIRST, *(name for name in CANDIDATES if name not in FIRST))
 
-def candidates(kernel: str, present: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The table's present configuration, then the others: shuffled, since there may not be time for all."""
-    yield present
+# A module that launches what no other one does; the paper's, unless it is here.
+MODULES: dict[str, dict[str, Any]] = {"tokens": {"channel_att": False, "n": 2}}
+
+
+def candidates(kernel: str, present: Config) -> Iterator[Config]:
+    """Configurations other than the present one: the promising, then the rest, shuffled: there is not time for all."""
     values = CANDIDATES[kernel]
-    products = list(itertools.product(*values.values()))
+    products = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
     random.Random(0).shuffle(products)
-    for chosen in products:
-        config = present | dict(zip(values, chosen, strict=True))
-        if config != present:
+    seen = [present]
+    for chosen in (*FIRST.get(kernel, ()), *products):
+        config = present | chosen
+        if config not in seen:
+            seen.append(config)
             yield config
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A module in evaluation or in training, its inputs, and the judge of its results."""
+
+    module: torch.nn.Module
+    maps: list[Tensor]
+    gradients: list[Tensor] | None
+    judge: parity.Judge
+
+    @classmethod
+    def of(cls, call: Call, device: torch.device) -> "Phase":
+        torch.manual_seed(cases.SEED)
+        plain = reference.DCA(**dict(call.arguments))
+        ours = dca_kernels.DCA(**dict(call.arguments), backend="triton")
+        ours.load_state_dict(plain.state_dict())
+        plain, ours = (m.to(device, call.dtype).train(call.train) for m in (plain, ours))
+        layout = torch.channels_last if call.channels_last else torch.contiguous_format
+        maps = [torch.randn(call.batch, *s).to(device, call.dtype) for s in call.shapes]
+        maps = [x.contiguous(memory_format=layout) for x in maps]
+        # Small: a float16 sum over the paper's largest map overflows with larger ones.
+        gradients = [torch.randn_like(x).mul_(2.0**-6) for x in maps] if call.train else None
+        return cls(ours, maps, gradients, parity.Judge(plain, maps, gradients))
+
+    def run(self) -> None:
+        parity.results(copy.deepcopy(self.module), self.maps, self.gradients)  # whose buffers change
+
+
+class Lost(RuntimeError):
+    """The GPU answers no more."""
+
+
 class Probe:
-    """Runs a forward with one kernel's configuration replaced, and measures that kernel alone."""
+    """Replaces one row of the table, checks the module with it, and times the kernels that the row is for.
 
-    def __init__(self, module: torch.nn.Module, maps: list[torch.Tensor]) -> None:
-        self.module, self.maps = module, maps
-        self.sizes: dict[str, int] = {}
-        self.present: dict[str, dict[str, int]] = {}
-        self._forward(None, {})
+    In each of the phases that launch them: the row is for all.
+    """
 
-    def outputs(self, kernel: str, config: dict[str, int]) -> tuple[torch.Tensor, ...]:
-        """The forward's results."""
-        return self._forward(kernel, config)
+    def __init__(self, kernel: str, phases: Sequence[Phase]) -> None:
+        self.kernel, self.size, self.present = kernel, 0, Config()
+        self.phases = [phase for phase in phases if self._asks(phase)]
 
-    def milliseconds(self, kernel: str, config: dict[str, int]) -> float:
-        """Median time of the kernel."""
-        times: list[float] = []
-        self._forward(kernel, config, times)
-        return sum(times)
+    def _asks(self, phase: Phase) -> bool:
+        lookup, asked = launch.configuration, []
 
-    def _forward(
-        self, kernel: str | None, config: dict[str, int], times: list[float] | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        lookup, run, latest = launch.configuration, launch.run, [""]
+        def note(name: str, architecture: str, dtype: torch.dtype, size: int) -> Config:
+            config = lookup(name, architecture, dtype, size)
+            if name == self.kernel:
+                asked.append(size)
+                self.size, self.present = size, dict(config)
+            return config
 
-        def configuration(name: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
-            latest[0] = name
-            self.sizes[name] = size
-            self.present.setdefault(name, lookup(name, architecture, dtype, size))
-            return config if name == kernel else self.present[name]
+        with mock.patch.object(launch, "configuration", note):
+            phase.run()
+        return bool(asked)
 
-        def run_and_time(one: Any, programs: int, its_config: dict[str, int], **arguments: Any) -> None:
+    def excess(self, config: Config) -> float:
+        """The largest error over what it may be; more than 1 is outside the budget."""
+        with replaced(self.kernel, config):
+            return max(max(phase.judge.excess(phase.module).values()) for phase in self.phases)
+
+    def milliseconds(self, config: Config) -> float:
+        """Of the row's launches, one after the other, without what the host takes for them."""
+        launches: list[Callable[[], None]] = []
+        run = launch.run
+
+        def keep(one: Any, programs: int, its_config: Config, **arguments: Any) -> None:
             run(one, programs, its_config, **arguments)
-            if times is not None and latest[0] == kernel:
-                times.append(median_milliseconds(lambda: run(one, programs, its_config, **arguments)))
+            if its_config is config:
+                launches.append(lambda: run(one, programs, its_config, **arguments))
 
-        with (
-            torch.no_grad(),
-            mock.patch.object(launch, "configuration", configuration),
-            mock.patch.object(launch, "run", run_and_time),
-        ):
-            return self.module(self.maps)
+        for phase in self.phases:
+            with replaced(self.kernel, config), mock.patch.object(launch, "run", keep):
+                phase.run()
+        return sum(map(kernel_milliseconds, launches))
+
+    def attempt(self, config: Config) -> tuple[float | None, str | None]:
+        """Milliseconds of a configuration, or in a line why there are none.
+
+        Raises:
+            Lost: the GPU answers no more.
+        """
+        try:
+            excess = self.excess(config)
+            if not excess <= 1:
+                return None, f"outside the error budget: {excess:.2g} of it"
+            return self.milliseconds(config), None
+        except Exception as error:  # it does not compile, does not fit, or its launcher refuses it
+            reason = compile.said(error)
+            if lost(error):
+                raise Lost(reason) from error
+            return None, reason
 
 
-def median_milliseconds(call: Any) -> float:
-    """By CUDA events on a GPU; where kernels are interpreted, of one call, which says nothing of their speed."""
+def kernel_milliseconds(call: Callable[[], object]) -> float:
+    """Of a launch, by replays of a CUDA graph of many; interpreted, of one call, which says nothing of its speed."""
     if torch.cuda.is_available():
-        return triton.testing.do_bench(call, quantiles=[0.5])
+        return triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
     begin = time.perf_counter()
     call()
     return (time.perf_counter() - begin) * 1e3
 
 
-def tune(probe: Probe, kernel: str, most: int | None, seconds: float) -> tuple[dict[str, int], float, float]:
-    """The fastest configuration that gives the present one's results, its milliseconds and the present one's.
-
-    After `seconds` no further candidate is tried.
-    """
-    deadline = time.monotonic() + seconds
-    present = probe.present[kernel]
-    expected = probe.outputs(kernel, present)
-    tolerance = 4 * torch.finfo(expected[0].dtype).eps
-    timed: list[tuple[float, dict[str, int]]] = []
-    for config in console.progress(list(itertools.islice(candidates(kernel, present), most)), desc=kernel, leave=False):
-        if timed and time.monotonic() > deadline:
-            break
-        try:
-            outputs = probe.outputs(kernel, config)
-        except triton.runtime.errors.OutOfResources:
-            continue
-        for ours, theirs in zip(outputs, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
-        timed.append((probe.milliseconds(kernel, config), config))
-    best, config = min(timed, key=lambda pair: pair[0])
-    return config, best, timed[0][0]
+def calls_of(kernel: str, size: Size, batch: int, dtype: torch.dtype) -> list[Call]:
+    """In evaluation and in training."""
+    channels_last = kernel.endswith("channels_last")
+    return [Call.of(size, batch, dtype, train, channels_last, **MODULES.get(kernel, {})) for train in (False, True)]
 
 
-def write(kernel: str, conditions: dict[str, Any], config: dict[str, int], path: Path) -> None:
+@dataclass
+class Tuned:
+    """A kernel, and what is known of its candidates so far."""
+
+    probe: Probe
+    calls: list[Call]
+    present: float | None
+    best: float | None
+    config: Config
+    tried: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        before, after = (f"{t:.4f} ms" if t is not None else "none" for t in (self.present, self.best))
+        failed = "".join(f"\n  failed: {config}: {reason}" for config, reason in self.failures.items())
+        counts = f"{self.tried} tried, {len(self.failures)} failed"
+        return f"{self.probe.kernel}: {before} -> {after}, {self.config} ({counts}){failed}"
+
+
+def job_of(kernel: str, calls: Sequence[Call], config: Config) -> Job:
+    """What is compiled for a candidate."""
+    row = kernel, tuple(config.items())
+    return Job(tuple(dataclasses.replace(call, row=row) for call in calls), kernel)
+
+
+def in_turns(kernels: Sequence[Tuned], most: int | None) -> Iterator[Job]:
+    """A candidate of each kernel, then the next of each: there may not be time for all."""
+    of_each = [
+        [
+            job_of(t.probe.kernel, t.calls, config)
+            for config in itertools.islice(candidates(t.probe.kernel, t.probe.present), most)
+        ]
+        for t in kernels
+    ]
+    for turn in itertools.zip_longest(*of_each):
+        yield from (job for job in turn if job is not None)
+
+
+def ready(jobs: Sequence[Job], target: str | None, processes: int) -> Iterator[Compiled]:
+    """Each job when it is compiled; at once where nothing stands in for the target."""
+    if target not in stand_in.TARGETS:
+        yield from (Compiled(job, 0.0, None) for job in jobs)
+        return
+    with Pool(target, processes) as pool:
+        pool.submit(jobs)
+        yield from pool.done()
+
+
+def write(kernel: str, conditions: dict[str, Any], config: Config, path: Path) -> None:
     """Put a measured row before all others of a kernel, in place of an earlier one of the same conditions."""
     table = json.loads(path.read_text())
     rows = [row for row in table[kernel]["rows"] if row.get("if") != conditions]
@@ -154,39 +283,102 @@ def rendered(table: dict[str, dict[str, Any]]) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
+def tune(kernels: Sequence[Tuned], jobs: Iterable[Compiled], deadline: float, keep: Callable[..., object]) -> None:
+    """Try what is compiled, until the deadline; `keep` is told of each candidate when it is known.
+
+    A candidate that fails is counted and named, and the next one goes on.
+    """
+    by_name = {t.probe.kernel: t for t in kernels}
+    for one in jobs:
+        if time.monotonic() > deadline:
+            break
+        kernel, pairs = one.job.calls[0].row
+        tuned, config = by_name[kernel], dict(pairs)
+        tuned.tried += 1
+        lost_by = None
+        if one.error is not None:
+            milliseconds, reason = None, one.error
+        else:
+            try:
+                milliseconds, reason = tuned.probe.attempt(config)
+            except Lost as error:
+                milliseconds, reason, lost_by = None, f"{LOST}: {error}", error
+        if reason is not None:
+            tuned.failures[str(config)] = reason
+        elif tuned.best is None or milliseconds < tuned.best:
+            tuned.best, tuned.config = milliseconds, config
+        keep(tuned, config, milliseconds, reason)
+        if lost_by is not None:
+            raise lost_by
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tune",
-        description="Tries the candidate configurations of every kernel at the paper's sizes, each checked against the "
-        "present one's results first, and writes the fastest into dca_kernels/configurations.json for this GPU, each "
-        "kernel when it is done.",
+        description="Tries candidate configurations of every kernel at the paper's sizes, forward and backward, the "
+        "most promising first and of each kernel in turn. They are compiled in parallel processes; each is held to the "
+        "error budget against float64, then the kernels that share the configuration are timed without what their "
+        "launches cost the host. The fastest so far is always in the table, under this GPU's conditions. What fails is "
+        "counted and named, and the next one goes on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="what to tune")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the maps")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="tiles in a batch")
+    parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(ORDER), help="what to tune")
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of the maps")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="images")
     parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
     parser.add_argument("--most", type=int, metavar="N", help="at most N candidates a kernel")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all kernels, in equal shares")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other candidate is tried")
+    parser.add_argument("--processes", type=int, default=compile.processes(), metavar="N", help="that compile")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="the table that is written")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="where each candidate is written, a line of JSON")
     chosen = parser.parse_args(arguments)
-    device, dtype = measure.device(), getattr(torch, chosen.dtype)
-    image, size = cases.load_image(None), cases.SIZES[chosen.size]
-    share = chosen.seconds / len(chosen.kernel)
-    for kernel in chosen.kernel:
-        module = cases.modules(size.patch, dtype, device, size.features)["fused"]
-        module.backend = "triton"
-        module.train(kernel in ("patch_embed_train", "batch_statistics"))
-        maps = cases.skip_maps(image, chosen.batch, size.patch, dtype, device, size.features)
-        if kernel == "upsample_channels_last":
-            maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-        probe = Probe(module, maps)
-        config, best, present = tune(probe, kernel, chosen.most, share)
-        conditions = {
-            "architecture": [launch.architecture(device)],
-            "dtype": [chosen.dtype],
-            "max_size": probe.sizes[kernel],
-        }
-        write(kernel, conditions, config, chosen.table)
-        print(f"{kernel}: {present:.4f} ms -> {best:.4f} ms, {config}", flush=True)
-    return 0
+    deadline = time.monotonic() + chosen.seconds
+    device, dtype, size = measure.device(), cases.DTYPES[chosen.dtype], cases.SIZES[chosen.size]
+    target = compile.target_here()
+    if target is None:
+        target = "sm_90"
+        print(f"no GPU: candidates are compiled for {target}, and what is timed is the interpreter", flush=True)
+    calls = {kernel: calls_of(kernel, size, chosen.batch, dtype) for kernel in chosen.kernel}
+    every = list(dict.fromkeys(itertools.chain.from_iterable(calls.values())))
+    if device.type == "cuda":  # the present ones, all at once
+        for _ in ready([Job((call,), "all") for call in every], target, chosen.processes):
+            pass
+    phases = {call: Phase.of(call, device) for call in every}
+    kernels = []
+    for kernel, of_kernel in calls.items():
+        probe = Probe(kernel, [phases[call] for call in of_kernel])
+        present, reason = probe.attempt(probe.present)
+        kernels.append(Tuned(probe, of_kernel, present, present, probe.present))
+        if reason is not None:
+            print(f"{kernel}: the present configuration failed: {reason}", flush=True)
+
+    shared = {"dtype": chosen.dtype, "batch": chosen.batch, "size": chosen.size}
+
+    def keep(tuned: Tuned, config: Config, milliseconds: float | None, reason: str | None) -> None:
+        found = {"config": config, "ms": milliseconds, "present_ms": tuned.present, "failed": reason}
+        journal.write(chosen.journal, "tune", kernel=tuned.probe.kernel, **found, **shared)
+        if config == tuned.config:
+            conditions = {"architecture": [launch.architecture(device)], "dtype": [chosen.dtype]}
+            write(tuned.probe.kernel, conditions | {"max_size": tuned.probe.size}, config, chosen.table)
+
+    dangerous = [
+        (entry["kernel"], entry["config"])
+        for entry in journal.read(chosen.journal)
+        if entry["step"] == "tune" and (entry["failed"] or "").startswith(LOST)
+    ]
+    jobs = [job for job in in_turns(kernels, chosen.most) if (job.kernel, dict(job.calls[0].row[1])) not in dangerous]
+    status = 0
+    try:
+        tune(
+            kernels,
+            console.progress(ready(jobs, target, chosen.processes), total=len(jobs), mininterval=5),
+            deadline,
+            keep,
+        )
+    except Lost as error:
+        print(f"{LOST}: {error}; run the same command again to go on", flush=True)
+        status = BROKEN
+    print("\n".join(map(str, kernels)), flush=True)
+    tried, failed = (sum(f(t) for t in kernels) for f in (lambda t: t.tried, lambda t: len(t.failures)))
+    print(f"{len(jobs)} candidates, {tried} tried, {failed} failed")
+    return status

@@ -1,0 +1,245 @@
+"""`python -m benchmarks smoke`: whether the kernels are right on this machine, a line a case, without a stop."""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+
+import dca_kernels
+import reference
+from benchmarks import cases, journal, measure, parity, providers
+from benchmarks.cases import Problem, Size
+from benchmarks.compile import said
+from benchmarks.determinism import differing
+from benchmarks.environment import describe, environment
+from benchmarks.group import lost
+from benchmarks.run import BROKEN
+from dca_kernels import launch
+
+SCALE = 2.0**-6  # of upstream gradients: a float16 sum over the paper's largest map overflows with larger ones
+
+
+@dataclass
+class Watch:
+    """The kernels that were launched; each is waited for, so that what fails is the last of them."""
+
+    kernels: list[str] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def launches(self) -> Iterator[None]:
+        run = launch.run
+
+        def run_and_wait(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
+            self.kernels.append(kernel.__name__.removeprefix("_").removesuffix("_kernel"))
+            run(kernel, programs, config, **arguments)
+            if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize()
+
+        with mock.patch.object(launch, "run", run_and_wait):
+            yield
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, which an element that is never written keeps."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# The cases. Each returns what it found, and whether that is right.
+
+Found = tuple[bool, str]
+
+
+def golden(name: str) -> Found:
+    """What the official module computed in float64."""
+    from tests.oracle import Golden, assert_same, evaluate, resized_blocks  # here: it needs pytest
+
+    case, device = Golden(name), measure.device()
+    module = dca_kernels.DCA(**case.arguments, backend="triton")
+    module.load_state_dict(case.state)
+    module.to(device, torch.float64).train(case.train)
+    # Interpreted, a program of any size takes about as long: with larger blocks there are few.
+    with poisoned(), contextlib.nullcontext() if device.type == "cuda" else resized_blocks(16):
+        found = case.sample(evaluate(module, [x.to(device) for x in case.maps], [g.to(device) for g in case.upstream]))
+    expected = case.expected(True)
+    try:
+        assert_same(found, expected)
+    except AssertionError as error:
+        return False, " ".join(str(error).split())[:200]
+    return True, f"{len(expected)} tensors"
+
+
+def same_as_reference(problem: Problem, channels_last: bool) -> Found:
+    """Outputs, in training gradients and buffers too, within the error budget of the reference in the same dtype."""
+    device, size = measure.device(), problem.size
+    torch.manual_seed(cases.SEED)
+    plain = reference.DCA(size.features, None, size.patch)
+    ours = dca_kernels.DCA(size.features, None, size.patch, backend="triton")
+    ours.load_state_dict(plain.state_dict())
+    plain, ours = (m.to(device, problem.dtype).train(problem.training) for m in (plain, ours))
+    maps = [torch.randn(problem.batch, c, s, s) for c, s in zip(size.features, size.sides, strict=True)]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    maps = [x.to(device, problem.dtype).contiguous(memory_format=layout) for x in maps]
+    upstream = [torch.randn_like(x).mul_(SCALE) for x in maps] if problem.training else None
+    judge = parity.Judge(plain, maps, upstream)
+    with poisoned():
+        excess = judge.excess(ours)
+    said = ", ".join(f"{kind} {value:.2g}" for kind, value in excess.items())
+    return all(value <= 1 for value in excess.values()), f"error over what it may be: {said}"
+
+
+def replay_is_eager(problem: Problem) -> Found:
+    """A CUDA graph's replay, bit for bit; without a GPU a second eager call stands in for it."""
+    device = measure.device()
+    inputs = providers.inputs_of(problem, cases.load_image(None), device)
+    subject = providers.build(providers.PROVIDERS["triton"], problem, *inputs)
+
+    def results(of: providers.Subject) -> list[Tensor]:
+        outputs = [y.clone() for y in of.forward()]
+        return [*outputs, *(g.clone() for g in of.backward())] if of.has_backward else outputs
+
+    expected = results(subject)
+    gpu = device.type == "cuda"
+    replay = providers.Graphed(subject) if gpu else subject
+    differ = sum(differing(a, b) for a, b in zip(results(replay), expected, strict=True))
+    what = "replay" if gpu else "no GPU: a second eager call"
+    return differ == 0, f"{what}: {differ} of {sum(x.numel() for x in expected)} values differ"
+
+
+def stages(problem: Problem, channels_last: bool) -> str:
+    """Which stages alone are off, with their kernels: where to look when the module is wrong."""
+    found = []
+    for stage in cases.STAGES:
+        one, watch = dataclasses.replace(problem, case=stage), Watch()
+        inputs, upstream = providers.inputs_of(one, cases.load_image(None), measure.device())
+        if channels_last:
+            inputs = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+        gate = parity.Gate(one, inputs, upstream)
+        with watch.launches():
+            _, well, _ = gate.check(gate.subject(providers.PROVIDERS["triton"]))
+        if not well:
+            found.append(f"{stage} ({', '.join(dict.fromkeys(watch.kernels))})")
+    return f"stages that are off alone: {'; '.join(found) or 'none'}"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    check: Callable[[], Found]
+    explain: Callable[[], str] | None = None
+
+
+def all_cases(
+    size: Size, batches: Sequence[int], dtypes: Sequence[str], phases: Sequence[str], vectors: Sequence[str]
+) -> Iterator[Case]:
+    """The golden vectors, then parity, then graphs."""
+    for name in vectors:
+        yield Case(f"golden {name}, float64", lambda name=name: golden(name))
+    for dtype, batch, phase, channels_last in itertools.product(dtypes, batches, phases, (False, True)):
+        problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
+        layout = "channels_last" if channels_last else "contiguous"
+        yield Case(
+            f"parity {dtype}, batch {batch}, {phase}, {layout}",
+            lambda problem=problem, layout=channels_last: same_as_reference(problem, layout),
+            lambda problem=problem, layout=channels_last: stages(problem, layout),
+        )
+    for dtype, batch, phase in itertools.product(dtypes, batches, phases):
+        problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
+        yield Case(f"graph {dtype}, batch {batch}, {phase}", lambda problem=problem: replay_is_eager(problem))
+
+
+def perform(case: Case) -> tuple[dict[str, Any], bool]:
+    """What is written of a case, and whether the GPU was lost."""
+    watch, begin = Watch(), time.perf_counter()
+    gone = False
+    try:
+        with watch.launches():
+            well, found = case.check()
+        result = {"case": case.name, "well": well, "found": found}
+        if not well and case.explain is not None:
+            result["where"] = case.explain()
+    except Exception as error:  # whatever a kernel or the reference raised: the next case goes on
+        gone = lost(error)
+        kernel = watch.kernels[-1] if watch.kernels else "none"
+        result = {"case": case.name, "well": False, "found": said(error), "where": f"last kernel launched: {kernel}"}
+    return result | {"seconds": round(time.perf_counter() - begin, 2)}, gone
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Kernels that were compiled in this block, and not found in the cache."""
+    names: list[str] = []
+
+    def note(*, src: Any, metadata: dict[str, Any], cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            names.append(metadata["name"].removeprefix("_").removesuffix("_kernel"))
+
+    with mock.patch.object(triton.knobs.compilation, "listener", note):
+        yield names
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks smoke",
+        description="Checks the kernels against the golden vectors (float64) and against the reference (every dtype, "
+        "evaluation and training, both layouts of the maps), with memory that holds NaN, and CUDA graphs against eager "
+        "calls bit for bit. A failure is a line that names its kernel; the next case goes on. What the journal has as "
+        "right already, from the same code on the same machine, is not checked again. Exit status 1: a case failed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8], metavar="B", help="images")
+    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help="of the maps")
+    parser.add_argument("--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="forward, or step")
+    parser.add_argument("--golden", nargs="*", metavar="NAME", help="which golden vectors; by default all")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="where each case is written, a line of JSON")
+    chosen = parser.parse_args(arguments)
+    reason = dca_kernels.backends.why_not("triton", measure.device())
+    if reason is not None:
+        print(f"smoke: not run: {reason}")
+        return 2
+    if chosen.golden is None:
+        from tests.oracle import GOLDEN
+
+        chosen.golden = GOLDEN
+    torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
+    print(f"environment: {describe(environment())}", flush=True)
+    here = {key: value for key, value in environment().items() if key != "date"}
+    earlier = {
+        entry["case"]: entry
+        for entry in journal.read(chosen.journal)
+        if entry["step"] == "smoke" and here.items() <= entry["environment"].items()
+    }
+    total, failed = 0, 0
+    with compilations() as compiled:
+        for case in all_cases(cases.SIZES[chosen.size], chosen.batch, chosen.dtype, chosen.phase, chosen.golden):
+            total += 1
+            if case.name in earlier:
+                failed += not earlier[case.name]["well"]
+                continue
+            result, gone = perform(case)
+            failed += not result["well"]
+            journal.write(chosen.journal, "smoke", **result)
+            where = f"; {result['where']}" if "where" in result else ""
+            print(f"{case.name}: {'ok' if result['well'] else 'FAILED'}: {result['found']}{where}", flush=True)
+            if gone:
+                print("the GPU answers no more; run the same command again to go on", flush=True)
+                return BROKEN
+    if compiled:
+        print(f"{len(compiled)} kernels were compiled on the way: {', '.join(sorted(set(compiled)))}")
+    print(f"{total} cases, {failed} failed")
+    return 1 if failed else 0
