@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -212,11 +213,13 @@ def target_here() -> str | None:
     return launch.architecture(torch.device("cuda", 0)) if device.type == "cuda" else None
 
 
-def calls_of(size: Size, batches: Sequence[int], dtypes: Sequence[torch.dtype], phases: Sequence[str]) -> list[Call]:
+def calls_of(
+    sizes: Sequence[Size], batches: Sequence[int], dtypes: Sequence[torch.dtype], phases: Sequence[str]
+) -> list[Call]:
     """The module in both layouts of its maps."""
     return [
         Call.of(size, batch, dtype, phase == "train", channels_last)
-        for dtype, batch, phase, channels_last in itertools.product(dtypes, batches, phases, (False, True))
+        for size, dtype, batch, phase, channels_last in itertools.product(sizes, dtypes, batches, phases, (False, True))
     ]
 
 
@@ -245,7 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     here = target_here()
     parser.add_argument("--target", choices=stand_in.TARGETS, default=here, required=here is None, help="for what")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the cache; by default Triton's own")
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
+    parser.add_argument("--size", nargs="+", choices=cases.SIZES, default=["paper"], help="channels and grid")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8, 32], metavar="B", help="images")
     parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help="of the maps")
     parser.add_argument("--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="forward, or step")
@@ -254,13 +257,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", action="store_true", help="only say how many there are, and estimate the time")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="where failures are written, a line of JSON each")
     chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("compile: nothing is compiled where TRITON_INTERPRET is 1", file=sys.stderr)
+        return 2
     if chosen.target not in stand_in.TARGETS:
         print(f"compile: not run: nothing stands in for {chosen.target}; kernels are compiled where they are launched")
         return 0
     if chosen.out is not None:
         os.environ["TRITON_CACHE_DIR"] = str(chosen.out)
     dtypes = [cases.DTYPES[name] for name in chosen.dtype]
-    calls = calls_of(cases.SIZES[chosen.size], chosen.batch, dtypes, chosen.phase)
+    calls = calls_of([cases.SIZES[name] for name in chosen.size], chosen.batch, dtypes, chosen.phase)
     jobs = distinct(calls if chosen.no_golden else [*golden_calls(), *calls], chosen.target)
     seconds = estimate(jobs, chosen.processes)
     print(f"{len(jobs)} kernels in {chosen.processes} processes, estimated {seconds:.0f} s from nothing", flush=True)

@@ -1,17 +1,16 @@
 """`python -m benchmarks determinism`: whether the kernels' outputs and gradients are the same bits every time."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import cases, console, measure, providers
+from benchmarks import cases, console, journal, measure, providers
 from benchmarks.cases import Problem
-from benchmarks.environment import environment
 
+EVERY = 50  # repeats, after which the count is written
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=60, metavar="B", help="images")
     parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of maps and weights")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the counts go, as JSON")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="where the counts go, now and then, a line of JSON"
+    )
     chosen = parser.parse_args(arguments)
     device, provider = measure.device(), providers.PROVIDERS[chosen.provider]
     problem = Problem("dca", cases.SIZES[chosen.size], chosen.batch, cases.DTYPES[chosen.dtype], training=True)
@@ -47,12 +48,13 @@ def main(arguments: Sequence[str]) -> int:
         outputs = [y.detach() for y in subject.forward()]
         return [*outputs, *subject.backward(), *subject.parameter_gradients]
 
-    first, differ, done = results(), 0, 0
-    for done in console.progress(range(1, chosen.repeats + 1), desc="repeats"):  # noqa: B007  counted below
+    first, differ = results(), 0
+    found = {"values": sum(x.numel() for x in first), "batch": chosen.batch, "dtype": chosen.dtype}
+    for done in console.progress(range(1, chosen.repeats + 1), desc="repeats", mininterval=5):
         differ += sum(differing(a, b) for a, b in zip(first, results(), strict=True))
-    values = sum(x.numel() for x in first)
-    print(f"{done} repeats of {values} values, batch {chosen.batch}, {chosen.dtype}: {differ} differ")
-    if chosen.out is not None:
-        found = {"repeats": done, "values": values, "batch": chosen.batch, "dtype": chosen.dtype, "differ": differ}
-        chosen.out.write_text(json.dumps(found | {"environment": environment()}, indent=1) + "\n")
+        if done % EVERY == 0 or done == chosen.repeats:
+            journal.write(chosen.journal, "determinism", repeats=done, differ=differ, **found)
+    print(
+        f"{chosen.repeats} repeats of {found['values']} values, batch {chosen.batch}, {chosen.dtype}: {differ} differ"
+    )
     return 1 if differ else 0

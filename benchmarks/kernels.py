@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks import calibrate, cases, console, journal, measure, providers
+from benchmarks import calibrate, cases, journal, measure, providers, report
 from benchmarks.cases import Problem
 from benchmarks.compile import ESTIMATES
 from benchmarks.environment import describe, environment
@@ -125,20 +125,6 @@ def measured(problem: Problem, rates: calibrate.Rates) -> list[journal.Entry]:
     return [shared | line for line in lines]
 
 
-def table(entries: Iterable[journal.Entry]) -> str:
-    """One line a kernel and case, as GitHub Markdown."""
-    lines = [
-        [
-            f"{entry['phase']}, batch {entry['batch']}, {entry['dtype']}",
-            entry["kernel"],
-            *(console.number(entry[column] or None) for column in ("us", "floor_us", "estimated_us")),
-            console.ratio(entry["us"], entry["floor_us"], "x"),
-        ]
-        for entry in entries
-    ]
-    return console.table(lines, ["case", "kernel", "us", "floor, us", "estimated, us", "of floor"])
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks kernels",
@@ -170,7 +156,6 @@ def main(arguments: Sequence[str]) -> int:
     for batch, phase in itertools.product(chosen.batch, cases.MODES):
         problem = Problem("dca", subject.size, batch, subject.dtype, phase == "train")
         entries = measured(problem, rates)
-        for entry in entries:
-            journal.write(chosen.journal, "kernels", size=chosen.size, **entry)
-        print(f"\n{table(entries)}", flush=True)
+        written = [journal.write(chosen.journal, "kernels", size=chosen.size, **entry) for entry in entries]
+        print(f"\n{report.kernels(written)}", flush=True)
     return 0

@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, plots, rows
+from benchmarks import cases, console, journal, plots, rows
 from benchmarks.rows import RESULTS, Row
 
 FUSED = ("torch", "triton")
+HOST = "(host)"  # marks a time in which the GPU waits for the host
 OF_FLOOR = ("reference", *FUSED)
 Group = tuple[str | int, ...]
 
@@ -68,7 +69,7 @@ def module(found: Sequence[Row]) -> str:
             ]
         )
     headers = ["case", *(f"{n}, ms" for n in names), "best of ours over best reference", "reference, peak MB", "ours"]
-    return console.table(lines, headers) + _lost(groups)
+    return _host_bound(console.table(lines, headers)) + _lost(groups)
 
 
 def stages(found: Sequence[Row]) -> str:
@@ -116,7 +117,7 @@ def hosts(found: Sequence[Row]) -> str:
             ]
         )
     headers = ["network", "without DCA, ms", "reference, ms", "torch, ms", "triton, ms"]
-    return console.table(lines, [*headers, "reference DCA adds", "ours adds", "speed-up of the step"])
+    return _host_bound(console.table(lines, [*headers, "reference DCA adds", "ours adds", "speed-up of the step"]))
 
 
 def not_run(found: Sequence[Row]) -> str:
@@ -141,10 +142,20 @@ PICTURES = {"module": ("latency", "memory", "speedup"), "stages": ("of_floor",)}
 
 
 def _span(row: Row | None) -> str:
-    """The median, and half of what lies between the 20th and 80th percentile."""
+    """The median, half of what lies between the 20th and 80th percentile, and whether that is the host's time."""
     if row is None or row.p50_ms is None:
         return ""
-    return f"{row.p50_ms:.3g} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %"
+    host = f" {HOST}" if row.host_ms is not None and row.host_ms > 0.9 * row.p50_ms else ""
+    return f"{row.p50_ms:.3g} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %{host}"
+
+
+def _host_bound(cells: str) -> str:
+    """Under a table that has such cells, what they are."""
+    if HOST not in cells:
+        return cells
+    return (
+        f"{cells}\n\n{HOST}: Python and its launches take that long, and the GPU waits; a graph's row is the kernels'."
+    )
 
 
 def _lost(groups: dict[Group, list[Row]]) -> str:
@@ -158,7 +169,33 @@ def _lost(groups: dict[Group, list[Row]]) -> str:
     return "\n\nSlower than the best reference: " + ("; ".join(lost) if lost else "nowhere") + "."
 
 
-def block(name: str, results: Path, document: Path) -> str:
+def checks(entries: Sequence[journal.Entry]) -> str:
+    """Cases of the smoke test that failed, and kernels that did not compile."""
+    cases_of = {entry["case"]: entry for entry in entries if entry["step"] == "smoke"}
+    wrong = [entry for entry in cases_of.values() if not entry["well"]]
+    lines = [[entry["case"], entry["found"], entry.get("where")] for entry in wrong]
+    of_compiler = [entry for entry in entries if entry["step"] == "compile" and "failed" in entry]
+    lines += [[entry["kernel"], entry["failed"], "does not compile"] for entry in of_compiler]
+    counts = f"{len(cases_of)} cases, {len(wrong)} failed."
+    return f"{counts}\n\n{console.table(lines, ['failed', 'found', 'where'])}" if lines else counts
+
+
+def kernels(entries: Sequence[journal.Entry]) -> str:
+    """One line a kernel and case: its time beside its floor, and beside what was estimated before anything ran."""
+    lines = [
+        [
+            f"{entry['phase']}, batch {entry['batch']}, {entry['dtype']}",
+            entry["kernel"],
+            *(console.number(entry[column] or None) for column in ("us", "floor_us", "estimated_us")),
+            console.ratio(entry["us"], entry["floor_us"], "x"),
+        ]
+        for entry in entries
+        if entry["step"] == "kernels"
+    ]
+    return console.table(lines, ["case", "kernel", "us", "floor, us", "estimated, us", "of floor"])
+
+
+def block(name: str, results: Path, document: Path, figures: bool = True) -> str:
     """A block's Markdown, a machine after the other, with links to its figures."""
     parts = []
     for folder, found in machines(results).items():
@@ -166,7 +203,7 @@ def block(name: str, results: Path, document: Path) -> str:
         where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
         parts.append(f"{where}, torch {environment.get('torch')}, medians (± half of 20th to 80th percentile):")
         parts.append(BLOCKS[name](found))
-        for picture in (p for p in plots.figures(found) if p in PICTURES.get(name, ())):
+        for picture in (p for p in plots.figures(found) if figures and p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
             parts.append(f"![{picture.replace('_', ' ')}]({link})")
     return "\n\n".join(parts) or "Nothing measured yet."
@@ -197,17 +234,25 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--document", type=Path, default=RESULTS.parents[1] / "README.md", help="what is written")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="a folder a machine")
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="of a machine with a GPU: its kernels and failures too"
+    )
+    parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
     chosen = parser.parse_args(arguments)
     document = chosen.document
-    empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in BLOCKS) + "\n"
+    blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
+    if chosen.journal is not None:
+        entries = journal.read(chosen.journal)
+        blocks |= {"checks": checks(entries), "kernels": kernels(entries)}
+    empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in blocks) + "\n"
     before = document.read_text() if document.exists() else empty
     try:
-        after = filled(before, {name: block(name, chosen.results, document) for name in BLOCKS})
+        after = filled(before, blocks)
     except ValueError as error:
         print(f"{document}: {error}", file=sys.stderr)
         return 2
-    for name in BLOCKS:
+    for name in blocks:
         if f"<!-- begin: {name} -->" not in before:
             print(f"{document}: has no block {name!r}")
 
@@ -216,7 +261,7 @@ def main(arguments: Sequence[str]) -> int:
         document.write_text(after)
     with tempfile.TemporaryDirectory() as scratch:
         for folder, found in machines(chosen.results).items():
-            for name in plots.figures(found):
+            for name in () if chosen.no_figures else plots.figures(found):
                 path = folder / f"{name}.png"
                 drawn = Path(scratch) / f"{name}.png" if chosen.check else path
                 message = plots.draw(plots.FIGURES[name], found, drawn)

@@ -1,13 +1,19 @@
 """`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there."""
 
 import argparse
+import concurrent.futures
+import dataclasses
 import itertools
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from benchmarks import cases, console, providers, rows
+from benchmarks import cases, console, measure, providers, rows
 from benchmarks.cases import Problem
 from benchmarks.environment import describe, environment, source
 from benchmarks.group import Effort, Group, lost, measured
@@ -48,10 +54,47 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", nargs="+", type=int, default=list(cases.BATCHES), metavar="B", help="images")
     parser.add_argument("--seconds", type=float, default=Effort.seconds, help="to time one case at one size, about")
     parser.add_argument("--longest", type=float, default=Effort.longest, help="seconds; a longer call is not timed")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first fill torch.compile's cache by N processes at a time; max-autotune then chooses among kernels while "
+        "others run",
+    )
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--small", action="store_true", help="one round, small calibration: for tests")
     parser.add_argument("--out", type=Path, default=rows.LATEST / "run.jsonl", metavar="FILE", help="where rows go")
     return parser
+
+
+def compile_ahead(wanted: Sequence[Group], processes: int) -> None:
+    """Run each compiled provider once in a process of its own, so that torch.compile finds it in its cache here."""
+    jobs = [
+        (dataclasses.replace(providers.PROVIDERS[name], graph=False), group.problem)
+        for group in wanted
+        for name in group.providers
+        if providers.PROVIDERS[name].compiled
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    begin, failed = time.monotonic(), 0
+    with (
+        mock.patch.dict(os.environ, {"TORCHINDUCTOR_COMPILE_THREADS": "2"}),  # each: there are many of them
+        concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool,
+    ):
+        futures = [pool.submit(_run_once, *job) for job in dict.fromkeys(jobs)]
+        for future in console.progress(concurrent.futures.as_completed(futures), total=len(futures), mininterval=5):
+            failed += future.exception() is not None  # it fails again where it is measured, and says why there
+    print(f"torch.compile: {len(futures)} ahead in {time.monotonic() - begin:.0f} s, {failed} failed", flush=True)
+
+
+def _run_once(provider: providers.Provider, problem: Problem) -> None:
+    subject = providers.build(
+        provider, problem, *providers.inputs_of(problem, cases.load_image(None), measure.device())
+    )
+    subject.forward()
+    if subject.has_backward:
+        subject.backward()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,11 +102,15 @@ def main(arguments: Sequence[str]) -> int:
     effort = Effort(chosen.seconds, chosen.longest, not chosen.no_memory, chosen.small)
     image, done = cases.load_image(None), rows.finished(chosen.out, source())
     print(f"environment: {describe(environment())}", flush=True)
+    left = [
+        group
+        for group in groups(chosen)
+        if any(group.row(*pair).key not in done for pair in itertools.product(group.providers, group.modes))
+    ]
+    if chosen.ahead:
+        compile_ahead(left, chosen.ahead)
     status = 0
-    for group in console.progress(list(groups(chosen)), Group.__str__):
-        wanted = itertools.product(group.providers, group.modes)
-        if all(group.row(*pair).key in done for pair in wanted):
-            continue
+    for group in console.progress(left, Group.__str__):
         try:
             new = measured(group, image, effort)
         except RuntimeError as error:

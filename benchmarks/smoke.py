@@ -26,6 +26,7 @@ from benchmarks.group import lost
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 
+KINDS = ("golden", "parity", "graph")
 SCALE = 2.0**-6  # of upstream gradients: a float16 sum over the paper's largest map overflows with larger ones
 
 
@@ -144,22 +145,29 @@ class Case:
 
 
 def all_cases(
-    size: Size, batches: Sequence[int], dtypes: Sequence[str], phases: Sequence[str], vectors: Sequence[str]
+    kinds: Sequence[str],
+    vectors: Sequence[str],
+    size: Size,
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    phases: Sequence[str],
 ) -> Iterator[Case]:
     """The golden vectors, then parity, then graphs."""
-    for name in vectors:
+    for name in vectors if "golden" in kinds else ():
         yield Case(f"golden {name}, float64", lambda name=name: golden(name))
     for dtype, batch, phase, channels_last in itertools.product(dtypes, batches, phases, (False, True)):
-        problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
-        layout = "channels_last" if channels_last else "contiguous"
-        yield Case(
-            f"parity {dtype}, batch {batch}, {phase}, {layout}",
-            lambda problem=problem, layout=channels_last: same_as_reference(problem, layout),
-            lambda problem=problem, layout=channels_last: stages(problem, layout),
-        )
+        if "parity" in kinds:
+            problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
+            layout = "channels_last" if channels_last else "contiguous"
+            yield Case(
+                f"parity {dtype}, batch {batch}, {phase}, {layout}",
+                lambda problem=problem, layout=channels_last: same_as_reference(problem, layout),
+                lambda problem=problem, layout=channels_last: stages(problem, layout),
+            )
     for dtype, batch, phase in itertools.product(dtypes, batches, phases):
-        problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
-        yield Case(f"graph {dtype}, batch {batch}, {phase}", lambda problem=problem: replay_is_eager(problem))
+        if "graph" in kinds:
+            problem = Problem("dca", size, batch, cases.DTYPES[dtype], phase == "train")
+            yield Case(f"graph {dtype}, batch {batch}, {phase}", lambda problem=problem: replay_is_eager(problem))
 
 
 def perform(case: Case) -> tuple[dict[str, Any], bool]:
@@ -205,17 +213,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8], metavar="B", help="images")
     parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help="of the maps")
     parser.add_argument("--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="forward, or step")
-    parser.add_argument("--golden", nargs="*", metavar="NAME", help="which golden vectors; by default all")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="of cases")
+    parser.add_argument("--golden", nargs="+", metavar="NAME", help="which golden vectors; by default all")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="where each case is written, a line of JSON")
     chosen = parser.parse_args(arguments)
     reason = dca_kernels.backends.why_not("triton", measure.device())
     if reason is not None:
         print(f"smoke: not run: {reason}")
         return 2
-    if chosen.golden is None:
+    vectors = chosen.golden
+    if vectors is None and "golden" in chosen.kind:
         from tests.oracle import GOLDEN
 
-        chosen.golden = GOLDEN
+        vectors = GOLDEN
     torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
     print(f"environment: {describe(environment())}", flush=True)
     here = {key: value for key, value in environment().items() if key != "date"}
@@ -226,7 +236,8 @@ def main(arguments: Sequence[str]) -> int:
     }
     total, failed = 0, 0
     with compilations() as compiled:
-        for case in all_cases(cases.SIZES[chosen.size], chosen.batch, chosen.dtype, chosen.phase, chosen.golden):
+        selection = cases.SIZES[chosen.size], chosen.batch, chosen.dtype, chosen.phase
+        for case in all_cases(chosen.kind, vectors, *selection):
             total += 1
             if case.name in earlier:
                 failed += not earlier[case.name]["well"]

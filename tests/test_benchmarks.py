@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from benchmarks import (
     console,
     determinism,
     floor,
-    gpu,
+    journal,
     measure,
     parity,
     providers,
@@ -335,59 +333,25 @@ def test_a_slowdown_is_flagged(results: Path, tmp_path: Path) -> None:
     assert compare.main([str(slow), str(results / "a-machine")]) == 0
 
 
+def test_times_of_the_host_are_named() -> None:
+    """A GPU's eager row at a small batch is the time of its launches."""
+    found = [
+        row("triton", 2.0, host_ms=1.9),
+        row("triton graph", 0.05, host_ms=0.01),
+        row("reference", 0.5, host_ms=0.4),
+    ]
+    text = " ".join(report.module(found).split())
+    assert f"| 2 ±4 % {report.HOST} |" in text and "| 0.05 ±4 % |" in text and "| 0.5 ±4 % |" in text
+    assert f"{report.HOST}: Python" in text
+    assert report.HOST not in report.module([dataclasses.replace(one, host_ms=None) for one in found])
+
+
 def test_a_table_without_tabulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tabulate", None)
     assert console.table([["a", None], [1, 2.5]], ["x", "y"]) == "| x | y |\n| --- | --- |\n| a |  |\n| 1 | 2.5 |"
 
 
-# For a machine with a GPU
-
-
-def test_little_is_needed_there(results: Path) -> None:
-    """Nothing on the way imports what may be missing, and a report without figures is one."""
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({gpu.OPTIONAL!r}))\n"
-        "from benchmarks import calibrate, determinism, gpu, report, run, tune\n"
-        "from benchmarks.cases import load_image\n"
-        "assert load_image(None).shape == (256, 256, 3)\n"
-        f"status = report.main(['--results', {str(results)!r}, '--document', {str(results / 'report.md')!r}])\n"
-        "raise SystemExit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "plots: not drawn, matplotlib is not installed" in done.stdout
-    assert "| upsample, paper" in (results / "report.md").read_text() and not list(results.rglob("*.png"))
-
-
-def test_steps_of_the_gpu_job(tmp_path: Path) -> None:
-    for dry in (False, True):
-        steps = list(gpu.steps(tmp_path, dry))
-        names = [s.name for s in steps if s.shared is None]
-        assert names == ["tests", "calibrate", "tune", "determinism", "report"]
-        budgets = {s.shared or s.name: s.seconds for s in steps}
-        assert sum(budgets.values()) < 8 * 60
-        for one in (s for s in steps if s.shared == "run"):
-            assert list(run.groups(run.parser().parse_args(one.arguments[2:])))
-
-
-def test_a_step_out_of_time_keeps_what_it_had(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    code = "import pathlib, time; print('begun', flush=True); pathlib.Path('kept').write_text('1'); time.sleep(60)"
-    (tmp_path / "slow_step.py").write_text(code.replace("'kept'", repr(str(tmp_path / "kept"))))
-    variables = {"PYTHONPATH": str(tmp_path), "PATH": ""}
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
-    try:
-        result = gpu.perform(gpu.Step("slow", ["slow_step"], 2), 2, tmp_path, variables)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert result["stopped"] == "after 2 s" and result["status"] != 0 and float(str(result["seconds"])) < 12
-    assert (tmp_path / "kept").exists() and "begun" in (tmp_path / "logs" / "slow.txt").read_text()
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "not run: no GPU" in capsys.readouterr().err
+# Bits
 
 
 def test_bits_that_differ_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,8 +360,8 @@ def test_bits_that_differ_are_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert determinism.differing(zero, torch.tensor([0.0, -0.0, 1e-45])) == 2
 
     options = ["--provider", "torch", "--size", "tiny", "--batch", "1", "--dtype", "float32", "--repeats", "2"]
-    assert determinism.main([*options, "--out", str(tmp_path / "same.json")]) == 0
-    same = json.loads((tmp_path / "same.json").read_text())
+    assert determinism.main([*options, "--journal", str(tmp_path / "journal.ndjson")]) == 0
+    (same,) = journal.read(tmp_path / "journal.ndjson")
     assert same["repeats"] == 2 and same["differ"] == 0 and same["values"] > 2000  # parameters' gradients too
     backward, times = providers.AutogradSubject.backward, iter(range(1, 100))
 

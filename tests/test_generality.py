@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -61,31 +59,6 @@ SHAPES = {
 @each_backend
 def test_parity(config: Config, train: bool, backend: str) -> None:
     assert_parity(config, backend, train)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> Config:
-    scales = draw(st.integers(1, 4))
-    heads = st.sampled_from([1, 2, 4])
-    several = {"min_size": scales, "max_size": scales}
-    side = st.integers(1, 9)
-    return Config(
-        features=draw(st.lists(st.sampled_from([4, 8, 12]), **several)),
-        patch=draw(st.tuples(st.integers(1, 5), st.integers(1, 5))),
-        channel_att=draw(st.booleans()),
-        spatial_att=draw(st.booleans()),
-        n=draw(st.integers(1, 3)),
-        channel_head=draw(st.lists(heads, **several)),
-        spatial_head=draw(st.lists(heads, **several)),
-        sizes=draw(st.lists(st.tuples(side, side), **several)),
-        batch=draw(st.integers(2, 3)),
-    )
-
-
-@settings(derandomize=True, max_examples=40, deadline=None)
-@given(config=configs(), train=st.booleans(), backend=st.sampled_from(TRAINABLE), seed=st.integers(0, 100))
-def test_parity_of_any_module(config: Config, train: bool, backend: str, seed: int) -> None:
-    assert_parity(config, backend, train, seed)
 
 
 # Layouts

@@ -1,7 +1,6 @@
 """What PyTorch's tools and safetensors make of the module; copies of it are in test_module.py."""
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -31,9 +30,10 @@ def test_sync_batch_norm(backend: str) -> None:
 
 
 def test_safetensors() -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     saved, _ = pair(Config(), seed=0)
     loaded, _ = pair(Config(), seed=1)
-    loaded.load_state_dict(safetensors.torch.load(safetensors.torch.save(saved.state_dict())), strict=True)
+    loaded.load_state_dict(safetensors.load(safetensors.save(saved.state_dict())), strict=True)
     maps = random_maps(Config())
     assert_identical(evaluate(loaded, maps), evaluate(saved, maps))
 

@@ -4,13 +4,10 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.oracle import (
@@ -88,37 +85,6 @@ def test_large_shapes(config: Config, train: bool) -> None:
 def test_many_blocks(config: Config, train: bool) -> None:
     with resized_blocks(0):
         assert_parity(config, "triton", train)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> Config:
-    scales = draw(st.integers(1, 3))
-    several = {"min_size": scales, "max_size": scales}
-    unit = draw(st.sampled_from([1, 2, 3, 4]))
-    heads = st.sampled_from([h for h in (1, 2, 3, 4) if unit % h == 0])
-    side = st.integers(1, 11)
-    return Config(
-        features=draw(st.lists(st.integers(1, 6).map(lambda k: k * unit), **several)),
-        patch=draw(st.tuples(st.integers(1, 4), st.integers(1, 6))),
-        channel_att=draw(st.booleans()),
-        spatial_att=draw(st.booleans()),
-        n=draw(st.integers(1, 3)),
-        channel_head=draw(st.lists(heads, **several)),
-        spatial_head=draw(st.lists(heads, **several)),
-        sizes=draw(st.lists(st.tuples(side, side), **several)),
-        batch=draw(st.integers(0, 3)),
-    )
-
-
-@settings(derandomize=True, max_examples=25 if INTERPRETED else 200, deadline=None)
-@given(data=st.data(), config=configs(), train=st.booleans(), small=st.booleans(), seed=st.integers(0, 100))
-def test_any_module(data: st.DataObject, config: Config, train: bool, small: bool, seed: int) -> None:
-    train &= all(config.batch * h * w != 1 for h, w in config.sizes)
-    layouts = st.sampled_from([layout for name, layout in LAYOUTS.items() if not name.startswith("expanded")])
-    modules = pair(config, "triton", train=train, seed=seed)
-    maps = [data.draw(layouts)(x) for x in random_maps(config, seed=seed, backend="triton")]
-    with resized_blocks(0) if small else nullcontext():
-        assert_same(*(forward(m, maps) for m in modules))
 
 
 # Layouts, beside `test_layout_of_the_maps`
