@@ -17,7 +17,7 @@ test: .venv/test  ## Run the tests, a process for each core (ARGS="-k NAME": som
 train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": its options, your own data)
 	$(BIN)/python -m examples.train $(ARGS)
 
-gpu:  ## On a machine with a GPU: tests, tuning, benchmarks and a report in under ten minutes (ARGS="--dry-run": tiny, on a CPU)
+gpu:  ## On a machine with a GPU: right or wrong, times, a report, in 8 minutes (ARGS="--help": its steps; "--dry-run": on a CPU)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(ARGS)
 
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
 from benchmarks import cases, compile, journal, run
@@ -368,6 +369,8 @@ def main(arguments: Sequence[str]) -> int:
     variables = os.environ | {"DCA_TEST_EXAMPLES": "10"}
     if dry:
         variables |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+            print(f"numpy {np.__version__}: Triton 3.6's interpreter needs one before 2.4; steps with a backward fail")
     print(f"environment: {describe(environment())}")
     for name, what in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
