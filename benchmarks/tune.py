@@ -266,11 +266,23 @@ def ready(jobs: Sequence[Job], target: str | None, processes: int) -> Iterator[C
         yield from pool.done()
 
 
-def write(kernel: str, conditions: dict[str, Any], config: Config, path: Path) -> None:
-    """Put a measured row before all others of a kernel, in place of an earlier one of the same conditions."""
+def write(kernel: str, architecture: str, dtype: str, size: int, config: Config, path: Path) -> None:
+    """Put a measured row before the one that held so far, in place of an earlier one of the same conditions.
+
+    Rows for smaller sizes stay before it. What was measured of some images is for any larger number of them too.
+    """
     table = json.loads(path.read_text())
+    conditions = {"architecture": [architecture], "dtype": [dtype]}
+    if table[kernel]["size"] != "images":
+        conditions["max_size"] = size
     rows = [row for row in table[kernel]["rows"] if row.get("if") != conditions]
-    table[kernel]["rows"] = [{"if": conditions, "then": config}, *rows]
+
+    def holds(of_row: dict[str, Any]) -> bool:
+        known = architecture in of_row.get("architecture", [architecture]) and dtype in of_row.get("dtype", [dtype])
+        return known and size <= of_row.get("max_size", size)
+
+    place = next((i for i, row in enumerate(rows) if holds(row.get("if", {}))), len(rows))
+    table[kernel]["rows"] = [*rows[:place], {"if": conditions, "then": config}, *rows[place:]]
     path.write_text(rendered(table))
 
 
@@ -358,8 +370,8 @@ def main(arguments: Sequence[str]) -> int:
         found = {"config": config, "ms": milliseconds, "present_ms": tuned.present, "failed": reason}
         journal.write(chosen.journal, "tune", kernel=tuned.probe.kernel, **found, **shared)
         if config == tuned.config:
-            conditions = {"architecture": [launch.architecture(device)], "dtype": [chosen.dtype]}
-            write(tuned.probe.kernel, conditions | {"max_size": tuned.probe.size}, config, chosen.table)
+            where = launch.architecture(device), chosen.dtype, tuned.probe.size
+            write(tuned.probe.kernel, *where, config, chosen.table)
 
     dangerous = [
         (entry["kernel"], entry["config"])

@@ -341,7 +341,7 @@ def test_times_of_the_host_are_named() -> None:
         row("reference", 0.5, host_ms=0.4),
     ]
     text = " ".join(report.module(found).split())
-    assert f"| 2 ±4 % {report.HOST} |" in text and "| 0.05 ±4 % |" in text and "| 0.5 ±4 % |" in text
+    assert f"| 2 ±2 % {report.HOST} |" in text and "| 0.05 ±2 % |" in text and "| 0.5 ±2 % |" in text
     assert f"{report.HOST}: Python" in text
     assert report.HOST not in report.module([dataclasses.replace(one, host_ms=None) for one in found])
 

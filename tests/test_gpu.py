@@ -429,6 +429,19 @@ def test_the_fastest_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tune.rendered(json.loads(table.read_text())) == table.read_text()
 
 
+def test_a_measured_row_leaves_those_for_smaller_sizes(tmp_path: Path) -> None:
+    table = tmp_path / "configurations.json"
+    shutil.copy(tune.TABLE, table)
+    before = json.loads(table.read_text())["covariance"]["rows"]
+    for value in (7, 8):  # the second in place of the first
+        tune.write("covariance", "sm_90", "bfloat16", 8, {"block_c": value}, table)
+    rows = json.loads(table.read_text())["covariance"]["rows"]
+    new = {"if": {"architecture": ["sm_90"], "dtype": ["bfloat16"]}, "then": {"block_c": 8}}
+    assert rows == [*before[:-1], new, before[-1]]
+    tune.write("mix", "sm_90", "bfloat16", 256, {"block_n": 32}, table)
+    assert json.loads(table.read_text())["mix"]["rows"][1]["if"] == new["if"] | {"max_size": 256}
+
+
 def test_jobs_take_turns() -> None:
     both = [tuned("patch_embed"), tuned("mix")]
     jobs = list(tune.in_turns(both, 2))
