@@ -18,6 +18,7 @@ import torch
 from dca_kernels import fused
 
 NAMES = ("torch", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile of PyTorch 2.11 cannot trace it
 
 _logger = logging.getLogger("dca_kernels")
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
@@ -28,7 +29,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     """The reason why a backend cannot run on a device, or None where it can."""
     if name == "torch":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -938,7 +938,7 @@ def checked(module: Holder, kind: type[nn.Module]) -> Holder:
     """`module`, where its parameters say all that its forward does; an error where they do not."""
     if type(module).forward is not kind.forward or "forward" in vars(module):
         raise TypeError(f"expected an nn.{kind.__name__}, whose parameters are used, got {type(module).__name__}")
-    if {"weight", "bias"} & vars(module).keys():  # torch.nn.utils.weight_norm, spectral_norm, prune
+    if "weight" in vars(module) or "bias" in vars(module):  # torch.nn.utils.weight_norm, spectral_norm, prune
         raise TypeError(
             f"expected nn.{kind.__name__} parameters, or torch.nn.utils.parametrizations of them, got a tensor that a "
             "forward pre-hook computes, and that hook would not run"

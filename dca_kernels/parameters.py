@@ -137,7 +137,7 @@ def flatten(dca: Any, norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]
     for block in dca.attention:
         for layer_norms, attentions in (("channel_norm", "c_attention"), ("spatial_norm", "s_attention")):
             if hasattr(block, attentions):
-                modules += getattr(block, layer_norms)
+                modules.extend(getattr(block, layer_norms))
                 for name in ("q_map", "k_map", "v_map", "projection"):
                     modules += [_depthwise(getattr(attention, name)) for attention in getattr(block, attentions)]
     modules += [checked(upconv.conv.conv, nn.Conv2d) for upconv in dca.upconvs]

@@ -1,6 +1,5 @@
 """Which backend runs: argument, context, environment, automatic; and never another than the one named."""
 
-import importlib.util
 import logging
 import re
 import sys
@@ -125,7 +124,7 @@ def test_compiled_kernels_do_not_run_on_a_cpu(value: str | None, monkeypatch: py
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     assert_why_not("triton is not installed", monkeypatch)
 
 
