@@ -25,12 +25,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from triton.runtime.jit import JITFunction
 
 import dca_kernels
 from benchmarks import cases, console, journal, measure, stand_in
 from benchmarks.cases import Size
-from benchmarks.offline import Launch, digest
+from benchmarks.offline import Launch, digest, launches_of
 from dca_kernels import launch
 
 ESTIMATES = json.loads((Path(__file__).parent / "estimates.json").read_text())
@@ -70,24 +69,11 @@ class Call:
 
     def launches(self, target: str) -> list[Launch]:
         """As Triton's JIT is asked for them on the target; none runs."""
-        launches: list[Launch] = []
-
-        def keep(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
-            launches.append(Launch(kernel, grid, arguments))
-
-        module = dca_kernels.DCA(**dict(self.arguments), backend="triton").to(self.dtype)
-        module.train(self.train).requires_grad_(self.backward)
+        module = dca_kernels.DCA(**dict(self.arguments), backend="triton").to(self.dtype).train(self.train)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         maps = [torch.empty(self.batch, *shape, dtype=self.dtype, memory_format=layout) for shape in self.shapes]
-        with (
-            stand_in.standing_in(target),
-            mock.patch.object(JITFunction, "run", keep),
-            contextlib.nullcontext() if self.row is None else only(self.row[0], dict(self.row[1])),
-        ):
-            outs = module([x.requires_grad_(self.backward) for x in maps])
-            if self.backward:
-                torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
-        return launches
+        with contextlib.nullcontext() if self.row is None else only(self.row[0], dict(self.row[1])):
+            return launches_of(module, maps, self.backward, target)
 
 
 @contextlib.contextmanager

@@ -23,32 +23,27 @@ from unittest import mock
 import torch
 import triton
 from tabulate import tabulate
+from torch import Tensor, nn
 from tqdm import tqdm
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
 import dca_kernels
-from benchmarks import stand_in
+from benchmarks import cases, stand_in
 
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "offline"
 
-PAPER, WIDE = (32, 64, 128, 256), (64, 128, 256, 512)
-
 
 @dataclass(frozen=True)
 class Case:
-    """A forward whose launches are compiled: the paper's module, unless it says otherwise."""
+    """A forward of the paper's module whose launches are compiled, in training with its backward."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
     batch: int = 8
-    features: tuple[int, ...] = PAPER
     train: bool = False
-    channels_last: bool = False
     precision: str = "highest"  # of float32 products: torch.set_float32_matmul_precision
-    channel_att: bool = True
-    n: int = 1
 
 
 CASES = (
@@ -86,29 +81,31 @@ class Launch:
         return self.kernel.run(grid=self.grid, warmup=True, **self.arguments)
 
 
-def record(case: Case, target: str) -> list[Launch]:
-    """The launches of one forward, in training of a whole step; none of them runs."""
+def launches_of(module: nn.Module, maps: Sequence[Tensor], backward: bool, target: str) -> list[Launch]:
+    """Those of a forward, or of a forward and backward, on a target; none of them runs."""
     launches: list[Launch] = []
 
     def keep(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
         launches.append(Launch(kernel, grid, arguments))
 
-    module = dca_kernels.DCA(case.features, channel_att=case.channel_att, n=case.n, backend="triton")
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    maps = [
-        torch.empty(case.batch, c, side, side, dtype=case.dtype, memory_format=layout)
-        for c, side in zip(case.features, (224, 112, 56, 28), strict=True)
-    ]
-    with (
-        mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision),
-        mock.patch.object(JITFunction, "run", keep),
-        stand_in.standing_in(target),
-    ):
-        module.to(case.dtype).train(case.train).requires_grad_(case.train)
-        outs = module([x.requires_grad_(case.train) for x in maps])
-        if case.train:
+    module.requires_grad_(backward)
+    with mock.patch.object(JITFunction, "run", keep), stand_in.standing_in(target):
+        outs = module([x.requires_grad_(backward) for x in maps])
+        if backward:
             torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
     return launches
+
+
+def record(case: Case, target: str) -> list[Launch]:
+    """The launches of one forward of the paper's module, in training of a whole step."""
+    size = cases.SIZES["paper"]
+    module = dca_kernels.DCA(size.features, patch=size.patch, backend="triton").to(case.dtype).train(case.train)
+    maps = [
+        torch.empty(case.batch, c, side, side, dtype=case.dtype)
+        for c, side in zip(size.features, size.sides, strict=True)
+    ]
+    with mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision):
+        return launches_of(module, maps, case.train, target)
 
 
 def specialised(one: Launch) -> list[str]:
