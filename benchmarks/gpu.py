@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,7 +28,6 @@ TABLE = Path(launch.__file__).parent / "configurations.json"
 OPTIONAL = {
     "hypothesis": "tests/test_properties.py",
     "matplotlib": "figures, and their tests",
-    "pytest_benchmark": "benchmarks/test_regression.py",
     "safetensors": "tests/test_tools.py",
     "skimage": "tests of the image",
     "xdist": "tests in parallel",
@@ -52,6 +51,7 @@ class Step:
         says: what it does, for `--help`.
         instead: what stands in for it where it is tiny and interpreted.
         commands: made of the folder that all goes to, whether it is tiny and interpreted, and the seconds it has.
+        variables: of its environment.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Step:
     says: str
     instead: str
     commands: Callable[[Path, bool, float], list[list[str]]]
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def python(module: str, *arguments: object) -> list[str]:
@@ -130,19 +131,21 @@ def tune(out: Path, dry: bool, seconds: float) -> list[list[str]]:
         "--processes",
         1,
     ]
-    how = (
-        few if dry else ["--seconds", f"{max(10, seconds - 20):.0f}"]
-    )  # a candidate, and what is compiled, may take 20
+    # A candidate, and what is compiled, may take the last 20 seconds.
+    how = few if dry else ["--seconds", f"{max(10, seconds - 20):.0f}"]
     to = ["--table", out / "configurations.json", "--journal", out / "journal.ndjson"]
     return [benchmarks("tune", *how, *to)]
 
 
 def tests(out: Path, dry: bool, seconds: float) -> list[list[str]]:
-    files = ["tests/test_errors.py"] if dry else [*(f"tests/test_{name}.py" for name in KERNEL_TESTS), "tests"]
+    """Two commands: of one, pytest takes the files in its own order."""
+    of_kernels = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
+    others = ["tests", *(f"--ignore={file}" for file in of_kernels)]
     options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", "--verbose", "--tb", "short"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["--numprocesses", 1 if dry else min(12, compile.processes()), "--dist", "loadgroup"]
-    return [python("pytest", *files, *options, f"--junitxml={out / 'tests.xml'}")]
+    parts = [["tests/test_errors.py"]] if dry else [of_kernels, others]
+    return [python("pytest", *part, *options, f"--junitxml={out / f'tests{i}.xml'}") for i, part in enumerate(parts)]
 
 
 def sanitize(out: Path, dry: bool, seconds: float) -> list[list[str]]:
@@ -236,6 +239,7 @@ STEPS = {
             "compute-sanitizer's memcheck and racecheck at a tiny size",
             "the same command without compute-sanitizer",
             sanitize,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else what lies behind a tensor is PyTorch's own, and valid
         ),
         Step("sizes", 120, "the module at other sizes", "two images", sizes),
         Step("stages", 60, "the module's stages alone", "two of them, forward", stages),
@@ -256,7 +260,7 @@ def perform(step: Step, seconds: float, out: Path, dry: bool, variables: dict[st
     A command that fails does not keep the next one from running; one that lost the GPU is run again, and goes on
     behind what did that.
     """
-    begin, statuses = time.monotonic(), []
+    begin, statuses, seconds = time.monotonic(), [], max(0.0, seconds)
     result: dict[str, object] = {"name": step.name}
     waiting = step.commands(out, dry, seconds)
     while waiting:
@@ -268,7 +272,7 @@ def perform(step: Step, seconds: float, out: Path, dry: bool, variables: dict[st
             statuses.append(127)
             result["not run"] = f"{waiting.pop(0)[0]} is not installed"
             continue
-        status, stopped = _run(waiting[0], left, out / "log.txt", variables)
+        status, stopped = _run(waiting[0], left, out / "log.txt", variables | step.variables)
         if stopped:
             result["stopped"] = f"after {seconds:.0f} s"
         if status == run.BROKEN and not stopped:
@@ -277,9 +281,10 @@ def perform(step: Step, seconds: float, out: Path, dry: bool, variables: dict[st
         waiting.pop(0)
         statuses.append(status)
     result |= {"status": max(map(abs, statuses), default=0), "seconds": round(time.monotonic() - begin, 1)}
-    if (out / "tests.xml").exists():  # not left there: few files go everywhere
-        result |= counted(out / "tests.xml")
-        (out / "tests.xml").unlink()
+    for junit in sorted(out.glob("tests*.xml")):  # not left there: few files go everywhere
+        for name, count in counted(junit).items():
+            result[name] = int(str(result.get(name, 0))) + count
+        junit.unlink()
     return result
 
 
@@ -316,7 +321,7 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def counted(junit: Path) -> dict[str, object]:
+def counted(junit: Path) -> dict[str, int]:
     """Tests, failures, errors and skips of a JUnit file."""
     suite = ElementTree.parse(junit).getroot().find("testsuite")
     names = ("tests", "failures", "errors", "skipped")
@@ -375,8 +380,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, what in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not installed: not run: {what}")
-    if not (out / "configurations.json").exists():
-        shutil.copy(TABLE, out)
+    shutil.copy(TABLE, out)
 
     waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
     failed = False
@@ -384,7 +388,7 @@ def main(arguments: Sequence[str]) -> int:
         seconds = shares(waiting, deadline - time.monotonic())
         step = STEPS[waiting.pop(0)]
         result = perform(step, seconds, out, dry, variables)
-        failed |= bool(result["status"])
+        failed |= bool(result["status"]) or "stopped" in result
         if step.name == "tune" and not dry:
             shutil.copy(out / "configurations.json", TABLE)  # what follows is measured with it
         journal.write(out / "journal.ndjson", "gpu", **result)
@@ -398,8 +402,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def outcome(step: str, out: Path) -> list[str]:
     """What a step found, in few lines: the rest is in the log."""
-    entries = [entry for entry in journal.read(out / "journal.ndjson") if entry["step"] == step]
+    entries = [
+        entry
+        for entry in journal.read(out / "journal.ndjson")
+        if entry["step"] == step and entry["environment"]["source"] == environment()["source"]
+    ]
     if step == "smoke":
+        entries = journal.latest(entries, "case")
         wrong = [entry for entry in entries if not entry["well"]]
         named = [f"FAILED: {entry['case']}: {entry['found']}; {entry.get('where', '')}" for entry in wrong]
         return [*named, f"{len(entries)} cases, {len(wrong)} failed"]

@@ -50,6 +50,8 @@ def replayed(call: Call) -> Times:
                 summed[kernel_of(event.name)] += event.time_range.elapsed_us()
         for name, microseconds in summed.items():
             samples[name].append(microseconds)
+    if not set(samples) - {OTHER}:
+        raise RuntimeError(f"the profiler saw no kernel of this package, but {dict(samples)}: is CUPTI there?")
     return {name: float(np.median(of_name)) for name, of_name in samples.items()}
 
 
@@ -75,7 +77,9 @@ def kernel_of(name: str) -> str:
 
 
 def floors(problem: Problem, rates: calibrate.Rates) -> Times:
-    """Microseconds that each kernel takes at least; none where nothing was counted at this size and dtype."""
+    """Microseconds that each kernel takes at least; none but of bfloat16 at a size where it was counted."""
+    if problem.dtype != torch.bfloat16:
+        return {}
     mode, dtype = "step" if problem.training else "eval", str(problem.dtype).removeprefix("torch.")
     found: Times = defaultdict(float)
     for counted in json.loads(TRAFFIC.read_text()):

@@ -1,9 +1,10 @@
 """How far implementations are from float64, and whether they are within their error budget."""
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.providers import Provider, Subject
 # error by less than a factor of two; a root mean square moves less from draw to draw than a maximum.
 MAX_RATIO = 2.0
 RMS_RATIO = 1.5
+SCALE = 2.0**-6  # of upstream gradients: a float16 sum over the paper's largest map overflows with larger ones
 DOUBLE = 1e-9  # of the largest value: what two orders of sums differ by in float64, which has no baseline
 KINK = 0.1  # outputs this close to the ReLU's kink get no upstream gradient: rounding decides the ReLU's slope there
 
@@ -50,6 +52,17 @@ def within_budget(ours: Error, baseline: Error, exact: Sequence[Tensor], dtype: 
     return excess(ours, baseline, exact, dtype) <= 1
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """The reference's float32 convolutions are float32 where they set the budget; where timed, as PyTorch has them."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class Gate:
     """The reference's results in float64, and the error that the reference itself makes in the problem's dtype.
 
@@ -81,7 +94,8 @@ class Gate:
                 self.gradients = [g * (y.abs() > KINK) for g, y in zip(gradients, before_relu, strict=True)]
                 subject.gradients = [g.double() for g in self.gradients]
             self.exact_gradients = list(subject.backward())
-        self.baseline = self._errors(self._results(self.subject(plain)))
+        with without_tf32():
+            self.baseline = self._errors(self._results(self.subject(plain)))
 
     def subject(self, provider: Provider) -> Subject:
         """A provider on the gate's inputs, eager or compiled; a graph replays the same kernels."""
@@ -144,7 +158,8 @@ class Judge:
         self.exact = results(double, wide, gradients)
         # The largest error of few parameters' gradients is luck: the reference's is that of several orders of its sums.
         flips = [(), (2,), (3,)] if gradients is not None else [()]
-        errors = [self._errors(flipped(copy.deepcopy(plain), self.maps, self.gradients, axes)) for axes in flips]
+        with without_tf32():
+            errors = [self._errors(flipped(copy.deepcopy(plain), self.maps, self.gradients, axes)) for axes in flips]
         self.baseline = {
             kind: Error(max(e[kind].largest for e in errors), max(e[kind].rms for e in errors)) for kind in self.exact
         }

@@ -189,7 +189,7 @@ def kernels(entries: Sequence[journal.Entry]) -> str:
             *(console.number(entry[column] or None) for column in ("us", "floor_us", "estimated_us")),
             console.ratio(entry["us"], entry["floor_us"], "x"),
         ]
-        for entry in entries
+        for entry in journal.latest(entries, "step", "size", "phase", "batch", "dtype", "kernel")
         if entry["step"] == "kernels"
     ]
     return console.table(lines, ["case", "kernel", "us", "floor, us", "estimated, us", "of floor"])

@@ -89,6 +89,7 @@ def compile_ahead(wanted: Sequence[Group], processes: int) -> None:
 
 
 def _run_once(provider: providers.Provider, problem: Problem) -> None:
+    torch.compiler.reset()  # a process does several jobs, and a limit counts what was compiled of one function
     subject = providers.build(
         provider, problem, *providers.inputs_of(problem, cases.load_image(None), measure.device())
     )

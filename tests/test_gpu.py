@@ -100,6 +100,21 @@ def test_what_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     assert results(tmp_path)["a"]["not run"] == "no-such-program is not installed"
 
 
+def test_a_step_without_time_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps(monkeypatch, a="pass")
+    result = gpu.perform(gpu.STEPS["a"], -3.0, tmp_path, True, {})
+    assert result["stopped"] == "after 0 s"
+    monkeypatch.setattr(gpu, "perform", lambda *args: {"name": "a", "status": 0, "stopped": "after 0 s"})
+    assert gpu.main(["--dry-run", "--steps", "a", "--out", str(tmp_path)]) == 1
+
+
+def test_the_tests_of_kernels_come_first(tmp_path: Path) -> None:
+    first, rest = gpu.tests(tmp_path, False, 100.0)
+    files = [word for word in first if word.startswith("tests/")]
+    assert files and all((ROOT / file).exists() for file in files)
+    assert "tests" in rest and {f"--ignore={file}" for file in files} <= set(rest)
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "not run: no GPU" in capsys.readouterr().err
@@ -138,6 +153,9 @@ def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": "smo')
     assert journal.read(path) == [written] and written["environment"]["torch"] == torch.__version__
+    next_one = journal.write(path, "smoke", case="b")
+    assert journal.read(path) == [written, next_one]
+    assert journal.latest([written, next_one, written | {"well": True}], "case") == [written | {"well": True}, next_one]
 
 
 # Compiling ahead
@@ -221,7 +239,8 @@ SMOKE = ["--size", "tiny", "--batch", "1", "--dtype", "float32", "--phase", "eva
 
 def smoked(tmp_path: Path) -> tuple[int, dict[str, journal.Entry]]:
     status = smoke.main([*SMOKE, "--journal", str(tmp_path / "journal.ndjson")])
-    return status, {entry["case"]: entry for entry in journal.read(tmp_path / "journal.ndjson")}
+    entries = [entry for entry in journal.read(tmp_path / "journal.ndjson") if entry["step"] == "smoke"]
+    return status, {entry["case"]: entry for entry in entries}
 
 
 def test_a_kernel_that_raises_is_named(
@@ -246,7 +265,7 @@ def test_a_kernel_that_is_wrong_is_named(
     assert status == 1 and len(found) == 3 and len(wrong) == 2  # a graph's replay is wrong in the same way
     assert all("upsample (" in entry["where"] and "conv" in entry["where"] for entry in wrong)
     assert "channel_attention" not in wrong[0]["where"]
-    assert "parity float32, batch 1, eval, contiguous: FAILED" in capsys.readouterr().out
+    assert "parity tiny, float32, batch 1, eval, contiguous: FAILED" in capsys.readouterr().out
 
 
 def test_an_element_that_is_not_written_is_found(tmp_path: Path, spoiled: Callable[..., None]) -> None:
@@ -262,6 +281,28 @@ def test_what_was_right_is_not_checked_again(tmp_path: Path, monkeypatch: pytest
     assert status == 0 and len(found) == 3 and all(entry["well"] for entry in found.values())
     monkeypatch.setattr(smoke, "perform", lambda case: pytest.fail(case.name))
     assert smoked(tmp_path) == (0, found)
+
+
+def test_what_was_wrong_is_checked_again(tmp_path: Path, spoiled: Callable[..., None]) -> None:
+    spoiled("patch_embed", lambda config, **arguments: arguments["tokens_ptr"].fill_(0))
+    assert smoked(tmp_path)[0] == 1
+    spoiled("no", lambda config, **arguments: None)
+    status, found = smoked(tmp_path)
+    assert status == 0 and all(entry["well"] for entry in found.values())
+
+
+def test_a_case_that_never_ends_is_left_out_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(case: smoke.Case) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smoke, "perform", hang)
+        for _ in range(smoke.TRIES):
+            with pytest.raises(KeyboardInterrupt):
+                smoked(tmp_path)
+    status, found = smoked(tmp_path)
+    first = next(iter(found.values()))
+    assert status == 1 and len(found) == 3 and not first["well"] and "never ended" in first["found"]
 
 
 def test_the_judge_sees_gradients_of_parameters() -> None:
@@ -294,6 +335,7 @@ def test_floors_and_estimates_are_of_kernels_that_there_are() -> None:
         assert sum(least.values()) == pytest.approx(8 * sum(one.values()))
     other = Problem("dca", TINY, 8, torch.bfloat16, False)
     assert not kernels.floors(other, rates) and kernels.estimated("mix", other) is None
+    assert not kernels.floors(dataclasses.replace(problem, dtype=torch.float32), rates)  # rates are of one dtype
 
 
 def test_kernels_are_timed_one_by_one() -> None:
@@ -424,6 +466,11 @@ def test_the_fastest_is_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tune.main([*options, "--table", str(table), "--journal", str(tmp_path / "journal.ndjson")]) == 0
     entries = journal.read(tmp_path / "journal.ndjson")
     assert [(entry["config"]["block_q"], entry["ms"]) for entry in entries] == [(8, 8.0), (4, 4.0)]
+    # What was tried is not tried again, and its fastest goes into a table that has it not.
+    other = tmp_path / "other.json"
+    shutil.copy(tune.TABLE, other)
+    assert tune.main([*options, "--table", str(other), "--journal", str(tmp_path / "journal.ndjson")]) == 0
+    assert journal.read(tmp_path / "journal.ndjson") == entries and other.read_text() == table.read_text()
     row = json.loads(table.read_text())["patch_embed"]["rows"][0]
     assert row["then"]["block_q"] == 4 and row["if"]["architecture"] == ["interpreter"]
     assert tune.rendered(json.loads(table.read_text())) == table.read_text()
