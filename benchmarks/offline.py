@@ -43,6 +43,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     batch: int = 8
     train: bool = False
+    channels_last: bool = False
     precision: str = "highest"  # of float32 products: torch.set_float32_matmul_precision
 
 
@@ -51,6 +52,7 @@ CASES = (
     Case("train", torch.bfloat16, train=True),
     Case("eval, batch 1", torch.bfloat16, batch=1),
     Case("train, batch 1", torch.bfloat16, batch=1, train=True),
+    Case("train, channels_last", torch.float16, train=True, channels_last=True),
     Case("eval", torch.float32),
     Case("train", torch.float32, train=True),
     Case("train, high", torch.float32, train=True, precision="high"),
@@ -100,8 +102,9 @@ def record(case: Case, target: str) -> list[Launch]:
     """The launches of one forward of the paper's module, in training of a whole step."""
     size = cases.SIZES["paper"]
     module = dca_kernels.DCA(size.features, patch=size.patch, backend="triton").to(case.dtype).train(case.train)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
     maps = [
-        torch.empty(case.batch, c, side, side, dtype=case.dtype)
+        torch.empty(case.batch, c, side, side, dtype=case.dtype, memory_format=layout)
         for c, side in zip(size.features, size.sides, strict=True)
     ]
     with mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision):

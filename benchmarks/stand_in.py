@@ -1,7 +1,8 @@
 """A stand-in for the GPU that is not there.
 
-Triton's JIT, its compiler, ptxas and the generated C launcher run as they do on a GPU, on tensors of the CPU. What is
-stood in for is the driver alone: it answers as the target would, and its launch writes down what it was given.
+Triton's JIT, its compiler, ptxas and the launcher in C run as they do on a GPU, on tensors of the CPU. What is stood in
+for is the driver, which answers as the target would and whose launch writes down what it was given; and, as a CPU has
+no such thing, the package's two questions to a device: whether its kernels run there, and what it is compiled for.
 """
 
 import contextlib
@@ -44,16 +45,19 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 232448),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
 }
-SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u8": 1, "u32": 4, "u64": 8, "fp32": 4, "fp64": 8}  # bytes
+SIZES = {"i32": 4, "i64": 8}  # bytes of the numbers that kernels take
+MOST = 256  # arguments of a kernel, as in stand_in.c
 SCRATCH = [8, 8]  # pointers that Triton passes behind a kernel's own arguments
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What the driver was given: a kernel's name, its programs, bytes of shared memory, and each argument's bits."""
+    """What the driver was given: a kernel's name, its programs and the threads and bytes of shared memory of each, and
+    each argument's bits."""
 
     name: str
     programs: int
+    threads: int
     shared: int
     arguments: list[int]
 
@@ -109,13 +113,14 @@ class _Record(ctypes.Structure):
         ("grid", ctypes.c_ulonglong * 3),
         ("threads", ctypes.c_ulonglong),
         ("shared", ctypes.c_ulonglong),
-        ("values", ctypes.c_ulonglong * 256),
+        ("values", ctypes.c_ulonglong * MOST),
     )
 
 
 def _launch(active: Driver, launcher: Any, sizes: list[int], *arguments: Any) -> None:
     """Launch, and keep what the stand-in of libcuda wrote down."""
     library = _library()
+    assert len(sizes) <= MOST
     library.stand_in_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
     before = library.stand_in_launches()
     launcher(*arguments)
@@ -123,7 +128,9 @@ def _launch(active: Driver, launcher: Any, sizes: list[int], *arguments: Any) ->
     record = _Record.from_address(library.stand_in_launched())
     assert list(record.grid[1:]) == [1, 1]
     values = list(record.values[: len(sizes) - len(SCRATCH)])
-    active.launched.append(Launched(active.names[record.function], record.grid[0], record.shared, values))
+    active.launched.append(
+        Launched(active.names[record.function], record.grid[0], record.threads, record.shared, values)
+    )
 
 
 def _argument_sizes(source: Any) -> list[int]:
@@ -138,6 +145,8 @@ def _argument_sizes(source: Any) -> list[int]:
 
 def why_no_launches() -> str | None:
     """Why nothing can be launched into the stand-in here; None where it can. Compiling works everywhere."""
+    if torch.cuda.is_available():
+        return "there is a GPU, and its driver"
     if shutil.which("gcc") is None and shutil.which("cc") is None:
         return "no C compiler: Triton builds its launcher with one"
     return None

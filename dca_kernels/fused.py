@@ -947,7 +947,7 @@ def checked(module: Holder, kind: type[nn.Module]) -> Holder:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a (B, n, k) @ b (B, k, m), of operands in `dtype`; sums and result in their own."""
+    """a (B, n, k) @ b (B, k, m), of operands in `dtype`; sums and result in a's dtype."""
     return a @ b if dtype == a.dtype else _Product.apply(a, b, dtype)
 
 

@@ -186,7 +186,7 @@ def unflatten(spec: Spec, parameters: Sequence[Tensor], buffers: Sequence[Tensor
 def _as_kernels_take_it(parameter: Tensor) -> Tensor:
     """Contiguous, and at an address that is a multiple of 16 bytes.
 
-    Triton compiles another kernel for any other address; a copy of one vector is faster by far.
+    Triton compiles another kernel for any other address; a copy is faster by far.
     """
     contiguous = parameter.contiguous()
     return contiguous if contiguous.data_ptr() % ALIGNMENT == 0 else contiguous.clone()

@@ -197,12 +197,13 @@ def calls(target: str) -> Iterator[tuple[str, Call]]:
 def main(target: str) -> None:
     front_end = FrontEnd()
     with stand_in.standing_in(target), mock.patch.object(triton.compiler, "compile", front_end.compile):
+        front_end.make("batch 3", Call(batch=3))  # up to two images have blocks of their own
+        anew = {
+            "sixteen images": front_end.make("batch 16", Call(batch=16)),  # divisible, as numbers go
+            "parameters at odd addresses": front_end.make("odd parameters", Call(batch=3, change=misalign_parameters)),
+        }
         for name, call in calls(target):
             front_end.make(name, call)
-        anew = {
-            "another number of images": front_end.make("batch 19", Call(batch=19)),
-            "parameters at odd addresses": front_end.make("odd parameters", Call(change=misalign_parameters)),
-        }
     print(json.dumps({"sources": len(front_end.sources), "failures": front_end.failures, "anew": anew}))
 
 

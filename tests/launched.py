@@ -80,10 +80,11 @@ def leaves(argument: Any) -> Iterator[Any]:
 
 
 def check(asked: dict[str, Any], given: stand_in.Launched, call: Call, shared_limit: int) -> None:
-    """What one launch was given is what `launch.run` was asked for, and that what was meant."""
+    """What one launch was given is what `launch.run` was asked for, and the user's tensors are the right ones."""
     kernel, arguments = asked["kernel"], asked["arguments"]
     name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
     assert (given.name, given.programs) == (kernel.__name__, asked["programs"])
+    assert given.threads == 32 * asked["config"]["num_warps"]
     assert given.shared <= shared_limit, (name, given.shared)
     handed = [p.name for p in kernel.params if not p.is_constexpr]
     expected = [
@@ -117,7 +118,7 @@ class Recorder:
 
     def run(self, kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
         if programs:
-            self.asked.append({"kernel": kernel, "programs": programs, "arguments": arguments})
+            self.asked.append({"kernel": kernel, "programs": programs, "config": config, "arguments": arguments})
         self._run(kernel, programs, config, **arguments)
 
     def note(self, *, fn: Any, **_: Any) -> None:

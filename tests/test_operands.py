@@ -214,13 +214,15 @@ def test_a_product_on_cuda_has_a_float32_result() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_dtype_of_operands(dtype: torch.dtype) -> None:
+def test_the_dtype_of_operands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         maps = {device: torch.empty(3, dtype=dtype, device=device) for device in ("cpu", "cuda")}
         other = torch.empty(3, device="cuda")
         assert fused.operand_dtype([maps["cpu"]]) == fused.accumulation_dtype(dtype)
         assert fused.operand_dtype([maps["cuda"]]) == dtype
         assert fused.operand_dtype([maps["cuda"], other]) == fused.accumulation_dtype(dtype)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert fused.operand_dtype([maps["cuda"]]) == fused.accumulation_dtype(dtype)
 
 
 # What must go on working
