@@ -105,15 +105,9 @@ def _batch_statistics_kernel(
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
             x_mean, x_squares = _merge_moments(
-                moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL,
-                own,
-                mask_c,
-                of_scale(SIZES, i),
-                GRID,
-                TOTAL,
-                MOMENT_BLOCKS,
-                BLOCK_N,
-            )
+                moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL, own, mask_c, of_scale(SIZES, i), GRID, TOTAL,
+                MOMENT_BLOCKS, BLOCK_N,
+            )  # fmt: skip
             z_mean, z_squares, products = _interpolated_moments(
                 z_ptr + image, adjoint_ptr + image, tables_ptr + i * 3 * (GRID[0] + GRID[1]), own, mask_c,
                 SIZES[i][0] * SIZES[i][1], GRID, TOTAL, ACC, BLOCK_N,
