@@ -13,6 +13,9 @@ from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1
 
+# `maxnreg`, the most registers of a thread, is NVIDIA's alone; it is left to the compiler where a row has none.
+COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -28,7 +31,7 @@ def _table() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
-    """Block sizes, `num_warps` and `num_stages` of a kernel: the first row of the table whose conditions hold.
+    """Block sizes and compiler options of a kernel: the first row of the table whose conditions hold.
 
     Args:
         kernel: its name in `configurations.json`.
@@ -93,7 +96,7 @@ def blocks(size: int, block: int) -> int:
 
 
 def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
-    """Launch a kernel on the device of its tensors; `config` gives its warps and stages."""
+    """Launch a kernel on the device of its tensors; `config` gives its compiler options."""
     if programs > MAX_PROGRAMS:
         raise ValueError(f"maps: expected a batch of at most {MAX_PROGRAMS} programs a launch, got {programs}")
     if programs == 0:
@@ -101,10 +104,14 @@ def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) ->
     with _device_guard(arguments):
         kernel[(programs,)](
             **arguments,
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
+            **compiler_options(config),
             enable_fp_fusion=True,  # explicit: its default changes between Triton versions
         )
+
+
+def compiler_options(config: dict[str, int]) -> dict[str, int]:
+    """What a configuration tells the compiler; the rest are the kernel's block sizes."""
+    return {name: value for name in COMPILER_OPTIONS if (value := config.get(name)) is not None}
 
 
 def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
