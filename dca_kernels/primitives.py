@@ -235,21 +235,53 @@ def band(high, low, count):
     return min(high, math.ceil((count + 1) * (high - 1) / (low - 1)) + 2)
 
 
+@triton.constexpr_function
+def _reciprocal_shift(divisor):
+    return 31 + divisor.bit_length()
+
+
+@triton.constexpr_function
+def _reciprocal(divisor):
+    return -(-(1 << _reciprocal_shift(divisor)) // divisor)
+
+
+@triton.jit
+def quotient(numbers, DIVISOR: tl.constexpr):
+    """`numbers // DIVISOR` for 0 <= numbers < 2**31, by a product with the reciprocal.
+
+    LLVM divides small numbers in 16 bits, two at a time, and ptxas 12.8 then loses a constant that was added before
+    (`add.s16x2` with one half unused adds zero), which pooled windows of no columns.
+    """
+    return (numbers.to(tl.int64) * _reciprocal(DIVISOR) >> _reciprocal_shift(DIVISOR)).to(tl.int32)
+
+
 @triton.jit
 def band_begin(position, HIGH: tl.constexpr, LOW: tl.constexpr):
     """A high-resolution position not after the first that takes from a low-resolution one."""
     if LOW == 1:
         return position * 0
-    return tl.maximum((position - 1) * (HIGH - 1) // (LOW - 1), 0)
+    return quotient(tl.maximum(position - 1, 0) * (HIGH - 1), LOW - 1)
 
 
 @triton.jit
 def window_begin(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
     """Where a window of adaptive average pooling begins."""
-    return window * SIZE // WINDOWS
+    if SIZE % WINDOWS == 0:
+        return window * (SIZE // WINDOWS)
+    return quotient(window * SIZE, WINDOWS)
 
 
 @triton.jit
 def window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
     """Where it ends; neighbouring windows may have a position in common."""
-    return ((window + 1) * SIZE + WINDOWS - 1) // WINDOWS
+    if SIZE % WINDOWS == 0:
+        return (window + 1) * (SIZE // WINDOWS)
+    return quotient((window + 1) * SIZE + WINDOWS - 1, WINDOWS)
+
+
+@triton.jit
+def first_window(position, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+    """A window not after the first that holds a position."""
+    if SIZE % WINDOWS == 0:
+        return position // (SIZE // WINDOWS)
+    return quotient(position * WINDOWS, SIZE)

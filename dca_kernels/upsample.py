@@ -19,6 +19,7 @@ from dca_kernels.primitives import (
     band,
     band_begin,
     blocks_before,
+    first_window,
     interpolation,
     interpolation_matrix,
     kernel,
@@ -162,8 +163,8 @@ def _load_moments(
     means = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
     squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(tl.float64)
     p, q = offs // COLUMN_BLOCKS, offs % COLUMN_BLOCKS * BLOCK_Q
-    rows = (p + 1) * SIZE[0] // GRID[0] - p * SIZE[0] // GRID[0]
-    columns = tl.minimum(q + BLOCK_Q, GRID[1]) * SIZE[1] // GRID[1] - q * SIZE[1] // GRID[1]
+    rows = window_begin(p + 1, SIZE[0], GRID[0]) - window_begin(p, SIZE[0], GRID[0])
+    columns = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), SIZE[1], GRID[1]) - window_begin(q, SIZE[1], GRID[1])
     return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(tl.float64)
 
 
@@ -798,7 +799,7 @@ def _map_gradient(
     rows = tl.zeros([BLOCK_H * BLOCK_C, padded(GRID[1])], ACC)
     dtokens_ptrs = dtokens_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c[:, None] + (offs_q * TOTAL)[None, :]
     for k in tl.static_range(SHARED):
-        p = pair_h * GRID[0] // SIZE[0] + k
+        p = first_window(pair_h, SIZE[0], GRID[0]) + k
         begin, end = window_begin(p, SIZE[0], GRID[0]), window_end(p, SIZE[0], GRID[0])
         inside = mask_pair & (p < GRID[0]) & (begin <= pair_h) & (pair_h < end)
         mask = inside[:, None] & (offs_q < GRID[1])[None, :]

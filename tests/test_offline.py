@@ -108,3 +108,27 @@ def test_only_the_highest_precision_goes_without_tensor_cores(
     tokens = Tokens(torch.empty(1, 784, 480), (32, 64, 128, 256))
     _, arguments = spatial_attention._configured("spatial_attention_backward", tokens, (4, 4, 4, 4))
     assert arguments["PRECISION"] == products
+
+
+PACKED = """
+import sys
+import torch
+from benchmarks import stand_in
+from benchmarks.offline import launches_of
+from dca_kernels import DCA
+for shapes, patch in (
+    (((32, 224, 224), (64, 112, 112), (128, 56, 56), (256, 28, 28)), 28),
+    (((8, 100, 90), (16, 50, 45), (24, 28, 20)), (28, 20)),
+):
+    module = DCA([c for c, _, _ in shapes], patch=patch, backend="triton").bfloat16()
+    launches = launches_of(module, [torch.empty(2, *shape, dtype=torch.bfloat16) for shape in shapes], True, "sm_90")
+    with stand_in.standing_in("sm_90"):
+        for one in launches:
+            if one.name in ("patch_embed", "batch_statistics", "map_gradient"):
+                assert "s16x2" not in one.compile().asm["ptx"], (one.name, shapes)
+"""
+
+
+def test_windows_are_not_counted_two_at_a_time_in_16_bits() -> None:
+    """ptxas 12.8 loses the constant of `add.s16x2`: see `primitives.quotient`. Where windows divide a map, and not."""
+    output_of("-c", PACKED)
