@@ -28,6 +28,9 @@ from dca_kernels.primitives import (
 )
 from dca_kernels.tokens import Tokens
 
+# Columns are read from a multiple of this one on: 16 bytes at a time, of 16-bit maps.
+ALIGNMENT = tl.constexpr(8)
+
 
 @kernel
 def _patch_embed_kernel(
@@ -158,16 +161,16 @@ def _adjoint(
 ):  # fmt: skip
     """The transposed interpolation of the map less its first pixel: [C_i, BLOCK_Q]."""
     ROWS: tl.constexpr = band(SIZE[0], GRID[0], 1)
-    COLUMNS: tl.constexpr = padded(band(SIZE[1], GRID[1], BLOCK_Q))
+    COLUMNS: tl.constexpr = padded(band(SIZE[1], GRID[1], BLOCK_Q) + ALIGNMENT - 1)
     offs_c = tl.arange(0, padded(CHANNELS))
     offs_q = q_begin + tl.arange(0, BLOCK_Q)
-    offs_w = band_begin(q_begin, SIZE[1], GRID[1]) + tl.arange(0, COLUMNS)
+    offs_w = band_begin(q_begin, SIZE[1], GRID[1]) // ALIGNMENT * ALIGNMENT + tl.arange(0, COLUMNS)
     mask = (offs_c < CHANNELS)[:, None] & (offs_w < SIZE[1])[None, :]
     first = _first_pixel(x_ptr, CHANNELS, STRIDE, ACC)
     x_ptrs = x_ptr + offs_c[:, None] * STRIDE[1] + offs_w[None, :] * STRIDE[3]
     begin = band_begin(p, SIZE[0], GRID[0])
     strip = tl.zeros(mask.shape, ACC)
-    for r in tl.range(0, ROWS):
+    for r in tl.range(0, ROWS, loop_unroll_factor=min(ROWS, 4)):
         h = begin + r
         left, right, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(left == p, 1.0 - fraction, 0.0) + tl.where(right == p, fraction, 0.0)

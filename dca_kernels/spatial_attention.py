@@ -129,8 +129,39 @@ def _load_tokens(ptr, offs_n, offs_c, mask_n, mask_c, TOTAL: tl.constexpr):
 
 
 @kernel
+def _expected_gradient_kernel(
+    scores_ptr, projected_ptr, dattended_ptr, expected_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: for BLOCK_N queries of one head of one scale, the gradient of a weight that all weights expect.
+
+    The softmax subtracts it: sum over channels of dattended (B, N, C) times projected (B, N, C). Beside it, in
+    (B, heads, 2, N), what is subtracted from scores where these queries are columns.
+    """
+    ALL_HEADS: tl.constexpr = _first_head(HEADS, len(HEADS))
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    every_head = tile // BLOCKS
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    image = b * N * total(CHANNELS)
+    for i in tl.static_range(len(CHANNELS)):
+        head = every_head - _first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            DV: tl.constexpr = CHANNELS[i] // HEADS[i]
+            offs_v = head * DV + tl.arange(0, padded(DV))
+            own, mask_v = offset(CHANNELS, i) + offs_v, offs_v < (head + 1) * DV
+            dattended = _load_tokens(dattended_ptr + image, offs_n, own, offs_n < N, mask_v, total(CHANNELS)).to(ACC)
+            projected = _load_tokens(projected_ptr + image, offs_n, own, offs_n < N, mask_v, total(CHANNELS)).to(ACC)
+            rows = (b * ALL_HEADS + every_head) * 2 * N + offs_n
+            key_score = tl.load(scores_ptr + rows, mask=offs_n < N)
+            normaliser = tl.load(scores_ptr + rows + N, mask=offs_n < N)
+            tl.store(expected_ptr + rows, tl.sum(dattended * projected, 1), mask=offs_n < N)
+            tl.store(expected_ptr + rows + N, key_score + normaliser, mask=offs_n < N)
+
+
+@kernel
 def _spatial_attention_backward_kernel(
-    normalised_ptr, level_ptr, projected_ptr, scores_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
+    normalised_ptr, level_ptr, scores_ptr, expected_ptr, dattended_ptr, q_weights, q_biases, k_weights, v_weights,
     p_weights, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -150,8 +181,9 @@ def _spatial_attention_backward_kernel(
         head = every_head - _first_head(HEADS, i)
         if (head >= 0) & (head < HEADS[i]):
             _attend_backward(
-                normalised_ptr, level_ptr, projected_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
-                dattended_ptr, q_weights[i], q_biases[i], k_weights[i], v_weights[i], p_weights[i],
+                normalised_ptr, level_ptr, scores_ptr + (b * ALL_HEADS + every_head) * 2 * N,
+                expected_ptr + (b * ALL_HEADS + every_head) * 2 * N, dattended_ptr, q_weights[i], q_biases[i],
+                k_weights[i], v_weights[i], p_weights[i],
                 dnormalised_ptr + (b * len(CHANNELS) + i) * N * total(CHANNELS), dvalues_ptr,
                 dpair_ptr + ((b * BLOCKS + block) * len(CHANNELS) + i) * 2 * total(CHANNELS),
                 dweight_ptr + (b * BLOCKS + block) * 2 * total(CHANNELS), b, head,
@@ -162,7 +194,7 @@ def _spatial_attention_backward_kernel(
 
 @triton.jit
 def _attend_backward(
-    normalised_ptr, level_ptr, projected_ptr, scores_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    normalised_ptr, level_ptr, scores_ptr, expected_ptr, dattended_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
     v_weight_ptr, p_weight_ptr, dnormalised_ptr, dvalues_ptr, dpair_ptr, dweight_ptr, b, head, offs_m,
     N: tl.constexpr, TOTAL: tl.constexpr, OFFSET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -181,13 +213,12 @@ def _attend_backward(
     query = (tokens_m.to(ACC) * pair[None, :] + key[None, :]).to(tokens_m.dtype)
     values_m = _load_tokens(normalised_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
     values_m = (values_m.to(ACC) * weight[None, :]).to(values_m.dtype)
-    dattended_m, expected_m = _load_upstream(
-        projected_ptr + image, dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL, ACC
-    )
+    dattended_m = _load_tokens(dattended_ptr + image, offs_m, own, mask_m, mask_v, TOTAL)
     tl.store(dweight_ptr + TOTAL + own, tl.sum(dattended_m.to(ACC), 0), mask=mask_v)
     dattended_m = (dattended_m.to(ACC) * weight[None, :]).to(values_m.dtype)
     key_score_m = tl.load(scores_ptr + offs_m, mask=mask_m, other=0.0)
-    normaliser_m = tl.load(scores_ptr + N + offs_m, mask=mask_m, other=float("inf"))
+    normaliser_m = tl.load(scores_ptr + N + offs_m, mask=mask_m, other=float("inf"))  # rows beyond have no weight
+    expected_m = tl.load(expected_ptr + offs_m, mask=mask_m, other=0.0)
 
     through_pairs = tl.zeros(query.shape, ACC)
     through_keys = tl.zeros(offs_m.shape, ACC)
@@ -197,51 +228,44 @@ def _attend_backward(
         mask_n = offs_n < N
         tokens_n = _load_tokens(normalised_ptr + image, offs_n, offs_k, mask_n, mask_k, TOTAL)
         values_n = _load_tokens(normalised_ptr + image, offs_n, own, mask_n, mask_v, TOTAL)
-        dattended_n, expected_n = _load_upstream(
-            projected_ptr + image, dattended_ptr + image, offs_n, own, mask_n, mask_v, TOTAL, ACC
-        )
-        key_score_n = tl.load(scores_ptr + offs_n, mask=mask_n, other=0.0)
-        normaliser_n = tl.load(scores_ptr + N + offs_n, mask=mask_n, other=float("inf"))
+        dattended_n = _load_tokens(dattended_ptr + image, offs_n, own, mask_n, mask_v, TOTAL)
+        expected_n = tl.load(expected_ptr + offs_n, mask=mask_n, other=0.0)
+        normaliser_n = tl.load(expected_ptr + N + offs_n, mask=mask_n, other=float("inf"))
         scores = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
+        columns = tl.exp2(scores + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
+        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
+        dvalues = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues, input_precision=PRECISION, out_dtype=ACC)
+        dcolumns = columns * (along_columns - expected_n[None, :])
+        through_keys += tl.sum(dcolumns, 1)
         rows = tl.exp2(scores - normaliser_m[:, None])  # weight[m, n]
         if N % BLOCK_N != 0:
             rows = tl.where(mask_n[None, :], rows, 0.0)
-        columns = tl.exp2(scores - key_score_n[None, :] + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
         along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
-        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
-        dcolumns = columns * (along_columns - expected_n[None, :])
         both = rows * (along_rows - expected_m[:, None]) + dcolumns
-        through_keys += tl.sum(dcolumns, 1)
         through_pairs = tl.dot(
             both.to(tokens_n.dtype), tokens_n, through_pairs, input_precision=PRECISION, out_dtype=ACC
         )
-        dvalues = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues, input_precision=PRECISION, out_dtype=ACC)
 
-    tl.debug_barrier()  # what follows is loaded again: held over the loop it would spill
+    # What follows is loaded again, and one result done before the next: else they would spill.
+    tl.debug_barrier()
     values_m = _load_tokens(normalised_ptr + image, offs_m, own, mask_m, mask_v, TOTAL).to(ACC)
     weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC) * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
     mask = mask_m[:, None] & mask_v[None, :]
     tl.store(dvalues_ptr + image + offs_m[:, None] * TOTAL + own[None, :], dvalues * weight[None, :], mask=mask)
     tl.store(dweight_ptr + own, tl.sum(dvalues * values_m, 0), mask=mask_v)
+    tl.debug_barrier()
     tokens_m = _load_tokens(normalised_ptr + image, offs_m, offs_k, mask_m, mask_k, TOTAL).to(ACC)
+    through_pairs *= 0.6931471805599453
+    through_keys = tl.where(mask_m, through_keys * 0.6931471805599453, 0.0)
+    tl.store(dpair_ptr + offs_k, 0.5 * tl.sum(through_pairs * tokens_m, 0), mask=mask_k)
+    tl.store(dpair_ptr + TOTAL + offs_k, tl.sum(through_keys[:, None] * tokens_m, 0), mask=mask_k)
+    tl.debug_barrier()
     pair, key = _load_pair_and_key(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, level_ptr + b * TOTAL, offs_k, mask_k, DK, ACC
     )
-    through_pairs *= 0.6931471805599453
-    through_keys = tl.where(mask_m, through_keys * 0.6931471805599453, 0.0)
     dtokens = through_pairs * pair[None, :] + through_keys[:, None] * key[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
     tl.store(dnormalised_ptr + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
-    tl.store(dpair_ptr + offs_k, 0.5 * tl.sum(through_pairs * tokens_m, 0), mask=mask_k)
-    tl.store(dpair_ptr + TOTAL + offs_k, tl.sum(through_keys[:, None] * tokens_m, 0), mask=mask_k)
-
-
-@triton.jit
-def _load_upstream(projected_ptr, dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of the result, and its product with the projected averages summed over channels."""
-    dattended = _load_tokens(dattended_ptr, offs_n, own, mask_n, mask_v, TOTAL)
-    projected = _load_tokens(projected_ptr, offs_n, own, mask_n, mask_v, TOTAL)
-    return dattended, tl.sum(dattended.to(ACC) * projected.to(ACC), 1)
 
 
 @kernel
@@ -396,14 +420,30 @@ def spatial_attention_backward(
     dvalues = torch.empty_like(tokens.values)
     dpair = tokens.new_empty(batch, blocks, scales, 2, width)
     dweight = tokens.new_empty(batch, blocks, 2, width)
+    block_n = 128
+    expected = tokens.new_empty(batch, sum(heads), 2, count)
+    launch.run(
+        _expected_gradient_kernel,
+        batch * sum(heads) * launch.blocks(count, block_n),
+        {"num_warps": 4, "num_stages": 2},
+        scores_ptr=saved.scores,
+        projected_ptr=saved.projected,
+        dattended_ptr=dattended,
+        expected_ptr=expected,
+        N=count,
+        CHANNELS=tokens.channels,
+        HEADS=heads,
+        ACC=shared["ACC"],
+        BLOCK_N=block_n,
+    )
     launch.run(
         _spatial_attention_backward_kernel,
         batch * sum(heads) * blocks,
         config,
         normalised_ptr=saved.normalised,
         level_ptr=saved.level,
-        projected_ptr=saved.projected,
         scores_ptr=saved.scores,
+        expected_ptr=expected,
         dattended_ptr=dattended,
         q_weights=launch.weights(attention.q_maps),
         q_biases=launch.biases(attention.q_maps),
