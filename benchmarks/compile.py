@@ -175,7 +175,11 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Without waiting for what is still compiled: kernels that no one asks for any more."""
+        workers = list((self._pool._processes or {}).values())  # no public way before Python 3.14
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.kill()
 
     def submit(self, jobs: Iterable[Job]) -> None:
         with mock.patch.dict(os.environ):

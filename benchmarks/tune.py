@@ -1,11 +1,13 @@
 """Measures the candidate configurations of every kernel and writes the fastest into `configurations.json`."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +63,8 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     },
     "merge_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
     "merge_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
+    "map_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
+    "map_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
     "upsample_contiguous": {
         "tile": (2048, 4096, 8192, 16384),
         "block_c": (4, 8, 16),
@@ -414,6 +418,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--journal", type=Path, metavar="FILE", help="where each candidate is written, a line of JSON")
     chosen = parser.parse_args(arguments)
     deadline = time.monotonic() + chosen.seconds
+    if not chosen.table.exists():
+        shutil.copy(TABLE, chosen.table)
     device, dtype, size = measure.device(), cases.DTYPES[chosen.dtype], cases.SIZES[chosen.size]
     target = compile.target_here()
     if target is None:
@@ -454,12 +460,8 @@ def main(arguments: Sequence[str]) -> int:
     jobs = [job for job in in_turns(kernels, chosen.most) if (job.kernel, dict(job.calls[0].row[1])) not in known]
     status = 0
     try:
-        tune(
-            kernels,
-            console.progress(ready(jobs, target, chosen.processes), total=len(jobs), mininterval=5),
-            deadline,
-            keep,
-        )
+        with contextlib.closing(ready(jobs, target, chosen.processes)) as compiled:
+            tune(kernels, console.progress(compiled, total=len(jobs), mininterval=5), deadline, keep)
     except Lost as error:
         print(f"{LOST}: {error}; run the same command again to go on", flush=True)
         status = BROKEN

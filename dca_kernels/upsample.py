@@ -397,26 +397,37 @@ def _columns_needed(block, high, low):
 @triton.jit
 def _interpolate(
     z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BY_PRODUCT: tl.constexpr = False,
 ):  # fmt: skip
-    """up(z) in a tile: rows by weighting two of them, columns by a product with their few weights."""
+    """up(z) in a tile: rows by weighting two of them, then columns.
+
+    BY_PRODUCT: columns by a product with the interpolation's matrix, where that is needed anyway.
+    """
     if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
         z_ptrs += pair_h * GRID[1] * TOTAL
         mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-        up = tl.load(z_ptrs[:, None] + offs_w[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-    else:
-        K: tl.constexpr = padded(_columns_needed(BLOCK_W, SIZE[1], GRID[1]))
-        first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
-        offs_q = first + tl.arange(0, K)
-        top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
-        above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
-        mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
-        above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-        below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-        rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]
+        return tl.load(z_ptrs[:, None] + offs_w[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+    K: tl.constexpr = padded(_columns_needed(BLOCK_W, SIZE[1], GRID[1]))
+    first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
+    offs_q = first + tl.arange(0, K)
+    top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
+    above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
+    mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
+    above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+    below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+    rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]
+    if BY_PRODUCT:
         matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
-        up = tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
-    return up
+        return tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
+    left, right, fraction = interpolation(offs_w, SIZE[1], GRID[1], ACC)
+    return _columns(rows, left - first) * (1.0 - fraction)[None, :] + _columns(rows, right - first) * fraction[None, :]
+
+
+@triton.jit
+def _columns(rows, columns):
+    """Some columns of each row, beyond the last one that."""
+    columns = tl.minimum(columns, rows.shape[1] - 1)
+    return tl.gather(rows, tl.broadcast_to(columns[None, :], [rows.shape[0], columns.shape[0]]), 1)
 
 
 @triton.jit
@@ -469,6 +480,7 @@ def _masked_gradient(
     CHANNELS: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr, GRID: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """In one tile: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU."""
     offs_c = c_begin + tl.arange(0, BLOCK_C)
@@ -479,8 +491,9 @@ def _masked_gradient(
     mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
     z_ptrs = z_ptr + b * GRID[0] * GRID[1] * TOTAL + OFFSET + pair_c
     up = _interpolate(
-        z_ptrs, mask_pair, pair_h, tl.zeros([], tl.int32), offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W
-    )
+        z_ptrs, mask_pair, pair_h, tl.zeros([], tl.int32), offs_w, SIZE, GRID, TOTAL, PRECISION, ACC, BLOCK_W,
+        BY_PRODUCT,
+    )  # fmt: skip
     x = _load_map(x_ptr + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
     y = _less_mean(x, up, mean, BLOCK_H, ACC)
     gradient = _load_map(dout_ptr + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
@@ -537,7 +550,7 @@ def _merge_gradient(
     c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
     _, y, gradient = _masked_gradient(
         x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
-        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
+        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W, True,
     )  # fmt: skip
     pair_c, pair_h, mask_pair = _pairs(c_begin, h_begin, CHANNELS, SIZE, BLOCK_C, BLOCK_H)
     offs_w = tl.arange(0, BLOCK_W)
@@ -659,7 +672,8 @@ def _grid_gradient(
     wide_ptrs = wide_ptr + offs_q[:, None] * CHANNELS + offs_c[None, :]
     dz = tl.zeros(mask.shape, ACC)
     begin = band_begin(p, SIZE[0], GRID[0])
-    for r in range(band(SIZE[0], GRID[0], 1)):
+    ROWS: tl.constexpr = band(SIZE[0], GRID[0], 1)
+    for r in tl.range(0, ROWS, loop_unroll_factor=min(ROWS, 4)):
         h = begin + r
         top, bottom, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
@@ -779,7 +793,7 @@ def _map_gradient(
     c_begin, h_begin = tile // ROWS * BLOCK_C, tile % ROWS * BLOCK_H
     x, y, gradient = _masked_gradient(
         x_ptr, z_ptr, dout_ptr, gamma_ptr, beta_ptr, saved_ptr, b, c_begin, h_begin, CHANNELS, OFFSET, TOTAL, SIZE,
-        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W,
+        STRIDE, OUT_STRIDE, GRID, NORM, EPS, PRECISION, ACC, BLOCK_C, BLOCK_H, BLOCK_W, False,
     )  # fmt: skip
     offs_c = c_begin + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
@@ -805,17 +819,29 @@ def _map_gradient(
         mask = inside[:, None] & (offs_q < GRID[1])[None, :]
         dtokens = tl.load(dtokens_ptrs + (p * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
         rows += dtokens.to(ACC) / (end - begin).to(ACC)[:, None]
-    begin, end = window_begin(offs_q, SIZE[1], GRID[1]), window_end(offs_q, SIZE[1], GRID[1])
-    inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID[1])[:, None]
-    windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
-    pooled = tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)
+    pooled = _unpooled(rows, offs_q, offs_w, SIZE[1], GRID[1], PRECISION, ACC)
     if dmap_ptr is not None:
         gradient += pooled * _of_pairs(load_vector(avg_weight_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
         mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
         tl.store(_map_pointers(dmap_ptr + b * MAP_STRIDE[0], pair_c, pair_h, offs_w, MAP_STRIDE), gradient, mask=mask)
     sums_ptrs = sums_ptr + (b * MOST + tile % ROWS) * 2 * TOTAL + OFFSET + offs_c
     tl.store(sums_ptrs, _sum_pairs(pooled * x, BLOCK_C, BLOCK_H), mask=mask_c)
-    tl.store(sums_ptrs + TOTAL, _sum_pairs(pooled, BLOCK_C, BLOCK_H), mask=mask_c)
+    tl.store(sums_ptrs + TOTAL, _sum_pairs(rows, BLOCK_C, BLOCK_H), mask=mask_c)  # each window's value, once a column
+
+
+@triton.jit
+def _unpooled(
+    rows, offs_q, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where two windows meet."""
+    WIDTH: tl.constexpr = SIZE // GRID
+    if offs_q.shape[0] * WIDTH == offs_w.shape[0] and SIZE % GRID == 0:
+        repeated = tl.broadcast_to(rows[:, :, None], [rows.shape[0], rows.shape[1], WIDTH])
+        return tl.reshape(repeated, [rows.shape[0], offs_w.shape[0]]) / WIDTH
+    begin, end = window_begin(offs_q, SIZE, GRID), window_end(offs_q, SIZE, GRID)
+    inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID)[:, None]
+    windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
+    return tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)
 
 
 @kernel
@@ -1001,7 +1027,7 @@ def upsample_backward(
     batch, count, width = tokens.shape
     target, dtype = launch.architecture(tokens.values.device), tokens.values.dtype
     precision = launch.precision(dtype, target)
-    config, shared, (blocks, first) = _backward_arguments(saved, norms)
+    config, shared, (blocks, first) = _backward_arguments("merge_gradient", saved, norms)
     rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
     sums = tokens.new_empty(batch, max(rows), 2, width)
     wide_size = sum(x.shape[1] * x.shape[2] * grid[1] for x in saved.maps)
@@ -1126,7 +1152,7 @@ def map_gradients(
     """
     target, dtype = launch.architecture(dtokens.device), saved.tokens.values.dtype
     batch, _, width = dtokens.shape
-    config, shared, (blocks, first) = _backward_arguments(saved, norms)
+    config, shared, (blocks, first) = _backward_arguments("map_gradient", saved, norms)
     rows = tuple(launch.blocks(x.shape[2], block[1]) for x, block in zip(saved.maps, blocks, strict=True))
     sums = saved.tokens.new_empty(batch, max(rows), 2, width)
     dmaps = [
@@ -1179,13 +1205,15 @@ def map_gradients(
     return dmaps, gradients
 
 
-def _backward_arguments(saved: Saved, norms: Sequence[BatchNorm | None]) -> tuple[dict[str, int], dict[str, Any], Any]:
-    """Configuration, common arguments and tiles of the kernels that go over the maps again."""
+def _backward_arguments(
+    kernel: str, saved: Saved, norms: Sequence[BatchNorm | None]
+) -> tuple[dict[str, int], dict[str, Any], Any]:
+    """Configuration, common arguments and tiles of a kernel that goes over the maps again."""
     tokens, sizes = saved.tokens, launch.sizes(saved.maps)
     widest = max(w for _, w in sizes)
     layout = "channels_last" if all(x.stride(1) == 1 for x in saved.maps) else "contiguous"
     target = launch.architecture(saved.z.device)
-    config = launch.configuration(f"merge_gradient_{layout}", target, tokens.values.dtype, widest)
+    config = launch.configuration(f"{kernel}_{layout}", target, tokens.values.dtype, widest)
     return (
         config,
         {
