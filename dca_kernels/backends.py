@@ -18,6 +18,9 @@ import torch
 from dca_kernels import fused
 
 NAMES = ("torch", "triton")
+# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, and
+# faster than all that was measured beside them at 1, 8 and 32 images, in evaluation and training (benchmarks/results).
+FASTEST = {(9, 0): (torch.bfloat16, torch.float16, torch.float32)}
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile of PyTorch 2.11 cannot trace it
 
 _logger = logging.getLogger("dca_kernels")
@@ -69,8 +72,8 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-def choose(argument: str, device: torch.device) -> str:
-    """The name of the backend that runs on `device`.
+def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs on `device` for outputs of `dtype`.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
@@ -85,15 +88,28 @@ def choose(argument: str, device: torch.device) -> str:
             if reason is not None:
                 raise RuntimeError(f"{source}: {name!r} cannot run on {device}: {reason}")
             return name
+    name, reason = automatic(device, dtype)
     if not torch.compiler.is_compiling():
-        _say_automatic(device.type)
-    return "torch"
+        _say_automatic(name, device.type, dtype, reason)
+    return name
 
 
-@functools.cache  # one log line a device type
-def _say_automatic(device_type: str) -> None:
-    reason = why_not("triton", torch.device(device_type)) or "not yet run on a GPU; runs when named"
-    _logger.info("backend 'auto' runs 'torch' on %s ('triton': %s)", device_type, reason)
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What `auto` runs, and why: `triton` where it was measured to be fastest (`FASTEST`), `torch` elsewhere."""
+    reason = why_not("triton", device)
+    if reason is not None:
+        return "torch", f"'triton': {reason}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "torch", "'triton' was not measured here"
+    major, minor = torch.cuda.get_device_capability(device)
+    if dtype not in FASTEST.get((major, minor), ()):
+        return "torch", f"'triton' was not measured in {dtype} at compute capability {major}.{minor}"
+    return "triton", f"measured to be fastest at compute capability {major}.{minor}"
+
+
+@functools.cache  # one log line each
+def _say_automatic(name: str, device_type: str, dtype: torch.dtype, reason: str) -> None:
+    _logger.info("backend 'auto' runs %r on %s in %s (%s)", name, device_type, dtype, reason)
 
 
 def load(name: str) -> ModuleType:

@@ -154,7 +154,8 @@ class DCA(nn.Module):
         for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
             if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
-        outs = backends.load(backends.choose(self.backend, maps[0].device)).refine(self, maps, norms, dtypes)
+        backend = backends.choose(self.backend, maps[0].device, dtypes[0])
+        outs = backends.load(backend).refine(self, maps, norms, dtypes)
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
 
     def extra_repr(self) -> str:

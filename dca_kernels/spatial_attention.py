@@ -80,20 +80,19 @@ def _attend(
     most = tl.full(offs_m.shape, float("-inf"), ACC)
     normaliser = tl.zeros(offs_m.shape, ACC)
     attended = tl.zeros([offs_m.shape[0], padded(DV)], ACC)
-    for start in range(0, N, BLOCK_N):
+    WHOLE: tl.constexpr = N // BLOCK_N * BLOCK_N
+    for start in range(0, WHOLE, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        keys = _load_tokens(normalised_ptr, offs_n, offs_k, offs_n < N, mask_k, TOTAL)
-        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
-        if N % BLOCK_N != 0:
-            scores = tl.where((offs_n < N)[None, :], scores, float("-inf"))
-        previous, most = most, tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - most[:, None])
-        shrink = tl.exp2(previous - most)
-        normaliser = normaliser * shrink + tl.sum(weights, 1)
-        values = _load_tokens(normalised_ptr, offs_n, OFFSET + offs_v, offs_n < N, mask_v, TOTAL)
-        attended = tl.dot(
-            weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
-        )
+        most, normaliser, attended = _attend_keys(
+            most, normaliser, attended, query, normalised_ptr, offs_n, offs_k, OFFSET + offs_v, mask_k, mask_v, N,
+            TOTAL, PRECISION, ACC, WHOLE,
+        )  # fmt: skip
+    if WHOLE < N:
+        offs_n = WHOLE + tl.arange(0, BLOCK_N)
+        most, normaliser, attended = _attend_keys(
+            most, normaliser, attended, query, normalised_ptr, offs_n, offs_k, OFFSET + offs_v, mask_k, mask_v, N,
+            TOTAL, PRECISION, ACC, WHOLE + BLOCK_N,
+        )  # fmt: skip
 
     p_weight = load_vector(p_weight_ptr, offs_v, mask_v, ACC)
     weight = p_weight * load_vector(v_weight_ptr, offs_v, mask_v, ACC)
@@ -108,6 +107,36 @@ def _attend(
     out = projected + bias[None, :]
     out += _load_tokens(tokens_ptr, offs_m, OFFSET + offs_v, mask_m, mask_v, TOTAL).to(ACC)
     tl.store(attended_ptr + out_offs, out, mask=mask)
+
+
+@triton.jit
+def _attend_keys(
+    most, normaliser, attended, query, normalised_ptr, offs_n, offs_k, own, mask_k, mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: largest score, sum of weights, weighted values, with the keys offs_n < END as well."""
+    mask_n = _exist(offs_n, N, END)
+    keys = _load_tokens(normalised_ptr, offs_n, offs_k, mask_n, mask_k, TOTAL)
+    values = _load_tokens(normalised_ptr, offs_n, own, mask_n, mask_v, TOTAL)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
+    if END > N:
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
+    larger = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(most - larger)
+    normaliser = normaliser * shrink + tl.sum(weights, 1)
+    attended = tl.dot(
+        weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
+    )
+    return larger, normaliser, attended
+
+
+@triton.jit
+def _exist(offs_n, N: tl.constexpr, END: tl.constexpr):
+    """Which tokens before END there are: a constant where all are, so that no tile but the last one is masked."""
+    if END > N:
+        return offs_n < N
+    return tl.full(offs_n.shape, True, tl.int1)
 
 
 @triton.jit

@@ -28,41 +28,74 @@ def triton_refuses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def assert_refused(source: str, argument: str = "auto") -> None:
     with pytest.raises(RuntimeError, match=f"^{source}: 'triton' cannot run on cpu: refused$"):
-        backends.choose(argument, CPU)
+        backends.choose(argument, CPU, torch.float32)
 
 
 def test_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.choose("auto", CPU) == "torch"
+    assert backends.choose("auto", CPU, torch.float32) == "torch"
     monkeypatch.setenv("DCA_BACKEND", "triton")
     assert_refused("DCA_BACKEND")
     with use_backend("torch"):
-        assert backends.choose("auto", CPU) == "torch"
+        assert backends.choose("auto", CPU, torch.float32) == "torch"
         assert_refused("backend", argument="triton")
     with use_backend("triton"):
         assert_refused("use_backend")
-        assert backends.choose("torch", CPU) == "torch"
+        assert backends.choose("torch", CPU, torch.float32) == "torch"
     with use_backend("auto"):
         assert_refused("DCA_BACKEND")
-    assert backends.choose("torch", CPU) == "torch"
+    assert backends.choose("torch", CPU, torch.float32) == "torch"
 
 
 def test_contexts_nest_and_end_with_an_exception() -> None:
     with use_backend("triton"):
         with pytest.raises(KeyError), use_backend("torch"):
-            assert backends.choose("auto", CPU) == "torch"
+            assert backends.choose("auto", CPU, torch.float32) == "torch"
             raise KeyError
         assert_refused("use_backend")
-    assert backends.choose("auto", CPU) == "torch"
+    assert backends.choose("auto", CPU, torch.float32) == "torch"
 
 
 def test_auto_says_once_a_device_type_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dca_kernels")
     for device in ("cpu", "cpu", "meta", "cpu"):
-        backends.choose("auto", torch.device(device))
+        backends.choose("auto", torch.device(device), torch.float32)
     assert caplog.messages == [
-        "backend 'auto' runs 'torch' on cpu ('triton': refused)",
-        "backend 'auto' runs 'torch' on meta ('triton': refused)",
+        "backend 'auto' runs 'torch' on cpu in torch.float32 ('triton': refused)",
+        "backend 'auto' runs 'torch' on meta in torch.float32 ('triton': refused)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "hip", "name", "reason"),
+    [
+        ((9, 0), torch.bfloat16, None, "triton", "measured to be fastest at compute capability 9.0"),
+        ((9, 0), torch.float32, None, "triton", "measured to be fastest at compute capability 9.0"),
+        ((9, 0), torch.float64, None, "torch", "'triton' was not measured in torch.float64 at compute capability 9.0"),
+        (
+            (8, 0),
+            torch.bfloat16,
+            None,
+            "torch",
+            "'triton' was not measured in torch.bfloat16 at compute capability 8.0",
+        ),
+        ((9, 0), torch.bfloat16, "6.4", "torch", "'triton' was not measured here"),
+    ],
+)
+def test_auto_runs_the_kernels_where_they_were_measured_to_be_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    hip: str | None,
+    name: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    caplog.set_level(logging.INFO, "dca_kernels")
+    assert backends.choose("auto", torch.device("cuda"), dtype) == name
+    assert caplog.messages == [f"backend 'auto' runs {name!r} on cuda in {dtype} ({reason})"]
 
 
 @pytest.mark.parametrize("source", ["backend", "use_backend", "DCA_BACKEND"])
@@ -76,7 +109,7 @@ def test_unknown_names(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 pass
         else:
             monkeypatch.setenv("DCA_BACKEND", "cuda")
-            backends.choose("auto", CPU)
+            backends.choose("auto", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("source", ["backend", "use_backend", "DCA_BACKEND"])
@@ -159,9 +192,9 @@ def test_auto_does_not_take_triton_even_where_it_runs(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     caplog.set_level(logging.INFO, "dca_kernels")
     assert WHY_NOT("triton", CPU) is None
-    assert backends.choose("auto", CPU) == "torch"
+    assert backends.choose("auto", CPU, torch.float32) == "torch"
     (message,) = caplog.messages
-    assert message.startswith("backend 'auto' runs 'torch' on cpu ('triton': not yet run on a GPU")
+    assert message == "backend 'auto' runs 'torch' on cpu in torch.float32 ('triton' was not measured here)"
 
 
 @needs_triton
