@@ -25,6 +25,7 @@ from dca_kernels.primitives import (
     sum_blocks,
     sum_images,
     total,
+    without_removed,
 )
 from dca_kernels.tokens import Tokens, statistics_of
 
@@ -406,7 +407,7 @@ def _channel_gradients_kernel(
     CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, AFFINE_BLOCKS: tl.constexpr, REMOVED: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one scale's maps, summed over images in a fixed order.
+    """One program: BLOCK_C elements of the maps' gradients, summed over images in a fixed order.
 
     gradients (S, 4, C) of k weight, k bias, v weight and v bias, then (4, C) of q weight, q bias, p weight and p bias,
     then (2, C) of LayerNorm's. BLOCK_ROWS is how many channels a program of `_mixing_backward_kernel` had.
@@ -414,27 +415,23 @@ def _channel_gradients_kernel(
     TOTAL: tl.constexpr = total(CHANNELS)
     SCALES: tl.constexpr = len(CHANNELS)
     BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_ROWS, SCALES)
+    TILES: tl.constexpr = triton.cdiv(4 * TOTAL, BLOCK_C)
     pid = tl.program_id(0)
-    offs_c = pid % triton.cdiv(TOTAL, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < TOTAL
+    offs = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs < 4 * TOTAL
+    out_ptr = gradients_ptr + pid // TILES * 4 * TOTAL
     for i in tl.static_range(SCALES):
-        if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
+        if pid // TILES == i:
             own_ptr = columns_ptr + blocks_before(CHANNELS, BLOCK_ROWS, i) * 5 * TOTAL
-            for k in tl.static_range(4):
-                gradient = sum_images(
-                    own_ptr + k * TOTAL, offs_c, mask_c, batch, triton.cdiv(CHANNELS[i], BLOCK_ROWS), 5 * TOTAL,
-                    BLOCKS * 5 * TOTAL, ACC,
-                )  # fmt: skip
-                tl.store(gradients_ptr + (i * 4 + k) * TOTAL + offs_c, gradient, mask=mask_c)
-            mask_own = (offs_c >= offset(CHANNELS, i)) & (offs_c < offset(CHANNELS, i) + CHANNELS[i])
-            for k in tl.static_range(4):
-                gradient = sum_images(rows_ptr + k * TOTAL, offs_c, mask_own, batch, 1, 0, 5 * TOTAL, ACC)
-                if (k == 3) and REMOVED[i]:  # BatchNorm removes the constant
-                    gradient *= 0.0
-                tl.store(gradients_ptr + (SCALES * 4 + k) * TOTAL + offs_c, gradient, mask=mask_own)
-            if i == 0:
-                affine_ptr = gradients_ptr + (SCALES * 4 + 4) * TOTAL
-                store_affine_gradients(daffine_ptr, affine_ptr, offs_c, batch, TOTAL, AFFINE_BLOCKS, ACC)
+            own_blocks: tl.constexpr = triton.cdiv(CHANNELS[i], BLOCK_ROWS)
+            gradient = sum_images(own_ptr, offs, mask, batch, own_blocks, 5 * TOTAL, BLOCKS * 5 * TOTAL, ACC)
+            tl.store(out_ptr + offs, gradient, mask=mask)
+    if pid // TILES == SCALES:
+        gradient = sum_images(rows_ptr, offs, mask, batch, 1, 0, 5 * TOTAL, ACC)
+        gradient = without_removed(gradient, offs - 3 * TOTAL, CHANNELS, REMOVED)  # of the bias, the last
+        tl.store(out_ptr + offs, gradient, mask=mask)
+    if pid // TILES > SCALES:
+        store_affine_gradients(daffine_ptr, out_ptr, offs, batch, TOTAL, AFFINE_BLOCKS, ACC)
 
 
 class Saved(NamedTuple):
@@ -646,12 +643,12 @@ def channel_attention_backward(
         **shared,
     )
 
-    block_c = 32
+    block_c = 16
     gradients = tokens.new_empty(4 * scales + 6, width, dtype=attention.q_maps[0].weight.dtype)
     launch.run(
         _channel_gradients_kernel,
-        scales * launch.blocks(width, block_c),
-        {"num_warps": 1, "num_stages": 2},
+        (scales + 1) * launch.blocks(4 * width, block_c) + launch.blocks(2 * width, block_c),
+        {"num_warps": 4, "num_stages": 2},
         rows_ptr=rows,
         columns_ptr=columns,
         daffine_ptr=daffine,

@@ -128,26 +128,49 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 
 
 @triton.jit
+def image_rows(
+    start, ROWS: tl.constexpr, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr
+):
+    """Of ROWS of the vectors of all images, BLOCKS each, STRIDE apart: image, begin, and whether there is such one."""
+    offs_row = start + tl.arange(0, ROWS)
+    b = (offs_row // BLOCKS).to(tl.int64)
+    return b, b * IMAGE_STRIDE + offs_row % BLOCKS * STRIDE, offs_row < batch * BLOCKS
+
+
+@triton.jit
 def sum_images(
     ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr, ACC: tl.constexpr
 ):
-    """`sum_blocks` of every image, which lie IMAGE_STRIDE apart, in a fixed order."""
-    out = tl.zeros(offs.shape, ACC)
-    for image in range(batch):
-        image_ptr = ptr + (image + tl.zeros([], tl.int64)) * IMAGE_STRIDE
-        out += sum_blocks(image_ptr, offs, mask, BLOCKS, STRIDE, ACC)
-    return out
+    """Sum of the vectors of all images, BLOCKS each, that lie STRIDE and IMAGE_STRIDE apart, in a fixed order."""
+    ROWS: tl.constexpr = 4096 // offs.shape[0]  # many at a time: what takes long is to wait for them
+    out = tl.zeros([ROWS, offs.shape[0]], ACC)
+    for start in range(0, batch * BLOCKS, ROWS):
+        _, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, IMAGE_STRIDE)
+        out += tl.load(ptr + begin[:, None] + offs[None, :], mask=mask_row[:, None] & mask[None, :], other=0.0)
+    return tl.sum(out, 0)
 
 
 @triton.jit
 def store_affine_gradients(
-    daffine_ptr, gradients_ptr, offs_c, batch, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr
+    daffine_ptr, gradients_ptr, offs, batch, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr
 ):
-    """The sums of `store_layer_norm_backward` over blocks and images: LayerNorm's weight and bias, (2, C)."""
-    mask_c = offs_c < TOTAL
-    for k in tl.static_range(2):
-        affine = sum_images(daffine_ptr + k * TOTAL, offs_c, mask_c, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
-        tl.store(gradients_ptr + k * TOTAL + offs_c, affine, mask=mask_c)
+    """The sums of `store_layer_norm_backward` over blocks and images: elements `offs` of LayerNorm's weight and bias.
+
+    (2, C), one behind the other.
+    """
+    mask = offs < 2 * TOTAL
+    affine = sum_images(daffine_ptr, offs, mask, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
+    tl.store(gradients_ptr + offs, affine, mask=mask)
+
+
+@triton.jit
+def without_removed(gradient, offs, CHANNELS: tl.constexpr, REMOVED: tl.constexpr):
+    """A bias's gradient, zero in the scales where the BatchNorm behind removes the constant."""
+    for i in tl.static_range(len(CHANNELS)):
+        if REMOVED[i]:
+            inside = (offs >= offset(CHANNELS, i)) & (offs < offset(CHANNELS, i) + CHANNELS[i])
+            gradient = tl.where(inside, gradient * 0.0, gradient)
+    return gradient
 
 
 @triton.jit

@@ -11,15 +11,16 @@ from torch import Tensor
 from dca_kernels import launch
 from dca_kernels.parameters import Attention
 from dca_kernels.primitives import (
+    image_rows,
     kernel,
+    load_concatenated,
     load_vector,
     offset,
     padded,
     split_program,
     store_affine_gradients,
-    sum_blocks,
-    sum_images,
     total,
+    without_removed,
 )
 from dca_kernels.tokens import Tokens, layer_norm_backward, normalised_of
 
@@ -304,73 +305,67 @@ def _spatial_gradients_kernel(
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, AFFINE_BLOCKS: tl.constexpr,
     REMOVED: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of BLOCK_C channels of the maps of one scale, summed over images in a fixed order.
+    """One program: BLOCK_C channels of some of the maps' gradients, summed over images in a fixed order.
 
     gradients (S, 4, C) of q weight, q bias, k weight and k bias, then (4, C) of v weight, v bias, p weight and p bias,
     then (2, C) of LayerNorm's. The key map's bias drops out of the softmax.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     SCALES: tl.constexpr = len(CHANNELS)
+    TILES: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
     pid = tl.program_id(0)
-    offs_c = pid % triton.cdiv(TOTAL, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < TOTAL
     for i in tl.static_range(SCALES):
-        if pid // triton.cdiv(TOTAL, BLOCK_C) == i:
-            mask_c = offs_c < TOTAL
-            IMAGE: tl.constexpr = BLOCKS * SCALES * 2 * TOTAL
-            own_ptr = dpair_ptr + i * 2 * TOTAL
-            dpair = sum_images(own_ptr, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, IMAGE, ACC)
-            dkey, dlevelled = _sum_levelled(
-                own_ptr + TOTAL, level_ptr, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, IMAGE, TOTAL, ACC
-            )
+        if pid // TILES == i:
             scale: tl.constexpr = (TOTAL // HEADS[i]) ** -0.5 * 1.4426950408889634
-            q_weight, q_bias = (
-                load_vector(q_weights[i], offs_c, mask_c, ACC),
-                load_vector(q_biases[i], offs_c, mask_c, ACC),
-            )
+            q_weight = scale * load_vector(q_weights[i], offs_c, mask_c, ACC)
+            q_bias = scale * load_vector(q_biases[i], offs_c, mask_c, ACC)
             k_weight = scale * load_vector(k_weights[i], offs_c, mask_c, ACC)
+            dpair, dkey = _sum_levelled(
+                dpair_ptr + i * 2 * TOTAL, level_ptr, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, TOTAL, ACC
+            )
             out_ptr = gradients_ptr + i * 4 * TOTAL + offs_c
-            tl.store(out_ptr, k_weight * (dpair + dlevelled), mask=mask_c)
+            tl.store(out_ptr, k_weight * dpair, mask=mask_c)
             tl.store(out_ptr + TOTAL, k_weight * dkey, mask=mask_c)
-            tl.store(out_ptr + 2 * TOTAL, scale * (q_weight * (dpair + dlevelled) + q_bias * dkey), mask=mask_c)
+            tl.store(out_ptr + 2 * TOTAL, q_weight * dpair + q_bias * dkey, mask=mask_c)
             tl.store(out_ptr + 3 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-
-            local = offs_c - offset(CHANNELS, i)
-            mask_v = (local >= 0) & (local < CHANNELS[i])
-            dbias, dweight = _sum_levelled(
-                dweight_ptr + TOTAL, level_ptr, offs_c, mask_v, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, TOTAL, ACC
-            )
-            dweight += sum_images(dweight_ptr, offs_c, mask_v, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
-            if REMOVED[i]:  # BatchNorm removes the constants
-                dbias *= 0.0
-            v_weight, v_bias = (
-                load_vector(v_weights[i], local, mask_v, ACC),
-                load_vector(v_biases[i], local, mask_v, ACC),
-            )
-            p_weight = load_vector(p_weights[i], local, mask_v, ACC)
-            out_ptr = gradients_ptr + SCALES * 4 * TOTAL + offs_c
-            tl.store(out_ptr, p_weight * dweight, mask=mask_v)
-            tl.store(out_ptr + TOTAL, p_weight * dbias, mask=mask_v)
-            tl.store(out_ptr + 2 * TOTAL, v_weight * dweight + v_bias * dbias, mask=mask_v)
-            tl.store(out_ptr + 3 * TOTAL, dbias, mask=mask_v)
-            if i == 0:
-                affine_ptr = gradients_ptr + (SCALES * 4 + 4) * TOTAL
-                store_affine_gradients(daffine_ptr, affine_ptr, offs_c, batch, TOTAL, AFFINE_BLOCKS, ACC)
+    if pid // TILES == SCALES:
+        v_weight = load_concatenated(v_weights, offs_c, CHANNELS, ACC)
+        v_bias = load_concatenated(v_biases, offs_c, CHANNELS, ACC)
+        p_weight = load_concatenated(p_weights, offs_c, CHANNELS, ACC)
+        dweight, dbias = _sum_levelled(dweight_ptr, level_ptr, offs_c, mask_c, batch, BLOCKS, 2 * TOTAL, TOTAL, ACC)
+        dbias = without_removed(dbias, offs_c, CHANNELS, REMOVED)
+        out_ptr = gradients_ptr + SCALES * 4 * TOTAL + offs_c
+        tl.store(out_ptr, p_weight * dweight, mask=mask_c)
+        tl.store(out_ptr + TOTAL, p_weight * dbias, mask=mask_c)
+        tl.store(out_ptr + 2 * TOTAL, v_weight * dweight + v_bias * dbias, mask=mask_c)
+        tl.store(out_ptr + 3 * TOTAL, dbias, mask=mask_c)
+    if pid // TILES > SCALES:
+        offs = (pid - (SCALES + 1) * TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+        affine_ptr = gradients_ptr + (SCALES + 1) * 4 * TOTAL
+        store_affine_gradients(daffine_ptr, affine_ptr, offs, batch, TOTAL, AFFINE_BLOCKS, ACC)
 
 
 @triton.jit
 def _sum_levelled(
-    ptr, level_ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr,
-    TOTAL: tl.constexpr, ACC: tl.constexpr,
+    ptr, level_ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, TOTAL: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """As `sum_images`; and the same of every image's sum times its level."""
-    plain = tl.zeros(offs.shape, ACC)
-    levelled = tl.zeros(offs.shape, ACC)
-    for image in range(batch):
-        b = image + tl.zeros([], tl.int64)
-        of_image = sum_blocks(ptr + b * IMAGE_STRIDE, offs, mask, BLOCKS, STRIDE, ACC)
-        plain += of_image
-        levelled += of_image * load_vector(level_ptr + b * TOTAL, offs, mask, ACC)
-    return plain, levelled
+    """As `sum_images`, of pairs of vectors TOTAL apart: of the first plus the second times its image's level; of the
+    second."""
+    ROWS: tl.constexpr = 2048 // offs.shape[0]
+    levelled = tl.zeros([ROWS, offs.shape[0]], ACC)
+    plain = tl.zeros([ROWS, offs.shape[0]], ACC)
+    for start in range(0, batch * BLOCKS, ROWS):
+        b, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, BLOCKS * STRIDE)
+        here = mask_row[:, None] & mask[None, :]
+        ptrs = ptr + begin[:, None] + offs[None, :]
+        first, second = tl.load(ptrs, mask=here, other=0.0), tl.load(ptrs + TOTAL, mask=here, other=0.0)
+        level = tl.load(level_ptr + (b * TOTAL)[:, None] + offs[None, :], mask=here, other=0.0)
+        levelled += first + second * level
+        plain += second
+    return tl.sum(levelled, 0), tl.sum(plain, 0)
 
 
 class Saved(NamedTuple):
@@ -488,12 +483,12 @@ def spatial_attention_backward(
 
     dtokens, daffine = layer_norm_backward(tokens, attention.norms, dnormalised, dvalues, dattended)
 
-    block_c = 32
+    block_c = 8
     gradients = tokens.new_empty(4 * scales + 6, width, dtype=attention.q_maps[0].weight.dtype)
     launch.run(
         _spatial_gradients_kernel,
-        scales * launch.blocks(width, block_c),
-        {"num_warps": 1, "num_stages": 2},
+        (scales + 1) * launch.blocks(width, block_c) + launch.blocks(2 * width, block_c),
+        {"num_warps": 4, "num_stages": 2},
         level_ptr=saved.level,
         dpair_ptr=dpair,
         dweight_ptr=dweight,

@@ -578,38 +578,40 @@ def _norm_gradient_kernel(
     CHANNELS: tl.constexpr, SIZES: tl.constexpr, NORM: tl.constexpr, FROM_BATCH: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one scale, summed over images and tiles in a fixed order.
+    """One program: a sum of BLOCK_C channels of one scale, over images and tiles in a fixed order, and what it is for.
 
     gradients (3, C): BatchNorm's weight and bias, the convolution's bias. removed (2, C): what the gradient of
     up(z) + x loses where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
-    pid = tl.program_id(0)
+    TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     for i in tl.static_range(len(CHANNELS)):
-        block = pid - blocks_before(CHANNELS, BLOCK_C, i)
+        block = tile - blocks_before(CHANNELS, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
             offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
-            dbeta = sum_images(sums_ptr, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
-            moment = sum_images(sums_ptr + TOTAL, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
-            scale = tl.full([BLOCK_C], 1.0, ACC)
-            rstd = scale
+            rstd = tl.full([BLOCK_C], 1.0, ACC)
+            scale = rstd
             if NORM[i]:
                 rstd = tl.rsqrt(load_vector(saved_ptr + TOTAL, own, mask_c, ACC) + EPS[i])
                 scale = rstd
                 if gammas[i] is not None:
                     scale *= load_vector(gammas[i], offs_c, mask_c, ACC)
-            out_ptr = gradients_ptr + own
-            tl.store(out_ptr, moment * rstd, mask=mask_c)
-            tl.store(out_ptr + TOTAL, dbeta, mask=mask_c)
-            if FROM_BATCH[i]:
-                pixels = batch.to(ACC) * (SIZES[i][0] * SIZES[i][1])
-                tl.store(out_ptr + 2 * TOTAL, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-                tl.store(removed_ptr + own, dbeta / pixels, mask=mask_c)
-                tl.store(removed_ptr + TOTAL + own, moment * rstd * rstd / pixels, mask=mask_c)
+            pixels = batch.to(ACC) * (SIZES[i][0] * SIZES[i][1])
+            gradient = sum_images(sums_ptr + k * TOTAL, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
+            if k == 0:
+                tl.store(gradients_ptr + TOTAL + own, gradient, mask=mask_c)
+                if FROM_BATCH[i]:
+                    tl.store(gradients_ptr + 2 * TOTAL + own, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+                    tl.store(removed_ptr + own, gradient / pixels, mask=mask_c)
+                else:
+                    tl.store(gradients_ptr + 2 * TOTAL + own, scale * gradient, mask=mask_c)
             else:
-                tl.store(out_ptr + 2 * TOTAL, scale * dbeta, mask=mask_c)
+                tl.store(gradients_ptr + own, gradient * rstd, mask=mask_c)
+                if FROM_BATCH[i]:
+                    tl.store(removed_ptr + TOTAL + own, gradient * rstd * rstd / pixels, mask=mask_c)
 
 
 @kernel
@@ -849,19 +851,18 @@ def _avg_map_gradient_kernel(
     sums_ptr, gradients_ptr, batch,
     CHANNELS: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, MOST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: weight and bias, (2, C), of BLOCK_C channels of a scale, over images and tiles in a fixed order."""
+    """One program: weight or bias, (2, C), of BLOCK_C channels of a scale, over images and tiles in a fixed order."""
     TOTAL: tl.constexpr = total(CHANNELS)
+    TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     for i in tl.static_range(len(CHANNELS)):
-        block = tl.program_id(0) - blocks_before(CHANNELS, BLOCK_C, i)
+        block = tile - blocks_before(CHANNELS, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
             offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
-            own = offset(CHANNELS, i) + offs_c
-            for k in tl.static_range(2):
-                gradient = sum_images(
-                    sums_ptr + k * TOTAL, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC
-                )
-                tl.store(gradients_ptr + k * TOTAL + own, gradient, mask=mask_c)
+            own = k * TOTAL + offset(CHANNELS, i) + offs_c
+            gradient = sum_images(sums_ptr, own, mask_c, batch, BLOCKS[i], 2 * TOTAL, MOST * 2 * TOTAL, ACC)
+            tl.store(gradients_ptr + own, gradient, mask=mask_c)
 
 
 class Saved(NamedTuple):
@@ -1054,13 +1055,13 @@ def upsample_backward(
         **shared,
     )
 
-    block_c, from_batch = 32, _from_batch(norms)
+    block_c, from_batch = 8, _from_batch(norms)
     norm_gradients = tokens.new_empty(3, width, dtype=upconvs[0].weight.dtype)
     removed = tokens.new_empty(2, width)
     launch.run(
         _norm_gradient_kernel,
-        sum(launch.blocks(c, block_c) for c in tokens.channels),
-        {"num_warps": 4, "num_stages": 2},
+        2 * sum(launch.blocks(c, block_c) for c in tokens.channels),
+        {"num_warps": 8, "num_stages": 2},
         sums_ptr=sums,
         saved_ptr=saved.statistics,
         gammas=_affine_of(norms, "weight"),
@@ -1187,12 +1188,12 @@ def map_gradients(
         **shared,
     )
 
-    block_c = 32
+    block_c = 8
     gradients = saved.tokens.new_empty(2, width, dtype=avg_map[0].weight.dtype)
     launch.run(
         _avg_map_gradient_kernel,
-        sum(launch.blocks(x.shape[1], block_c) for x in saved.maps),
-        {"num_warps": 4, "num_stages": 2},
+        2 * sum(launch.blocks(x.shape[1], block_c) for x in saved.maps),
+        {"num_warps": 8, "num_stages": 2},
         sums_ptr=sums,
         gradients_ptr=gradients,
         batch=batch,
