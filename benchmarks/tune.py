@@ -58,8 +58,7 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "block_n": (64, 128, 256),
         "block_c": (4, 8, 16),
         "block_p": (64, 128),
-        "num_warps": WARPS,
-        "num_stages": (1, 2),
+        "num_warps": (4, 8, 16),
     },
     "merge_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
     "merge_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
@@ -147,6 +146,11 @@ FIRST: dict[str, Sequence[Config]] = {
         {"block_q": 8, "num_warps": 4},
     ),
     "patch_embed": ({"block_q": 8, "num_warps": 4}, {"block_q": 8}, {"block_q": 16, "num_warps": 4}),
+    "batch_statistics": (
+        {"block_n": 256, "block_c": 8, "num_warps": 16},
+        {"block_n": 128, "block_c": 8, "num_warps": 8},
+        {"block_n": 64, "block_c": 16, "num_warps": 4},
+    ),
 }
 # In this order one candidate of each is tried after the other: where the most is to be gained comes first.
 ORDER = (*FIRST, *(name for name in CANDIDATES if name not in FIRST))

@@ -97,6 +97,7 @@ def _batch_statistics_kernel(
     parts nearly cancel, too few digits would be left, and a pass over the map takes them directly.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
+    SUM: tl.constexpr = tl.float64 if GUARDED else ACC
     b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
     image = b * GRID[0] * GRID[1] * TOTAL
     for i in tl.static_range(len(CHANNELS)):
@@ -105,16 +106,17 @@ def _batch_statistics_kernel(
             offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
+            x_ptrs = maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1]
+            first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
             x_mean, x_squares = _merge_moments(
                 moments_ptr + b * MOMENT_BLOCKS * 2 * TOTAL, own, mask_c, of_scale(SIZES, i), GRID, TOTAL,
-                MOMENT_BLOCKS, BLOCK_N,
+                MOMENT_BLOCKS, SUM, BLOCK_N,
             )  # fmt: skip
             z_mean, z_squares, products = _interpolated_moments(
                 z_ptr + image, adjoint_ptr + image, tables_ptr + i * 3 * (GRID[0] + GRID[1]), own, mask_c,
-                SIZES[i][0] * SIZES[i][1], GRID, TOTAL, ACC, BLOCK_N,
+                SIZES[i][0] * SIZES[i][1], GRID, TOTAL, ACC, SUM, BLOCK_N,
             )  # fmt: skip
-            x_ptrs = maps[i] + b * STRIDES[i][0] + offs_c * STRIDES[i][1]
-            mean = x_mean + z_mean + tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
+            mean = first + x_mean + z_mean
             squares = x_squares + z_squares + 2 * products
             if GUARDED:
                 if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
@@ -131,47 +133,49 @@ def _batch_statistics_kernel(
 @triton.jit
 def _merge_moments(
     moments_ptr, offs_c, mask_c, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and centred squares of a map less its first pixel, from those of its blocks, in float64: each [BLOCK_C]."""
-    mean = tl.zeros(offs_c.shape, tl.float64)
+    """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
+    mean = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
-        block_mean, _, count = _load_moments(moments_ptr, start, offs_c, mask_c, SIZE, GRID, TOTAL, BLOCKS, BLOCK_N)
-        mean += tl.sum(block_mean * count[:, None], 0)
-    mean /= SIZE[0] * SIZE[1]
-    squares = tl.zeros(offs_c.shape, tl.float64)
+        block_mean, _, count = _load_moments(
+            moments_ptr, start, offs_c, mask_c, SIZE, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+        )
+        mean += block_mean * count[:, None]
+    mean = tl.sum(mean, 0) / (SIZE[0] * SIZE[1])
+    squares = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, block_squares, count = _load_moments(
-            moments_ptr, start, offs_c, mask_c, SIZE, GRID, TOTAL, BLOCKS, BLOCK_N
+            moments_ptr, start, offs_c, mask_c, SIZE, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
         )
         apart = block_mean - mean[None, :]
-        squares += tl.sum(block_squares + apart * apart * count[:, None], 0)
-    return mean, squares
+        squares += block_squares + apart * apart * count[:, None]
+    return mean, tl.sum(squares, 0)
 
 
 @triton.jit
 def _load_moments(
     moments_ptr, start, offs_c, mask_c, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in float64."""
+    """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in SUM."""
     COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
     BLOCK_Q: tl.constexpr = triton.next_power_of_2(triton.cdiv(GRID[1], COLUMN_BLOCKS))
     offs = start + tl.arange(0, BLOCK_N)
     mask = (offs < BLOCKS)[:, None] & mask_c[None, :]
     ptrs = moments_ptr + offs[:, None] * 2 * TOTAL + offs_c[None, :]
-    means = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-    squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(tl.float64)
+    means = tl.load(ptrs, mask=mask, other=0.0).to(SUM)
+    squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(SUM)
     p, q = offs // COLUMN_BLOCKS, offs % COLUMN_BLOCKS * BLOCK_Q
     rows = window_begin(p + 1, SIZE[0], GRID[0]) - window_begin(p, SIZE[0], GRID[0])
     columns = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), SIZE[1], GRID[1]) - window_begin(q, SIZE[1], GRID[1])
-    return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(tl.float64)
+    return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(SUM)
 
 
 @triton.jit
 def _interpolated_moments(
     z_ptr, adjoint_ptr, tables_ptr, offs_c, mask_c, PIXELS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z), and its products with the map, without the map's resolution: each [BLOCK_C].
 
@@ -179,17 +183,17 @@ def _interpolated_moments(
     sum of z U^T x.
     """
     N: tl.constexpr = GRID[0] * GRID[1]
-    mean = tl.zeros(offs_c.shape, tl.float64)
+    mean = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         p, q = offs_n // GRID[1], offs_n % GRID[1]
         weight = _table(tables_ptr, 0, p, GRID[0], 0) * _table(tables_ptr, 0, q, GRID[1], 3 * GRID[0])
         z = _load_grid(z_ptr, p, q, offs_c, mask_c, GRID, TOTAL, ACC)
-        mean += tl.sum((z * weight[:, None]).to(tl.float64), 0)
-    mean /= PIXELS
-    squares = tl.zeros(offs_c.shape, tl.float64)
-    products = tl.zeros(offs_c.shape, tl.float64)
-    adjoints = tl.zeros(offs_c.shape, tl.float64)
+        mean += (z * weight[:, None]).to(SUM)
+    mean = tl.sum(mean, 0) / PIXELS
+    squares = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
+    products = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
+    adjoints = tl.zeros([BLOCK_N, offs_c.shape[0]], SUM)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         p, q = offs_n // GRID[1], offs_n % GRID[1]
@@ -205,12 +209,14 @@ def _interpolated_moments(
         here = (row * column)[:, None] * z + (2 * row * column_next)[:, None] * right
         here += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
         here += (row_next * column_before)[:, None] * below_left
-        squares += tl.sum((z * here).to(tl.float64), 0)
+        squares += (z * here).to(SUM)
         adjoint = _load_grid(adjoint_ptr, p, q, offs_c, mask_c, GRID, TOTAL, ACC) * (PIXELS / N)
-        products += tl.sum((z * adjoint).to(tl.float64), 0)
-        adjoints += tl.sum(adjoint.to(tl.float64), 0)
-    rounded = mean - mean.to(ACC).to(tl.float64)  # of the mean, when it was subtracted
-    return mean, squares, products - rounded * adjoints
+        products += (z * adjoint).to(SUM)
+        adjoints += adjoint.to(SUM)
+    squares, products = tl.sum(squares, 0), tl.sum(products, 0)
+    if SUM != ACC:  # the mean was rounded when it was subtracted
+        products -= (mean - mean.to(ACC).to(SUM)) * tl.sum(adjoints, 0)
+    return mean, squares, products
 
 
 @triton.jit
