@@ -38,7 +38,7 @@ Config = dict[str, int]
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
     "patch_embed_train": {"block_q": (2, 4, 8, 16), "num_warps": WARPS},
-    "tokens": {"block_n": (16, 32), "num_warps": WARPS},
+    "tokens": {"block_n": (8, 16, 32), "num_warps": WARPS},
     "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},
     "mixing": {"block_c": (2, 4, 8, 16), "num_warps": WARPS},
     "mix": {"block_n": (16, 32, 64, 128), "block_c": (16, 32, 64), "num_warps": WARPS, "num_stages": (1, 2, 3)},
@@ -151,6 +151,7 @@ FIRST: dict[str, Sequence[Config]] = {
         {"block_n": 128, "block_c": 8, "num_warps": 8},
         {"block_n": 64, "block_c": 16, "num_warps": 4},
     ),
+    "tokens": ({"block_n": 8, "num_warps": 4}, {"block_n": 8}, {"num_warps": 4}),
 }
 # In this order one candidate of each is tried after the other: where the most is to be gained comes first.
 ORDER = (*FIRST, *(name for name in CANDIDATES if name not in FIRST))

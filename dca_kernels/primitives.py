@@ -131,7 +131,7 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 def image_rows(
     start, ROWS: tl.constexpr, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr
 ):
-    """Of ROWS of the vectors of all images, BLOCKS each, STRIDE apart: image, begin, and whether there is such one."""
+    """ROWS of the vectors of all images, BLOCKS each: the image, where it begins, and whether there is one: [ROWS]."""
     offs_row = start + tl.arange(0, ROWS)
     b = (offs_row // BLOCKS).to(tl.int64)
     return b, b * IMAGE_STRIDE + offs_row % BLOCKS * STRIDE, offs_row < batch * BLOCKS
@@ -154,10 +154,7 @@ def sum_images(
 def store_affine_gradients(
     daffine_ptr, gradients_ptr, offs, batch, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr
 ):
-    """The sums of `store_layer_norm_backward` over blocks and images: elements `offs` of LayerNorm's weight and bias.
-
-    (2, C), one behind the other.
-    """
+    """The sums of `store_layer_norm_backward` over blocks and images: elements `offs` of weight and bias, (2, C)."""
     mask = offs < 2 * TOTAL
     affine = sum_images(daffine_ptr, offs, mask, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC)
     tl.store(gradients_ptr + offs, affine, mask=mask)
@@ -208,10 +205,12 @@ def store_normalised(
 def store_layer_norm_backward(
     tokens_ptr, dnormalised, dresidual_ptr, gamma_ptr, dtokens_ptr, daffine_ptr, b, i, block, offs_n,
     N: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    COUNT: tl.constexpr = 1,
 ):  # fmt: skip
     """The gradient of tokens [rows, channels] of scale i through their LayerNorm, and the residual's.
 
-    dtokens (B, N, C); daffine (B, BLOCKS, 2, C), this block's sums for LayerNorm's weight and bias.
+    The rows are COUNT blocks from `block` on. dtokens (B, N, C); daffine (B, BLOCKS, 2, C), the blocks' sums for
+    LayerNorm's weight and bias.
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     offs_c = tl.arange(0, dnormalised.shape[1])
@@ -219,18 +218,27 @@ def store_layer_norm_backward(
     mask = (offs_n < N)[:, None] & mask_c[None, :]
     offs = b * N * TOTAL + offs_n[:, None] * TOTAL + (offset(CHANNELS, i) + offs_c)[None, :]
     tokens = tl.load(tokens_ptr + offs, mask=mask, other=0.0).to(ACC)
+    dresidual = tl.load(dresidual_ptr + offs, mask=mask, other=0.0)  # before the sums, which would wait for it
+    gamma = load_vector(gamma_ptr, offs_c, mask_c, ACC)
     mean, rstd = row_statistics(tokens, mask, CHANNELS[i], EPS)
     normalised = tl.where(mask, (tokens - mean[:, None]) * rstd[:, None], 0.0)
     dnormalised = tl.where(mask, dnormalised, 0.0)
-    daffine_ptrs = daffine_ptr + (b * BLOCKS + block) * 2 * TOTAL + offset(CHANNELS, i) + offs_c
-    tl.store(daffine_ptrs, tl.sum(dnormalised * normalised, 0), mask=mask_c)
-    tl.store(daffine_ptrs + TOTAL, tl.sum(dnormalised, 0), mask=mask_c)
-    scaled = dnormalised * load_vector(gamma_ptr, offs_c, mask_c, ACC)[None, :]
+    scaled = dnormalised * gamma[None, :]
     along_mean = tl.sum(scaled, 1) / CHANNELS[i]
     along_std = tl.sum(scaled * normalised, 1) / CHANNELS[i]
-    dtokens = rstd[:, None] * (scaled - along_mean[:, None] - normalised * along_std[:, None])
-    dtokens += tl.load(dresidual_ptr + offs, mask=mask, other=0.0).to(ACC)
+    dtokens = rstd[:, None] * (scaled - along_mean[:, None] - normalised * along_std[:, None]) + dresidual.to(ACC)
     tl.store(dtokens_ptr + offs, dtokens, mask=mask)
+    offs_block = block + tl.arange(0, COUNT)
+    offs = (b * BLOCKS + offs_block)[:, None] * 2 * TOTAL + (offset(CHANNELS, i) + offs_c)[None, :]
+    mask = (offs_block < BLOCKS)[:, None] & mask_c[None, :]
+    tl.store(daffine_ptr + offs, _sum_of_blocks(dnormalised * normalised, COUNT), mask=mask)
+    tl.store(daffine_ptr + TOTAL + offs, _sum_of_blocks(dnormalised, COUNT), mask=mask)
+
+
+@triton.jit
+def _sum_of_blocks(rows, COUNT: tl.constexpr):
+    """[rows, channels] summed over each of COUNT blocks of rows."""
+    return tl.sum(tl.reshape(rows, [COUNT, rows.shape[0] // COUNT, rows.shape[1]]), 1)
 
 
 @triton.jit

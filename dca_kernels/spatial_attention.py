@@ -352,8 +352,7 @@ def _sum_levelled(
     ptr, level_ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, TOTAL: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """As `sum_images`, of pairs of vectors TOTAL apart: of the first plus the second times its image's level; of the
-    second."""
+    """As `sum_images`, of vectors in pairs, TOTAL apart: the first plus level times the second; and the second."""
     ROWS: tl.constexpr = 2048 // offs.shape[0]
     levelled = tl.zeros([ROWS, offs.shape[0]], ACC)
     plain = tl.zeros([ROWS, offs.shape[0]], ACC)

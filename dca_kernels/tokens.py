@@ -1,5 +1,7 @@
 """The tokens between the stages of the `triton` backend, and their LayerNorm where no stage could do it in passing."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,24 +119,26 @@ def _load_scale(tokens_ptr, b, i: tl.constexpr, offs_n, N: tl.constexpr, CHANNEL
 def _layer_norm_backward_kernel(
     tokens_ptr, dnormalised_ptr, dvalues_ptr, dresidual_ptr, gammas, dtokens_ptr, daffine_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of BLOCK_N tokens of one scale through their LayerNorm, and the residual's.
+    """One program: the gradient of tokens of one scale through their LayerNorm, and the residual's.
 
-    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, PARTS, N, C).
+    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, PARTS, N, C). COUNTS[i] blocks of BLOCK_N
+    tokens of scale i are a program's, FIRST[i] is its first program within an image.
     """
     BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
-    b, tile = split_program(len(CHANNELS) * BLOCKS)
-    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, tile = split_program(FIRST[len(CHANNELS)])
     for i in tl.static_range(len(CHANNELS)):
-        if tile // BLOCKS == i:
+        if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
+            block = (tile - FIRST[i]) * COUNTS[i]
+            offs_n = block * BLOCK_N + tl.arange(0, COUNTS[i] * BLOCK_N)
             dnormalised, _ = _load_scale(dvalues_ptr, b, i, offs_n, N, CHANNELS, ACC)
             for k in tl.static_range(PARTS):
                 part, _ = _load_scale(dnormalised_ptr, b * PARTS + k, i, offs_n, N, CHANNELS, ACC)
                 dnormalised += part
             store_layer_norm_backward(
-                tokens_ptr, dnormalised, dresidual_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, tile % BLOCKS,
-                offs_n, N, CHANNELS, BLOCKS, EPS[i], ACC,
+                tokens_ptr, dnormalised, dresidual_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, block, offs_n, N,
+                CHANNELS, BLOCKS, EPS[i], ACC, COUNTS[i],
             )  # fmt: skip
 
 
@@ -204,11 +208,13 @@ def layer_norm_backward(
     """
     batch, count, width = tokens.shape
     config = _configuration(tokens)
+    blocks = launch.blocks(count, config["block_n"])
+    counts, first = _counts(tokens.channels, blocks)
     dtokens = torch.empty_like(tokens.values)
-    daffine = tokens.new_empty(batch, launch.blocks(count, config["block_n"]), 2, width)
+    daffine = tokens.new_empty(batch, blocks, 2, width)
     launch.run(
         _layer_norm_backward_kernel,
-        batch * len(tokens.channels) * launch.blocks(count, config["block_n"]),
+        batch * first[-1],
         config,
         tokens_ptr=tokens.values,
         dnormalised_ptr=dnormalised,
@@ -223,8 +229,21 @@ def layer_norm_backward(
         EPS=launch.epsilons(norms),
         ACC=launch.triton_type(tokens.accumulation),
         BLOCK_N=config["block_n"],
+        COUNTS=counts,
+        FIRST=first,
     )
     return dtokens, daffine
+
+
+@functools.cache
+def _counts(channels: tuple[int, ...], blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many blocks of tokens a program of each scale has, and where each scale's programs begin within an image.
+
+    The narrower the scale, the more, so that all programs have as much to do; but no more than there are.
+    """
+    widest = max(map(launch.padded, channels))
+    counts = tuple(min(widest // launch.padded(c), triton.next_power_of_2(blocks)) for c in channels)
+    return counts, (0, *itertools.accumulate(launch.blocks(blocks, count) for count in counts))
 
 
 def _configuration(tokens: Tokens) -> dict[str, int]:
