@@ -32,7 +32,11 @@ from tests.oracle import (
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl
+
 from dca_kernels import launch
+from dca_kernels.primitives import kernel, sum_images
+from dca_kernels.spatial_attention import _sum_levelled
 
 TINY = Config((4, 6), (2, 3), channel_head=(2, 1), spatial_head=(1, 2), sizes=((4, 6), (2, 3)), batch=1)
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)), spatial_head=(2, 4))
@@ -260,3 +264,32 @@ def test_a_parameter_changed_in_place_is_noticed() -> None:
         module.upconvs[0].conv.conv.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(outs, random_like(maps))
+
+
+@kernel
+def _sums_kernel(
+    x_ptr, level_ptr, out_ptr, batch,
+    BLOCKS: tl.constexpr, USED: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """x (B, BLOCKS, 2, C), level (B, C) to out (3, C): of the first USED blocks, then of all with their level."""
+    offs = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs < C
+    used = sum_images(x_ptr, offs, mask, batch, USED, 2 * C, BLOCKS * 2 * C, tl.float32)
+    levelled, plain = _sum_levelled(x_ptr, level_ptr, offs, mask, batch, BLOCKS, 2 * C, C, tl.float32)
+    tl.store(out_ptr + offs, used, mask=mask)
+    tl.store(out_ptr + C + offs, levelled, mask=mask)
+    tl.store(out_ptr + 2 * C + offs, plain, mask=mask)
+
+
+@pytest.mark.parametrize(("batch", "blocks", "used"), [(40, 28, 28), (3, 300, 299), (1, 1, 1)])
+def test_sums_over_images_that_take_several_steps(batch: int, blocks: int, used: int) -> None:
+    x = torch.randn(batch, blocks, 2, 20, device=DEVICE)
+    level = torch.randn(batch, 20, device=DEVICE)
+    out = torch.empty(3, 20, device=DEVICE)
+    _sums_kernel[(3,)](
+        x_ptr=x, level_ptr=level, out_ptr=out, batch=batch, BLOCKS=blocks, USED=used, C=20, BLOCK_C=8, num_warps=4
+    )
+    first, second = x.double().unbind(2)
+    levelled = (first + second * level.double()[:, None]).sum((0, 1))
+    expected = torch.stack([first[:, :used].sum((0, 1)), levelled, second.sum((0, 1))])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-3)
