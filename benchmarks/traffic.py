@@ -358,7 +358,7 @@ def bound(kernels: Sequence[KernelTraffic], map_bytes: int, passes: int) -> floa
     """Bytes that a run may move: SLACK times what its design cannot avoid.
 
     That is the passes over the maps, and a write and a read of each token buffer, of what one kernel stores for a later
-    one: tokens, statistics, covariance, mixing matrix, z. A design with larger buffers has a larger bound.
+    one: tokens, centred ones, covariance, mixing matrix, z. A design with larger buffers has a larger bound.
     """
     return SLACK * (passes * map_bytes + 2 * sum(kernel.handed_on for kernel in kernels))
 

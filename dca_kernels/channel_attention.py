@@ -32,13 +32,14 @@ from dca_kernels.tokens import Tokens, statistics_of
 
 @kernel
 def _covariance_kernel(
-    tokens_ptr, statistics_ptr, sums_ptr, mean_ptr, covariance_ptr,
+    tokens_ptr, statistics_ptr, sums_ptr, gammas, betas, centred_ptr, mean_ptr, covariance_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of X^T X, X the normalised tokens less their mean.
+    """One program: one tile on or below the diagonal of Z^T Z, and its mirror image. Z are the centred tokens.
 
-    X^T X is symmetric: only its lower triangle is made. Writes mean (B, C) and covariance (B, C (C + 1) / 2).
+    That is their LayerNorm less its mean over the grid, and rounded then. Writes Z (B, N, C), the means (B, C) and
+    Z^T Z (B, C, C).
     """
     ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     TILES: tl.constexpr = ROWS * (ROWS + 1) // 2
@@ -50,30 +51,30 @@ def _covariance_kernel(
     column = tile - row * (row + 1) // 2
     i, offs_i, mask_i = _channel_block(row, CHANNELS, BLOCK_C)
     j, offs_j, mask_j = _channel_block(column, CHANNELS, BLOCK_C)
+    gamma_i = tl.where(mask_i, load_concatenated(gammas, offs_i, CHANNELS, ACC), 0.0)
+    gamma_j = tl.where(mask_j, load_concatenated(gammas, offs_j, CHANNELS, ACC), 0.0)
     sums_ptr += b * SUM_BLOCKS * 2 * TOTAL
     mean_i = sum_blocks(sums_ptr, offs_i, mask_i, SUM_BLOCKS, 2 * TOTAL, ACC) / N
     mean_j = sum_blocks(sums_ptr, offs_j, mask_j, SUM_BLOCKS, 2 * TOTAL, ACC) / N
     covariance = tl.zeros([BLOCK_C, BLOCK_C], ACC)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        x_i = _load_centred(
-            tokens_ptr, statistics_ptr, mean_i, b, i, offs_n, offs_i, mask_i, N, TOTAL, len(CHANNELS), ACC
+        z_i = _centre(
+            tokens_ptr, statistics_ptr, mean_i, gamma_i, b, i, offs_n, offs_i, mask_i, N, TOTAL, len(CHANNELS), ACC
         )
-        x_j = _load_centred(
-            tokens_ptr, statistics_ptr, mean_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
+        z_j = _centre(
+            tokens_ptr, statistics_ptr, mean_j, gamma_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
         )
-        covariance = tl.dot(tl.trans(x_i), x_j, covariance, input_precision=PRECISION, out_dtype=ACC)
-    covariance_ptr += b * _triangle(TOTAL, 0)
-    mask = mask_i[:, None] & mask_j[None, :] & (offs_i[:, None] >= offs_j[None, :])
-    tl.store(covariance_ptr + _triangle(offs_i[:, None], offs_j[None, :]), covariance, mask=mask)
-    if row == column:
-        tl.store(mean_ptr + b * TOTAL + offs_i, mean_i, mask=mask_i)
-
-
-@triton.jit
-def _triangle(row, column):
-    """Where an element of a lower triangle is, whose rows follow each other."""
-    return row * (row + 1) // 2 + column
+        covariance = tl.dot(tl.trans(z_i), z_j, covariance, input_precision=PRECISION, out_dtype=ACC)
+        mask = (offs_n < N)[:, None] & mask_i[None, :] & (row == column)
+        tl.store(centred_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_i[None, :], z_i, mask=mask)
+    covariance_ptr += b * TOTAL * TOTAL
+    mask = mask_i[:, None] & mask_j[None, :]
+    tl.store(covariance_ptr + offs_i[:, None] * TOTAL + offs_j[None, :], covariance, mask=mask)
+    mask = mask_j[:, None] & mask_i[None, :] & (row != column)
+    tl.store(covariance_ptr + offs_j[:, None] * TOTAL + offs_i[None, :], tl.trans(covariance), mask=mask)
+    mean = gamma_i * mean_i + load_concatenated(betas, offs_i, CHANNELS, ACC)
+    tl.store(mean_ptr + b * TOTAL + offs_i, mean, mask=mask_i & (row == column))
 
 
 @triton.jit
@@ -92,41 +93,66 @@ def _channel_block(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _load_centred(
-    tokens_ptr, statistics_ptr, mean, b, i, offs_n, offs_c, mask_c,
+def _centre(
+    tokens_ptr, statistics_ptr, mean, gamma, b, i, offs_n, offs_c, mask_c,
     N: tl.constexpr, TOTAL: tl.constexpr, SCALES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Normalised tokens less their mean over the grid, in the tokens' dtype; offs_c are channels of scale i."""
+    """LayerNorm of tokens less its mean over the grid, in the tokens' dtype; offs_c are channels of scale i.
+
+    Zero beyond the tokens, and where gamma is.
+    """
     mask_n = offs_n < N
-    mask = mask_n[:, None] & mask_c[None, :]
-    tokens = tl.load(tokens_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_c[None, :], mask=mask, other=0.0)
+    tokens_ptrs = tokens_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_c[None, :]
+    tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_c[None, :], other=0.0)
     mean_ptrs, rstd_ptrs = statistics_pointers(statistics_ptr, b, i, offs_n, N, SCALES)
     token_mean = tl.load(mean_ptrs, mask=mask_n, other=0.0)
     rstd = tl.load(rstd_ptrs, mask=mask_n, other=0.0)
-    centred = (tokens.to(ACC) - token_mean[:, None]) * rstd[:, None] - mean[None, :]
-    return tl.where(mask, centred, 0.0).to(tokens.dtype)
+    centred = gamma[None, :] * ((tokens.to(ACC) - token_mean[:, None]) * rstd[:, None] - mean[None, :])
+    return tl.where(mask_n[:, None], centred, 0.0).to(tokens.dtype)
+
+
+@triton.jit
+def _load_tile(ptr, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Some rows and columns of a matrix, zero beyond it."""
+    mask = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(ptr + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_product(
+    out, left_ptr, right_ptr, offs_n, own, TRANSPOSED: tl.constexpr,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out + rows offs_n and columns `own` of the product of a matrix (N, C) and one (C, C) or its transpose."""
+    for start in range(0, TOTAL, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        left = _load_tile(left_ptr, offs_n, offs_c, N, TOTAL)
+        if TRANSPOSED:
+            right = tl.trans(_load_tile(right_ptr, own, offs_c, TOTAL, TOTAL))
+        else:
+            right = _load_tile(right_ptr, offs_c, own, TOTAL, TOTAL)
+        out = tl.dot(left, right, out, input_precision=PRECISION, out_dtype=ACC)
+    return out
 
 
 @kernel
 def _mixing_kernel(
-    covariance_ptr, mean_ptr, sums_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases, v_weights, v_biases,
-    p_weights, p_biases, mixing_ptr, shift_ptr, mean_token_ptr,
+    covariance_ptr, mean_ptr, sums_ptr, q_weights, q_biases, k_weights, k_biases, v_weights, v_biases, p_weights,
+    p_biases, mixing_ptr, shift_ptr, mean_token_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the softmax of BLOCK_C channels of one scale, folded with its neighbours into one matrix.
 
-    The attention's result is X mixing^T + shift, X as in `_covariance_kernel`. Writes mixing (B, C, C), shift (B, C)
+    The attention's result is Z mixing^T + shift, Z as in `_covariance_kernel`. Writes mixing (B, C, C), shift (B, C)
     and the mean token behind the residual, (B, C).
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
-    covariance_ptr += b * _triangle(TOTAL, 0)
     mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
-    gamma_d = load_concatenated(gammas, offs_d, CHANNELS, ACC)
-    mean_d = gamma_d * load_vector(mean_ptr, offs_d, mask_d, ACC) + load_concatenated(betas, offs_d, CHANNELS, ACC)
+    mean_d = load_vector(mean_ptr, offs_d, mask_d, ACC)
     for i in tl.static_range(len(CHANNELS)):
         block = tile - blocks_before(CHANNELS, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
@@ -134,22 +160,22 @@ def _mixing_kernel(
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
             mask = mask_c[:, None] & mask_d[None, :]
-            gamma_c = load_vector(gammas[i], offs_c, mask_c, ACC)
-            mean_c = gamma_c * load_vector(mean_ptr, own, mask_c, ACC) + load_vector(betas[i], offs_c, mask_c, ACC)
+            matrix = b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
+            covariance = tl.load(covariance_ptr + matrix, mask=mask, other=0.0)
+            mean_c = load_vector(mean_ptr, own, mask_c, ACC)
             q_weight = load_vector(q_weights[i], offs_c, mask_c, ACC)
             k_weight = load_vector(k_weights[i], offs_d, mask_d, ACC)
             q_mean = q_weight * mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
             k_mean = k_weight * mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
-            weights, _ = _attention_weights(
-                covariance_ptr, own, offs_d, mask, q_weight * gamma_c, k_weight * gamma_d, q_mean, k_mean,
-                CHANNELS[i] // HEADS[i], offs_c, N, TOTAL, HEADS[i], ACC,
+            weights = _attention_weights(
+                covariance, q_weight, k_weight, q_mean, k_mean, CHANNELS[i] // HEADS[i], offs_c, offs_d, N, TOTAL,
+                HEADS[i],
             )  # fmt: skip
             v_weight = load_vector(v_weights[i], offs_d, mask_d, ACC)
             v_mean = v_weight * mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
             p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
             shift = p_weight * tl.sum(weights * v_mean[None, :], 1) + load_vector(p_biases[i], offs_c, mask_c, ACC)
-            mixing = p_weight[:, None] * weights * (v_weight * gamma_d)[None, :]
-            tl.store(mixing_ptr + b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :], mixing, mask=mask)
+            tl.store(mixing_ptr + matrix, p_weight[:, None] * weights * v_weight[None, :], mask=mask)
             tl.store(shift_ptr + b * TOTAL + own, shift, mask=mask_c)
             plain_sums_ptr = sums_ptr + (b * SUM_BLOCKS * 2 + 1) * TOTAL
             mean_token = sum_blocks(plain_sums_ptr, own, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N + shift
@@ -158,29 +184,26 @@ def _mixing_kernel(
 
 @triton.jit
 def _attention_weights(
-    covariance_ptr, own, offs_d, mask, weight_c, weight_d, q_mean, k_mean, own_width: tl.constexpr, offs_c,
-    N: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
+    covariance, q_weight, k_weight, q_mean, k_mean, own_width: tl.constexpr, offs_c, offs_d,
+    N: tl.constexpr, TOTAL: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """softmax over d of C^-1/2 (weight_c weight_d covariance[c, d] + N q_mean_c k_mean_d) in a head; covariance."""
-    lower = _triangle(tl.maximum(own[:, None], offs_d[None, :]), tl.minimum(own[:, None], offs_d[None, :]))
-    covariance = tl.load(covariance_ptr + lower, mask=mask, other=0.0)
-    logits = weight_c[:, None] * weight_d[None, :] * covariance
+    """softmax over d of C^-1/2 (q_weight_c k_weight_d covariance[c, d] + N q_mean_c k_mean_d) in a head."""
+    logits = q_weight[:, None] * k_weight[None, :] * covariance
     logits = (logits + N * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
     same_head = (offs_c // own_width)[:, None] == (offs_d // (TOTAL // HEADS))[None, :]
     logits = tl.where(same_head & (offs_d < TOTAL)[None, :], logits, float("-inf"))
     logits = tl.where((offs_c < own_width * HEADS)[:, None], logits, 0.0)  # rows beyond the scale stay finite
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None], covariance
+    return weights / tl.sum(weights, 1)[:, None]
 
 
 @kernel
 def _mix_kernel(
-    tokens_ptr, statistics_ptr, mean_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas,
-    mixed_ptr, normalised_ptr, level_ptr,
+    tokens_ptr, centred_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas, mixed_ptr, normalised_ptr, level_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: tokens + X mixing^T + shift for BLOCK_N tokens, all channels of one scale, and their LayerNorm."""
+    """One program: tokens + Z mixing^T + shift for BLOCK_N tokens, all channels of one scale, and their LayerNorm."""
     TOTAL: tl.constexpr = total(CHANNELS)
     BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
     b, tile = split_program(len(CHANNELS) * BLOCKS)
@@ -188,16 +211,16 @@ def _mix_kernel(
     for i in tl.static_range(len(CHANNELS)):
         if tile // BLOCKS == len(CHANNELS) - 1 - i:  # the widest scale, usually the last, first
             _mix(
-                tokens_ptr, statistics_ptr, mean_ptr + b * TOTAL, mixing_ptr + b * TOTAL * TOTAL,
-                shift_ptr + b * TOTAL, mean_token_ptr, gammas, betas, mixed_ptr, normalised_ptr, level_ptr, b, offs_n,
-                i, N, TOTAL, CHANNELS, EPS, PRECISION, ACC, BLOCK_C,
+                tokens_ptr, centred_ptr + b * N * TOTAL, mixing_ptr + b * TOTAL * TOTAL, shift_ptr + b * TOTAL,
+                mean_token_ptr + b * TOTAL, gammas, betas, mixed_ptr, normalised_ptr, level_ptr, b, offs_n, i, N,
+                TOTAL, CHANNELS, EPS, PRECISION, ACC, BLOCK_C,
             )  # fmt: skip
 
 
 @triton.jit
 def _mix(
-    tokens_ptr, statistics_ptr, mean_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas,
-    mixed_ptr, normalised_ptr, level_ptr, b, offs_n,
+    tokens_ptr, centred_ptr, mixing_ptr, shift_ptr, mean_token_ptr, gammas, betas, mixed_ptr, normalised_ptr,
+    level_ptr, b, offs_n,
     i: tl.constexpr, N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -205,17 +228,7 @@ def _mix(
     mask_c = offs_c < CHANNELS[i]
     own = offset(CHANNELS, i) + offs_c
     mixed = tl.zeros([offs_n.shape[0], padded(CHANNELS[i])], ACC)
-    for j in tl.static_range(len(CHANNELS)):
-        for start in range(0, CHANNELS[j], min(padded(CHANNELS[j]), BLOCK_C)):
-            local = start + tl.arange(0, min(padded(CHANNELS[j]), BLOCK_C))
-            offs_d, mask_d = offset(CHANNELS, j) + local, local < CHANNELS[j]
-            mean = load_vector(mean_ptr, offs_d, mask_d, ACC)
-            x = _load_centred(
-                tokens_ptr, statistics_ptr, mean, b, j, offs_n, offs_d, mask_d, N, TOTAL, len(CHANNELS), ACC
-            )
-            mixing_ptrs = mixing_ptr + own[:, None] * TOTAL + offs_d[None, :]
-            mixing = tl.load(mixing_ptrs, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
-            mixed = tl.dot(x, tl.trans(mixing), mixed, input_precision=PRECISION, out_dtype=ACC)
+    mixed = _add_product(mixed, centred_ptr, mixing_ptr, offs_n, own, True, N, TOTAL, PRECISION, ACC, BLOCK_C)
     mask = (offs_n < N)[:, None] & mask_c[None, :]
     offs = b * N * TOTAL + offs_n[:, None] * TOTAL + own[None, :]
     shift = load_vector(shift_ptr, own, mask_c, ACC)
@@ -223,7 +236,7 @@ def _mix(
     mixed = mixed.to(mixed_ptr.dtype.element_ty)
     tl.store(mixed_ptr + offs, mixed, mask=mask)
     if EPS is not None:
-        mean_token = load_vector(mean_token_ptr + b * TOTAL, own, mask_c, ACC)
+        mean_token = load_vector(mean_token_ptr, own, mask_c, ACC)
         store_normalised(
             tl.where(mask, mixed.to(ACC), 0.0), mask, mean_token, b, i, offs_n, gammas[i], betas[i],
             normalised_ptr, level_ptr, N, CHANNELS, EPS[i], ACC,
@@ -232,60 +245,52 @@ def _mix(
 
 @kernel
 def _mixing_gradient_kernel(
-    tokens_ptr, statistics_ptr, mean_ptr, dmixed_ptr, dmixing_ptr, dshift_ptr,
+    centred_ptr, dmixed_ptr, dmixing_ptr, dshift_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of dmixed^T X / N (B, C, C), X as in `_covariance_kernel`; and sums of dmixed (B, C)."""
-    ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    """One program: one tile of dmixed^T Z / N (B, C, C), Z as in `_covariance_kernel`; and sums of dmixed (B, C)."""
     TOTAL: tl.constexpr = total(CHANNELS)
+    ROWS: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
     b, tile = split_program(ROWS * ROWS)
-    row, column = tile // ROWS, tile % ROWS
-    _, offs_i, mask_i = _channel_block(row, CHANNELS, BLOCK_C)
-    j, offs_j, mask_j = _channel_block(column, CHANNELS, BLOCK_C)
-    mean_j = load_vector(mean_ptr + b * TOTAL, offs_j, mask_j, ACC)
+    offs_c = tile // ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = tile % ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c, mask_d = offs_c < TOTAL, offs_d < TOTAL
+    centred_ptr += b * N * TOTAL
+    dmixed_ptr += b * N * TOTAL
     dmixing = tl.zeros([BLOCK_C, BLOCK_C], ACC)
-    dshift = tl.zeros([BLOCK_C], ACC)
+    sums = tl.zeros([BLOCK_N, BLOCK_C], ACC)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        x = _load_centred(
-            tokens_ptr, statistics_ptr, mean_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
-        )
-        dmixed = tl.load(
-            dmixed_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_i[None, :],
-            mask=(offs_n < N)[:, None] & mask_i[None, :],
-            other=0.0,
-        )
-        dshift += tl.sum(dmixed.to(ACC), 0)
-        dmixing = tl.dot(tl.trans(dmixed.to(x.dtype)), x, dmixing, input_precision=PRECISION, out_dtype=ACC)
-    mask = mask_i[:, None] & mask_j[None, :]
-    tl.store(dmixing_ptr + b * TOTAL * TOTAL + offs_i[:, None] * TOTAL + offs_j[None, :], dmixing / N, mask=mask)
-    if column == 0:
-        tl.store(dshift_ptr + b * TOTAL + offs_i, dshift, mask=mask_i)
+        dmixed = _load_tile(dmixed_ptr, offs_n, offs_c, N, TOTAL)
+        centred = _load_tile(centred_ptr, offs_n, offs_d, N, TOTAL)
+        dmixing = tl.dot(tl.trans(dmixed), centred, dmixing, input_precision=PRECISION, out_dtype=ACC)
+        sums += dmixed.to(ACC)
+    dmixing_ptrs = dmixing_ptr + b * TOTAL * TOTAL + offs_c[:, None] * TOTAL + offs_d[None, :]
+    tl.store(dmixing_ptrs, dmixing / N, mask=mask_c[:, None] & mask_d[None, :])
+    tl.store(dshift_ptr + b * TOTAL + offs_c, tl.sum(sums, 0), mask=mask_c & (tile % ROWS == 0))
 
 
 @kernel
 def _mixing_backward_kernel(
-    covariance_ptr, mean_ptr, dmixing_ptr, dshift_ptr, gammas, betas, q_weights, q_biases, k_weights, k_biases,
-    v_weights, v_biases, p_weights, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr,
+    covariance_ptr, mean_ptr, dmixing_ptr, dshift_ptr, q_weights, q_biases, k_weights, k_biases, v_weights, v_biases,
+    p_weights, mixing_ptr, dcovariance_ptr, rows_ptr, columns_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the softmax of BLOCK_C channels of one scale, backward.
 
-    Writes the mixing matrix without LayerNorm's weight, (B, C, C); the gradient of the products of normalised tokens,
-    (B, C, C); sums over d for q weight, q bias, p weight, p bias and the normalised tokens, (B, 5, C); and sums over
-    the block's channels for k weight, k bias, v weight, v bias and the normalised tokens, (B, blocks, 5, C).
+    Writes the mixing matrix, (B, C, C), again; the gradient of the covariance, (B, C, C); sums over d for q weight,
+    q bias, p weight, p bias and the normalised tokens, (B, 5, C); and sums over the block's channels for k weight,
+    k bias, v weight, v bias and the normalised tokens, (B, blocks, 5, C).
     """
     TOTAL: tl.constexpr = total(CHANNELS)
     BLOCKS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
     b, tile = split_program(BLOCKS)
-    covariance_ptr += b * _triangle(TOTAL, 0)
     mean_ptr += b * TOTAL
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
-    gamma_d = load_concatenated(gammas, offs_d, CHANNELS, ACC)
-    mean_d = gamma_d * load_vector(mean_ptr, offs_d, mask_d, ACC) + load_concatenated(betas, offs_d, CHANNELS, ACC)
+    mean_d = load_vector(mean_ptr, offs_d, mask_d, ACC)
     for i in tl.static_range(len(CHANNELS)):
         block = tile - blocks_before(CHANNELS, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
@@ -293,30 +298,29 @@ def _mixing_backward_kernel(
             mask_c = offs_c < CHANNELS[i]
             own = offset(CHANNELS, i) + offs_c
             mask = mask_c[:, None] & mask_d[None, :]
-            gamma_c = load_vector(gammas[i], offs_c, mask_c, ACC)
-            mean_c = gamma_c * load_vector(mean_ptr, own, mask_c, ACC) + load_vector(betas[i], offs_c, mask_c, ACC)
+            matrix = b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
+            covariance = tl.load(covariance_ptr + matrix, mask=mask, other=0.0)
+            mean_c = load_vector(mean_ptr, own, mask_c, ACC)
             q_weight = load_vector(q_weights[i], offs_c, mask_c, ACC)
             k_weight = load_vector(k_weights[i], offs_d, mask_d, ACC)
             q_mean = q_weight * mean_c + load_vector(q_biases[i], offs_c, mask_c, ACC)
             k_mean = k_weight * mean_d + load_vector(k_biases[i], offs_d, mask_d, ACC)
-            weights, covariance = _attention_weights(
-                covariance_ptr, own, offs_d, mask, q_weight * gamma_c, k_weight * gamma_d, q_mean, k_mean,
-                CHANNELS[i] // HEADS[i], offs_c, N, TOTAL, HEADS[i], ACC,
+            weights = _attention_weights(
+                covariance, q_weight, k_weight, q_mean, k_mean, CHANNELS[i] // HEADS[i], offs_c, offs_d, N, TOTAL,
+                HEADS[i],
             )  # fmt: skip
-            covariance *= gamma_c[:, None] * gamma_d[None, :]
             v_weight = load_vector(v_weights[i], offs_d, mask_d, ACC)
             v_mean = v_weight * mean_d + load_vector(v_biases[i], offs_d, mask_d, ACC)
             p_weight = load_vector(p_weights[i], offs_c, mask_c, ACC)
-            matrix = b * TOTAL * TOTAL + own[:, None] * TOTAL + offs_d[None, :]
             dshift = load_vector(dshift_ptr + b * TOTAL, own, mask_c, ACC)
-            dmixing = tl.load(dmixing_ptr + matrix, mask=mask, other=0.0).to(ACC) * (N * gamma_d)[None, :]
+            dmixing = tl.load(dmixing_ptr + matrix, mask=mask, other=0.0).to(ACC) * N
 
             unfolded = p_weight[:, None] * weights
             dweights = dmixing * v_weight[None, :] + dshift[:, None] * v_mean[None, :]
             dp_weight = tl.sum(weights * dweights, 1)
             dlogits = weights * (dweights - dp_weight[:, None]) * (p_weight * TOTAL**-0.5)[:, None]
-            tl.store(unfolded_ptr + matrix, unfolded * v_weight[None, :], mask=mask)
-            tl.store(dproducts_ptr + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
+            tl.store(mixing_ptr + matrix, unfolded * v_weight[None, :], mask=mask)
+            tl.store(dcovariance_ptr + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
 
             dq_mean = N * tl.sum(dlogits * k_mean[None, :], 1)
             dq_weight = tl.sum(dlogits * k_weight[None, :] * covariance, 1) + dq_mean * mean_c
@@ -341,8 +345,8 @@ def _mixing_backward_kernel(
 
 @kernel
 def _mix_backward_kernel(
-    tokens_ptr, statistics_ptr, mean_ptr, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas,
-    dtokens_ptr, daffine_ptr,
+    tokens_ptr, centred_ptr, mixing_ptr, dcovariance_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas, dtokens_ptr,
+    daffine_ptr,
     N: tl.constexpr, CHANNELS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -354,10 +358,9 @@ def _mix_backward_kernel(
     for i in tl.static_range(len(CHANNELS)):
         if tile // BLOCKS == len(CHANNELS) - 1 - i:
             dnormalised = _mix_backward(
-                tokens_ptr, statistics_ptr, mean_ptr + b * TOTAL, unfolded_ptr + b * TOTAL * TOTAL,
-                dproducts_ptr + b * TOTAL * TOTAL, rows_ptr + b * 5 * TOTAL,
-                columns_ptr + b * COLUMN_BLOCKS * 5 * TOTAL, dmixed_ptr + b * N * TOTAL, gammas, b, offs_n, i, N,
-                TOTAL, CHANNELS, COLUMN_BLOCKS, PRECISION, ACC, BLOCK_C,
+                centred_ptr + b * N * TOTAL, mixing_ptr + b * TOTAL * TOTAL, dcovariance_ptr + b * TOTAL * TOTAL,
+                rows_ptr + b * 5 * TOTAL, columns_ptr + b * COLUMN_BLOCKS * 5 * TOTAL, dmixed_ptr + b * N * TOTAL,
+                offs_n, i, N, TOTAL, CHANNELS, COLUMN_BLOCKS, PRECISION, ACC, BLOCK_C,
             )  # fmt: skip
             store_layer_norm_backward(
                 tokens_ptr, dnormalised, dmixed_ptr, gammas[i], dtokens_ptr, daffine_ptr, b, i, tile % BLOCKS, offs_n,
@@ -367,38 +370,26 @@ def _mix_backward_kernel(
 
 @triton.jit
 def _mix_backward(
-    tokens_ptr, statistics_ptr, mean_ptr, unfolded_ptr, dproducts_ptr, rows_ptr, columns_ptr, dmixed_ptr, gammas, b,
-    offs_n,
+    centred_ptr, mixing_ptr, dcovariance_ptr, rows_ptr, columns_ptr, dmixed_ptr, offs_n,
     i: tl.constexpr, N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dmixed unfolded + Y (dproducts + dproducts^T) + the share of the token means, for all channels of scale i."""
+    """dmixed mixing + Z (dcovariance + dcovariance^T) + the share of the token means, for all channels of scale i."""
     offs_d = tl.arange(0, padded(CHANNELS[i]))
     mask_d = offs_d < CHANNELS[i]
     own = offset(CHANNELS, i) + offs_d
-    mask_n = offs_n < N
-    dnormalised = tl.zeros([offs_n.shape[0], padded(CHANNELS[i])], ACC)
-    for j in tl.static_range(len(CHANNELS)):
-        for start in range(0, CHANNELS[j], min(padded(CHANNELS[j]), BLOCK_C)):
-            local = start + tl.arange(0, min(padded(CHANNELS[j]), BLOCK_C))
-            offs_c, mask_c = offset(CHANNELS, j) + local, local < CHANNELS[j]
-            mask = mask_c[:, None] & mask_d[None, :]
-            mean = load_vector(mean_ptr, offs_c, mask_c, ACC)
-            x = _load_centred(
-                tokens_ptr, statistics_ptr, mean, b, j, offs_n, offs_c, mask_c, N, TOTAL, len(CHANNELS), ACC
-            )
-            dproducts = tl.load(dproducts_ptr + offs_c[:, None] * TOTAL + own[None, :], mask=mask, other=0.0)
-            transposed = tl.load(dproducts_ptr + own[None, :] * TOTAL + offs_c[:, None], mask=mask, other=0.0)
-            gamma = load_vector(gammas[j], local, mask_c, ACC)
-            both = ((dproducts.to(ACC) + transposed.to(ACC)) * gamma[:, None]).to(x.dtype)
-            dnormalised = tl.dot(x, both, dnormalised, input_precision=PRECISION, out_dtype=ACC)
-            unfolded = tl.load(unfolded_ptr + offs_c[:, None] * TOTAL + own[None, :], mask=mask, other=0.0)
-            dmixed_ptrs = dmixed_ptr + offs_n[:, None] * TOTAL + offs_c[None, :]
-            dmixed = tl.load(dmixed_ptrs, mask=mask_n[:, None] & mask_c[None, :], other=0.0).to(x.dtype)
-            dnormalised = tl.dot(dmixed, unfolded, dnormalised, input_precision=PRECISION, out_dtype=ACC)
+    gradient = tl.zeros([offs_n.shape[0], padded(CHANNELS[i])], ACC)
+    # In a loop each: of products in one loop, Triton 3.6 gives the sums different layouts, and moves them every time.
+    gradient = _add_product(gradient, dmixed_ptr, mixing_ptr, offs_n, own, False, N, TOTAL, PRECISION, ACC, BLOCK_C)
+    gradient = _add_product(
+        gradient, centred_ptr, dcovariance_ptr, offs_n, own, False, N, TOTAL, PRECISION, ACC, BLOCK_C
+    )
+    gradient = _add_product(
+        gradient, centred_ptr, dcovariance_ptr, offs_n, own, True, N, TOTAL, PRECISION, ACC, BLOCK_C
+    )
     of_means = load_vector(rows_ptr + 4 * TOTAL, own, mask_d, ACC)
     of_means += sum_blocks(columns_ptr + 4 * TOTAL, own, mask_d, COLUMN_BLOCKS, 5 * TOTAL, ACC)
-    return dnormalised + of_means[None, :]
+    return gradient + of_means[None, :]
 
 
 @kernel
@@ -435,10 +426,10 @@ def _channel_gradients_kernel(
 
 
 class Saved(NamedTuple):
-    """What the backward of one channel attention needs: token-sized tensors, and the covariance."""
+    """What the backward of one channel attention needs: tokens, also centred, their means and the covariance."""
 
     tokens: Tokens
-    statistics: Tensor
+    centred: Tensor
     mean: Tensor
     covariance: Tensor
 
@@ -467,8 +458,8 @@ def channel_attention(
 
     config = launch.configuration("covariance", target, dtype, batch)
     blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
-    mean = tokens.new_empty(batch, width)
-    covariance = tokens.new_empty(batch, width * (width + 1) // 2)
+    centred, mean = torch.empty_like(tokens.values), tokens.new_empty(batch, width)
+    covariance = tokens.new_empty(batch, width, width)
     launch.run(
         _covariance_kernel,
         batch * blocks * (blocks + 1) // 2,
@@ -476,6 +467,9 @@ def channel_attention(
         tokens_ptr=tokens.values,
         statistics_ptr=statistics,
         sums_ptr=sums,
+        gammas=launch.weights(attention.norms),
+        betas=launch.biases(attention.norms),
+        centred_ptr=centred,
         mean_ptr=mean,
         covariance_ptr=covariance,
         SUM_BLOCKS=sums.shape[1],
@@ -495,8 +489,6 @@ def channel_attention(
         covariance_ptr=covariance,
         mean_ptr=mean,
         sums_ptr=sums,
-        gammas=launch.weights(attention.norms),
-        betas=launch.biases(attention.norms),
         q_weights=launch.weights(attention.q_maps),
         q_biases=launch.biases(attention.q_maps),
         k_weights=launch.weights(attention.k_maps),
@@ -523,8 +515,7 @@ def channel_attention(
         batch * len(tokens.channels) * launch.blocks(count, config["block_n"]),
         config,
         tokens_ptr=tokens.values,
-        statistics_ptr=statistics,
-        mean_ptr=mean,
+        centred_ptr=centred,
         mixing_ptr=mixing,
         shift_ptr=shift,
         mean_token_ptr=mean_token,
@@ -539,7 +530,7 @@ def channel_attention(
         BLOCK_C=config["block_c"],
         **shared,
     )
-    return mixed, Saved(tokens, statistics, mean, covariance)
+    return mixed, Saved(tokens, centred, mean, covariance)
 
 
 def channel_attention_backward(
@@ -563,16 +554,14 @@ def channel_attention_backward(
     shared = {"CHANNELS": tokens.channels, "ACC": launch.triton_type(tokens.accumulation)}
 
     config = launch.configuration("mixing_gradient", target, dtype, batch)
-    blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
+    blocks = launch.blocks(width, config["block_c"])
     dmixing = tokens.new_empty(batch, width, width, dtype=dtype)
     dshift = tokens.new_empty(batch, width)
     launch.run(
         _mixing_gradient_kernel,
         batch * blocks * blocks,
         config,
-        tokens_ptr=tokens.values,
-        statistics_ptr=saved.statistics,
-        mean_ptr=saved.mean,
+        centred_ptr=saved.centred,
         dmixed_ptr=dmixed,
         dmixing_ptr=dmixing,
         dshift_ptr=dshift,
@@ -586,8 +575,7 @@ def channel_attention_backward(
     config = launch.configuration("mixing_backward", target, dtype, launch.padded(width))
     block_rows = config["block_c"]
     column_blocks = sum(launch.blocks(c, block_rows) for c in tokens.channels)
-    unfolded = tokens.new_empty(batch, width, width, dtype=dtype)
-    dproducts = torch.empty_like(unfolded)
+    mixing, dcovariance = torch.empty_like(dmixing), torch.empty_like(dmixing)
     rows, columns = tokens.new_empty(batch, 5, width), tokens.new_empty(batch, column_blocks, 5, width)
     launch.run(
         _mixing_backward_kernel,
@@ -597,8 +585,6 @@ def channel_attention_backward(
         mean_ptr=saved.mean,
         dmixing_ptr=dmixing,
         dshift_ptr=dshift,
-        gammas=launch.weights(attention.norms),
-        betas=launch.biases(attention.norms),
         q_weights=launch.weights(attention.q_maps),
         q_biases=launch.biases(attention.q_maps),
         k_weights=launch.weights(attention.k_maps),
@@ -606,8 +592,8 @@ def channel_attention_backward(
         v_weights=launch.weights(attention.v_maps),
         v_biases=launch.biases(attention.v_maps),
         p_weights=launch.weights(attention.projections),
-        unfolded_ptr=unfolded,
-        dproducts_ptr=dproducts,
+        mixing_ptr=mixing,
+        dcovariance_ptr=dcovariance,
         rows_ptr=rows,
         columns_ptr=columns,
         N=count,
@@ -624,10 +610,9 @@ def channel_attention_backward(
         batch * scales * launch.blocks(count, config["block_n"]),
         config,
         tokens_ptr=tokens.values,
-        statistics_ptr=saved.statistics,
-        mean_ptr=saved.mean,
-        unfolded_ptr=unfolded,
-        dproducts_ptr=dproducts,
+        centred_ptr=saved.centred,
+        mixing_ptr=mixing,
+        dcovariance_ptr=dcovariance,
         rows_ptr=rows,
         columns_ptr=columns,
         dmixed_ptr=dmixed,

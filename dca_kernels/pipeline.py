@@ -278,8 +278,7 @@ def _refine_fake(maps: Any, parameters: Any, buffers: Any, *rest: Any) -> list[T
     kept = [tokens()]
     for _ in range(spec.blocks):
         if spec.channel_heads:
-            statistics = tensor(batch, len(maps), 2, count)
-            kept += [statistics, tensor(batch, width), tensor(batch, width * (width + 1) // 2), tokens()]
+            kept += [tokens(), tensor(batch, width), tensor(batch, width, width), tokens()]
         if spec.spatial_heads:
             scores = tensor(batch, sum(spec.spatial_heads), 2, count)
             kept += [tokens(), tensor(batch, width), tokens(), scores, tokens()]

@@ -115,16 +115,15 @@ def store_statistics(
 def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
     """Sum of BLOCKS vectors that lie STRIDE apart, in a fixed order."""
     STEP: tl.constexpr = 32
-    total = tl.zeros(offs.shape, ACC)
+    parts = tl.zeros([STEP, offs.shape[0]], ACC)
     for start in range(0, BLOCKS, STEP):
         offs_block = start + tl.arange(0, STEP)
-        part = tl.load(
+        parts += tl.load(
             ptr + offs_block[:, None] * STRIDE + offs[None, :],
             mask=(offs_block < BLOCKS)[:, None] & mask[None, :],
             other=0.0,
         )
-        total += tl.sum(part, 0)
-    return total
+    return tl.sum(parts, 0)
 
 
 @triton.jit
