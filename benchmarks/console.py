@@ -7,7 +7,9 @@ T = TypeVar("T")
 
 
 def table(lines: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """GitHub Markdown; None is an empty cell."""
+    """GitHub Markdown; None is an empty cell. No lines are no table."""
+    if not lines:
+        return ""
     cells = [["" if cell is None else str(cell) for cell in line] for line in lines]
     try:
         from tabulate import tabulate

@@ -1,5 +1,6 @@
 """The figures. The same rows give the same bytes under one version of matplotlib."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,26 @@ def bars(figure: Any, found: Sequence[Row]) -> None:
     _legend(figure, names, bar=True)
 
 
+def of_one_dtype(found: Sequence[Row]) -> list[Row]:
+    """Those of the module in the dtype that has the most: a figure compares like with like."""
+    counts = Counter(row.dtype for row in found if row.case == "dca" and row.p50_ms is not None)
+    most = max(counts, key=lambda dtype: counts[dtype], default=None)
+    return [row for row in found if row.case == "dca" and row.dtype == most]
+
+
 def latency(figure: Any, found: Sequence[Row]) -> None:
     """The module at the paper's size over the batch."""
-    chosen = [r for r in found if r.case == "dca" and r.size == "paper"]
-    _lines(figure, chosen, lambda row: row.batch, lambda row: row.p50_ms, "images in the batch", "latency, ms")
+    chosen = [r for r in of_one_dtype(found) if r.size == "paper"]
+    label = f"images in the batch, {chosen[0].dtype if chosen else ''}"
+    _lines(figure, chosen, lambda row: row.batch, lambda row: row.p50_ms, label, "latency, ms")
 
 
 def memory(figure: Any, found: Sequence[Row]) -> None:
     """The module of the paper's channels over the grid, the smallest batch."""
-    chosen = [r for r in found if r.case == "dca" and r.size in ("paper", "grid56", "grid112")]
+    chosen = [r for r in of_one_dtype(found) if r.size in ("paper", "grid56", "grid112")]
     smallest = min((r.batch for r in chosen), default=1)
     chosen = [r for r in chosen if r.batch == smallest]
-    label = f"side of the token grid, batch {smallest}"
+    label = f"side of the token grid, batch {smallest}, {chosen[0].dtype if chosen else ''}"
     _lines(figure, chosen, lambda row: row.patch, lambda row: row.peak_mb, label, "peak memory above inputs, MB")
 
 
@@ -93,19 +102,25 @@ def of_floor(figure: Any, found: Sequence[Row]) -> None:
     chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
     largest = max((r.batch for r in chosen), default=0)
     value = {(r.provider, r.phase, r.mode, r.case): 100 * r.floor_ms / r.p50_ms for r in chosen if r.batch == largest}
-    _grouped(figure, value, cases.STAGES, order(chosen), f"% of floor, paper size, batch {largest}")
+    labels = {(*step, case): case.replace("_", "\n") for step in STEPS for case in cases.STAGES}
+    _grouped(figure, value, cases.STAGES, labels, order(chosen), f"% of floor, paper size, batch {largest}")
 
 
 def speedup(figure: Any, found: Sequence[Row]) -> None:
-    """The reference's time over each provider's, the module at every size, the largest batch that both have."""
-    times = {row.key: row.p50_ms for row in found if row.case == "dca" and row.p50_ms}
-    value: dict[tuple[str, str, str, str], tuple[int, float]] = {}
-    for row in (row for row in found if row.key in times and (*row.group, "reference") in times):
-        key = (row.provider, row.phase, row.mode, row.size)
-        value[key] = max(value.get(key, (0, 0.0)), (row.batch, times[*row.group, "reference"] / row.p50_ms))
-    present = {row.size for row in found if row.case == "dca"}
-    sizes = [name for name in cases.SIZES if name in present]
-    _grouped(figure, {key: v for key, (_, v) in value.items()}, sizes, order(found), "speed-up over the reference, x")
+    """The reference's time over each provider's, the module at every size, at the batch that most providers have."""
+    chosen = of_one_dtype(found)
+    times = {row.key: row.p50_ms for row in chosen if row.p50_ms}
+    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times]
+    counts = Counter((row.phase, row.mode, row.size, row.batch) for row in timed)
+    batches: dict[tuple[str, str, str], int] = {}
+    for *where, batch in sorted(counts, key=lambda group: (counts[group], group[-1])):
+        batches[tuple(where)] = batch
+    alike = [row for row in timed if batches[row.phase, row.mode, row.size] == row.batch]
+    value = {(r.provider, r.phase, r.mode, r.size): times[*r.group, "reference"] / times[r.key] for r in alike}
+    sizes = [name for name in cases.SIZES if any(name == size for *_, size in batches)]
+    labels = {where: f"{where[-1]}\nbatch {batch}" for where, batch in batches.items()}
+    label = f"speed-up over the reference, x, {chosen[0].dtype if chosen else ''}"
+    _grouped(figure, value, sizes, labels, order(alike), label)
 
 
 FIGURES = {"latency": latency, "memory": memory, "speedup": speedup, "of_floor": of_floor}
@@ -136,7 +151,14 @@ def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_la
     _legend(figure, names)
 
 
-def _grouped(figure: Any, value: dict[Any, float], groups: Sequence[str], names: list[str], label: str) -> None:
+def _grouped(
+    figure: Any,
+    value: dict[Any, float],
+    groups: Sequence[str],
+    labels: dict[Any, str],
+    names: list[str],
+    label: str,
+) -> None:
     figure.set_size_inches(10, 4.4)
     width = 0.8 / max(1, len(names))
     for axis, step in zip(figure.subplots(1, 2), STEPS, strict=True):
@@ -145,7 +167,7 @@ def _grouped(figure: Any, value: dict[Any, float], groups: Sequence[str], names:
             heights = [value[name, *step, groups[p]] for p in places]
             middles = [p + (i - (len(names) - 1) / 2) * width for p in places]
             axis.bar(middles, heights, width, **style(name, bar=True))
-        axis.set_xticks(range(len(groups)), [g.replace("_", "\n") for g in groups], fontsize=8)
+        axis.set_xticks(range(len(groups)), [labels.get((*step, group), "") for group in groups], fontsize=8)
         axis.set(title=", ".join(step), ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, names, bar=True)

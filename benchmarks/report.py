@@ -159,7 +159,9 @@ def _host_bound(cells: str) -> str:
 
 
 def _lost(groups: dict[Group, list[Row]]) -> str:
-    """Where a reference is faster than everything of ours, said under the table."""
+    """Where a reference is faster than everything of ours, said under the table, where there is one."""
+    if not groups:
+        return ""
     lost = []
     for (case, size, batch, dtype, phase, mode), group in groups.items():
         ours, theirs = best(group, *FUSED), best(group, "reference")
@@ -196,13 +198,16 @@ def kernels(entries: Sequence[journal.Entry]) -> str:
 
 
 def block(name: str, results: Path, document: Path, figures: bool = True) -> str:
-    """A block's Markdown, a machine after the other, with links to its figures."""
+    """A block's Markdown, a machine after the other where it has rows for it, with links to its figures."""
     parts = []
     for folder, found in machines(results).items():
+        table = BLOCKS[name](found)
+        if not table:
+            continue
         environment = found[0].environment
         where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
         parts.append(f"{where}, torch {environment.get('torch')}, medians (± half of 20th to 80th percentile):")
-        parts.append(BLOCKS[name](found))
+        parts.append(table)
         for picture in (p for p in plots.figures(found) if figures and p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
             parts.append(f"![{picture.replace('_', ' ')}]({link})")

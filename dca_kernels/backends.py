@@ -10,18 +10,27 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dca_kernels import fused
 
 NAMES = ("torch", "triton")
-# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, and
-# faster than all that was measured beside them at 1, 8 and 32 images, in evaluation and training (benchmarks/results).
-FASTEST = {(9, 0): (torch.bfloat16, torch.float16, torch.float32)}
+# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, and the
+# faster backend, at 1, 8 and 32 images, in evaluation and in training (benchmarks/results/NOTES.md).
+MEASURED = {(9, 0): (torch.bfloat16, torch.float32)}
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile of PyTorch 2.11 cannot trace it
+
+# What the kernels' tiles hold: `auto` runs `torch` for more. A test compares them with configurations.json.
+MOST_CHANNELS = 1024  # of a scale
+MOST_OF_ALL = 4096  # channels of all scales
+MOST_A_HEAD = 256  # channels of all scales a head of the spatial attention
+MOST_COLUMNS = 1024  # of a map, in training
+MOST_IN_A_ROW = 4096  # channels of a scale times columns of a window, each padded to a power of two, in training
 
 _logger = logging.getLogger("dca_kernels")
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
@@ -72,8 +81,45 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that runs on `device` for outputs of `dtype`.
+def tokens_dtype(maps: Sequence[Tensor]) -> torch.dtype:
+    """Of the kernels' tokens and operands: the maps', under autocast its own, which leaves float64 alone."""
+    device = maps[0].device.type
+    if torch.is_autocast_enabled(device) and maps[0].dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return maps[0].dtype
+
+
+def too_large(dca: Any, maps: Sequence[Tensor]) -> str | None:
+    """What of a module and its maps is more than the kernels' tiles hold, or None."""
+    total = sum(dca.features)
+    if max(dca.features) > MOST_CHANNELS or total > MOST_OF_ALL:
+        return f"more than {MOST_CHANNELS} channels of a scale or {MOST_OF_ALL} of all"
+    if dca.spatial_att and total // min(dca.spatial_head) > MOST_A_HEAD:
+        return f"more than {MOST_A_HEAD} channels a head of the spatial attention"
+    for channels, x in zip(dca.features, maps, strict=True):
+        columns, windows = x.shape[3], dca.grid[1]
+        if columns > MOST_COLUMNS:
+            return f"more than {MOST_COLUMNS} columns of a map"
+        if not torch.compiler.is_compiling():  # where it may be dynamic
+            widest = -(-columns // windows) + (columns % windows != 0)
+            if _power(channels) * _power(widest) > MOST_IN_A_ROW:
+                return f"more than {MOST_IN_A_ROW} values in a row of a window"
+    return None
+
+
+def _power(size: int) -> int:
+    """The power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str | None = None) -> str:
+    """The name of the backend that runs on `device`.
+
+    Args:
+        argument: the module's `backend`.
+        device: of the maps.
+        dtype: of the tokens.
+        large: what is too large for the kernels, see `too_large`.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
@@ -88,23 +134,25 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype) -> str:
             if reason is not None:
                 raise RuntimeError(f"{source}: {name!r} cannot run on {device}: {reason}")
             return name
-    name, reason = automatic(device, dtype)
+    name, reason = automatic(device, dtype, large)
     if not torch.compiler.is_compiling():
         _say_automatic(name, device.type, dtype, reason)
     return name
 
 
-def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """What `auto` runs, and why: `triton` where it was measured to be fastest (`FASTEST`), `torch` elsewhere."""
+def automatic(device: torch.device, dtype: torch.dtype, large: str | None = None) -> tuple[str, str]:
+    """What `auto` runs, and why: `triton` where it was measured (`MEASURED`), `torch` elsewhere."""
     reason = why_not("triton", device)
     if reason is not None:
         return "torch", f"'triton': {reason}"
     if device.type != "cuda" or torch.version.hip is not None:
         return "torch", "'triton' was not measured here"
     major, minor = torch.cuda.get_device_capability(device)
-    if dtype not in FASTEST.get((major, minor), ()):
+    if dtype not in MEASURED.get((major, minor), ()):
         return "torch", f"'triton' was not measured in {dtype} at compute capability {major}.{minor}"
-    return "triton", f"measured to be fastest at compute capability {major}.{minor}"
+    if large is not None:
+        return "torch", f"'triton' cannot hold {large}"
+    return "triton", f"measured to be faster than 'torch' at compute capability {major}.{minor}"
 
 
 @functools.cache  # one log line each

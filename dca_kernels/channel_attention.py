@@ -13,7 +13,6 @@ from dca_kernels.parameters import Attention, LayerNorm
 from dca_kernels.primitives import (
     blocks_before,
     kernel,
-    load_concatenated,
     load_vector,
     offset,
     padded,
@@ -31,84 +30,67 @@ from dca_kernels.tokens import Tokens, statistics_of
 
 
 @kernel
-def _covariance_kernel(
-    tokens_ptr, statistics_ptr, sums_ptr, gammas, betas, centred_ptr, mean_ptr, covariance_ptr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+def _centre_kernel(
+    tokens_ptr, statistics_ptr, sums_ptr, gammas, betas, centred_ptr, mean_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, SUM_BLOCKS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile on or below the diagonal of Z^T Z, and its mirror image. Z are the centred tokens.
+    """One program: the centred tokens Z (B, N, C), of BLOCK_N tokens and BLOCK_C channels of one scale.
 
-    That is their LayerNorm less its mean over the grid, and rounded then. Writes Z (B, N, C), the means (B, C) and
-    Z^T Z (B, C, C).
+    That is their LayerNorm less its mean over the grid, and rounded then. Writes the means (B, C) as well.
     """
-    ROWS: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
-    TILES: tl.constexpr = ROWS * (ROWS + 1) // 2
     TOTAL: tl.constexpr = total(CHANNELS)
-    b, tile = split_program(TILES)
+    TILES: tl.constexpr = blocks_before(CHANNELS, BLOCK_C, len(CHANNELS))
+    b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
+    offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    for i in tl.static_range(len(CHANNELS)):
+        block = tile % TILES - blocks_before(CHANNELS, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(CHANNELS[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < CHANNELS[i]
+            own = offset(CHANNELS, i) + offs_c
+            mask = mask_n[:, None] & mask_c[None, :]
+            offs = b * N * TOTAL + offs_n[:, None] * TOTAL + own[None, :]
+            tokens = tl.load(tokens_ptr + offs, mask=mask, other=0.0).to(ACC)
+            mean_ptrs, rstd_ptrs = statistics_pointers(statistics_ptr, b, i, offs_n, N, len(CHANNELS))
+            token_mean, rstd = tl.load(mean_ptrs, mask=mask_n, other=0.0), tl.load(rstd_ptrs, mask=mask_n, other=0.0)
+            mean = sum_blocks(sums_ptr + b * SUM_BLOCKS * 2 * TOTAL, own, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N
+            gamma, beta = load_vector(gammas[i], offs_c, mask_c, ACC), load_vector(betas[i], offs_c, mask_c, ACC)
+            centred = gamma[None, :] * ((tokens - token_mean[:, None]) * rstd[:, None] - mean[None, :])
+            tl.store(centred_ptr + offs, centred, mask=mask)
+            tl.store(mean_ptr + b * TOTAL + own, gamma * mean + beta, mask=mask_c & (tile < TILES))
+
+
+@kernel
+def _covariance_kernel(
+    centred_ptr, covariance_ptr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile on or below the diagonal of Z^T Z (B, C, C), and its mirror image."""
+    TOTAL: tl.constexpr = total(CHANNELS)
+    ROWS: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
+    b, tile = split_program(ROWS * (ROWS + 1) // 2)
     row = 0
     for r in tl.static_range(1, ROWS):
         row = tl.where(tile >= r * (r + 1) // 2, r, row)
     column = tile - row * (row + 1) // 2
-    i, offs_i, mask_i = _channel_block(row, CHANNELS, BLOCK_C)
-    j, offs_j, mask_j = _channel_block(column, CHANNELS, BLOCK_C)
-    gamma_i = tl.where(mask_i, load_concatenated(gammas, offs_i, CHANNELS, ACC), 0.0)
-    gamma_j = tl.where(mask_j, load_concatenated(gammas, offs_j, CHANNELS, ACC), 0.0)
-    sums_ptr += b * SUM_BLOCKS * 2 * TOTAL
-    mean_i = sum_blocks(sums_ptr, offs_i, mask_i, SUM_BLOCKS, 2 * TOTAL, ACC) / N
-    mean_j = sum_blocks(sums_ptr, offs_j, mask_j, SUM_BLOCKS, 2 * TOTAL, ACC) / N
+    offs_c = row * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c, mask_d = offs_c < TOTAL, offs_d < TOTAL
+    centred_ptr += b * N * TOTAL
     covariance = tl.zeros([BLOCK_C, BLOCK_C], ACC)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        z_i = _centre(
-            tokens_ptr, statistics_ptr, mean_i, gamma_i, b, i, offs_n, offs_i, mask_i, N, TOTAL, len(CHANNELS), ACC
-        )
-        z_j = _centre(
-            tokens_ptr, statistics_ptr, mean_j, gamma_j, b, j, offs_n, offs_j, mask_j, N, TOTAL, len(CHANNELS), ACC
-        )
-        covariance = tl.dot(tl.trans(z_i), z_j, covariance, input_precision=PRECISION, out_dtype=ACC)
-        mask = (offs_n < N)[:, None] & mask_i[None, :] & (row == column)
-        tl.store(centred_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_i[None, :], z_i, mask=mask)
+        left = _load_tile(centred_ptr, offs_n, offs_c, N, TOTAL)
+        right = _load_tile(centred_ptr, offs_n, offs_d, N, TOTAL)
+        covariance = tl.dot(tl.trans(left), right, covariance, input_precision=PRECISION, out_dtype=ACC)
     covariance_ptr += b * TOTAL * TOTAL
-    mask = mask_i[:, None] & mask_j[None, :]
-    tl.store(covariance_ptr + offs_i[:, None] * TOTAL + offs_j[None, :], covariance, mask=mask)
-    mask = mask_j[:, None] & mask_i[None, :] & (row != column)
-    tl.store(covariance_ptr + offs_j[:, None] * TOTAL + offs_i[None, :], tl.trans(covariance), mask=mask)
-    mean = gamma_i * mean_i + load_concatenated(betas, offs_i, CHANNELS, ACC)
-    tl.store(mean_ptr + b * TOTAL + offs_i, mean, mask=mask_i & (row == column))
-
-
-@triton.jit
-def _channel_block(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The scale, the channels and their mask of a block of channels."""
-    scale = 0
-    begin = 0
-    end = CHANNELS[0]
-    for k in tl.static_range(len(CHANNELS)):
-        local = block - blocks_before(CHANNELS, BLOCK_C, k)
-        scale = tl.where(local >= 0, k, scale)
-        begin = tl.where(local >= 0, offset(CHANNELS, k) + local * BLOCK_C, begin)
-        end = tl.where(local >= 0, offset(CHANNELS, k) + CHANNELS[k], end)
-    offs = begin + tl.arange(0, BLOCK_C)
-    return scale, offs, offs < end
-
-
-@triton.jit
-def _centre(
-    tokens_ptr, statistics_ptr, mean, gamma, b, i, offs_n, offs_c, mask_c,
-    N: tl.constexpr, TOTAL: tl.constexpr, SCALES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm of tokens less its mean over the grid, in the tokens' dtype; offs_c are channels of scale i.
-
-    Zero beyond the tokens, and where gamma is.
-    """
-    mask_n = offs_n < N
-    tokens_ptrs = tokens_ptr + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_c[None, :]
-    tokens = tl.load(tokens_ptrs, mask=mask_n[:, None] & mask_c[None, :], other=0.0)
-    mean_ptrs, rstd_ptrs = statistics_pointers(statistics_ptr, b, i, offs_n, N, SCALES)
-    token_mean = tl.load(mean_ptrs, mask=mask_n, other=0.0)
-    rstd = tl.load(rstd_ptrs, mask=mask_n, other=0.0)
-    centred = gamma[None, :] * ((tokens.to(ACC) - token_mean[:, None]) * rstd[:, None] - mean[None, :])
-    return tl.where(mask_n[:, None], centred, 0.0).to(tokens.dtype)
+    mask = mask_c[:, None] & mask_d[None, :]
+    tl.store(covariance_ptr + offs_c[:, None] * TOTAL + offs_d[None, :], covariance, mask=mask)
+    mask = mask_d[:, None] & mask_c[None, :] & (row != column)
+    tl.store(covariance_ptr + offs_d[:, None] * TOTAL + offs_c[None, :], tl.trans(covariance), mask=mask)
 
 
 @triton.jit
@@ -144,7 +126,7 @@ def _mixing_kernel(
 ):  # fmt: skip
     """One program: the softmax of BLOCK_C channels of one scale, folded with its neighbours into one matrix.
 
-    The attention's result is Z mixing^T + shift, Z as in `_covariance_kernel`. Writes mixing (B, C, C), shift (B, C)
+    The attention's result is Z mixing^T + shift, Z as in `_centre_kernel`. Writes mixing (B, C, C), shift (B, C)
     and the mean token behind the residual, (B, C).
     """
     TOTAL: tl.constexpr = total(CHANNELS)
@@ -249,7 +231,7 @@ def _mixing_gradient_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of dmixed^T Z / N (B, C, C), Z as in `_covariance_kernel`; and sums of dmixed (B, C)."""
+    """One program: one tile of dmixed^T Z / N (B, C, C), Z as in `_centre_kernel`; and sums of dmixed (B, C)."""
     TOTAL: tl.constexpr = total(CHANNELS)
     ROWS: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
     b, tile = split_program(ROWS * ROWS)
@@ -456,14 +438,12 @@ def channel_attention(
         "ACC": launch.triton_type(tokens.accumulation),
     }
 
-    config = launch.configuration("covariance", target, dtype, batch)
-    blocks = sum(launch.blocks(c, config["block_c"]) for c in tokens.channels)
+    block_n, block_c = 128, 64
     centred, mean = torch.empty_like(tokens.values), tokens.new_empty(batch, width)
-    covariance = tokens.new_empty(batch, width, width)
     launch.run(
-        _covariance_kernel,
-        batch * blocks * (blocks + 1) // 2,
-        config,
+        _centre_kernel,
+        batch * launch.blocks(count, block_n) * sum(launch.blocks(c, block_c) for c in tokens.channels),
+        {"num_warps": 8, "num_stages": 2},
         tokens_ptr=tokens.values,
         statistics_ptr=statistics,
         sums_ptr=sums,
@@ -471,8 +451,21 @@ def channel_attention(
         betas=launch.biases(attention.norms),
         centred_ptr=centred,
         mean_ptr=mean,
-        covariance_ptr=covariance,
         SUM_BLOCKS=sums.shape[1],
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        **shared,
+    )
+
+    config = launch.configuration("covariance", target, dtype, batch)
+    blocks = launch.blocks(width, config["block_c"])
+    covariance = tokens.new_empty(batch, width, width)
+    launch.run(
+        _covariance_kernel,
+        batch * blocks * (blocks + 1) // 2,
+        config,
+        centred_ptr=centred,
+        covariance_ptr=covariance,
         PRECISION=launch.precision(dtype, target),
         BLOCK_C=config["block_c"],
         BLOCK_N=config["block_n"],

@@ -154,7 +154,8 @@ class DCA(nn.Module):
         for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
             if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
-        backend = backends.choose(self.backend, maps[0].device, dtypes[0])
+        large = backends.too_large(self, maps)
+        backend = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
         outs = backends.load(backend).refine(self, maps, norms, dtypes)
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
 

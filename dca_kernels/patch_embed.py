@@ -125,7 +125,9 @@ def _sum_windows(
         sums += x
         if FROM_BATCH:
             x -= first[:, None]
-            delta = tl.where(begin + r < own_end, x - means, 0.0)
+            delta = x - means
+            if SIZE[0] % GRID[0] != 0:  # else every row is the block's own
+                delta = tl.where(begin + r < own_end, delta, 0.0)
             means += delta / (r + 1)
             squares += delta * (x - means)
     return tl.sum(tl.reshape(sums, [padded(CHANNELS), BLOCK_Q, PADDED]), 2), means, squares
@@ -174,8 +176,10 @@ def _adjoint(
         h = begin + r
         left, right, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(left == p, 1.0 - fraction, 0.0) + tl.where(right == p, fraction, 0.0)
+        weight = tl.where(h < SIZE[0], weight, 0.0)
         x = tl.load(x_ptrs + h * STRIDE[2], mask=mask & (h < SIZE[0]), other=0.0).to(ACC)
-        strip += tl.where(mask & (h < SIZE[0]), weight * (x - first[:, None]), 0.0)
+        strip += weight * (x - first[:, None])
+    strip = tl.where(mask, strip, 0.0)
     columns = tl.trans(interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC))  # [COLUMNS, BLOCK_Q]
     return tl.dot(strip, columns, input_precision=PRECISION, out_dtype=ACC)
 

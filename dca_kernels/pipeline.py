@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dca_kernels import channel_attention as channel
 from dca_kernels import spatial_attention as spatial
 from dca_kernels import upsample as merge
+from dca_kernels.backends import tokens_dtype
 from dca_kernels.fused import accumulation_dtype, memory_format, update_running_buffers
 from dca_kernels.parameters import Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
@@ -32,7 +33,7 @@ TWICE = (
 
 
 def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The skip maps refined by a DCA's blocks: at most eight launches where it has one block.
+    """The skip maps refined by a DCA's blocks: at most nine launches where it has one block.
 
     Args:
         dca: the module that holds the parameters.
@@ -47,9 +48,8 @@ def refine(dca: Any, maps: Sequence[Tensor], norms: Sequence[Any], dtypes: Seque
     Raises:
         ValueError: a map's image is too large for 32-bit indices, or a size too large for the kernels' tiles.
     """
-    device, scales = maps[0].device.type, len(maps)
-    autocast = torch.is_autocast_enabled(device) and maps[0].dtype != torch.float64
-    spec = describe(dca, norms, torch.get_autocast_dtype(device) if autocast else maps[0].dtype)
+    scales = len(maps)
+    spec = describe(dca, norms, tokens_dtype(maps))
     parameters, buffers = flatten(dca, norms)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *parameters))
     if watched():

@@ -243,18 +243,23 @@ def _sum_of_blocks(rows, COUNT: tl.constexpr):
 @triton.jit
 def interpolation(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
     """Bilinear, align_corners=True, as PyTorch computes it: left and right neighbour, the weight of the right one."""
-    STEP: tl.constexpr = (LOW - 1) / (HIGH - 1) if HIGH > 1 else 0.0
-    position = offs.to(ACC) * STEP
+    position = _position(offs, HIGH, LOW, ACC)
     left = tl.minimum(position.to(tl.int32), LOW - 1)
     return left, tl.minimum(left + 1, LOW - 1), position - left.to(ACC)
 
 
 @triton.jit
+def _position(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+    """Of high-resolution positions among the low-resolution ones."""
+    STEP: tl.constexpr = (LOW - 1) / (HIGH - 1) if HIGH > 1 else 0.0
+    return offs.to(ACC) * STEP
+
+
+@triton.jit
 def interpolation_matrix(offs_low, offs_high, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
     """The weight of each low-resolution position in each high-resolution one: [LOW, HIGH]."""
-    left, right, fraction = interpolation(offs_high, HIGH, LOW, ACC)
-    from_left = tl.where(offs_low[:, None] == left[None, :], 1.0 - fraction[None, :], 0.0)
-    return from_left + tl.where(offs_low[:, None] == right[None, :], fraction[None, :], 0.0)
+    apart = _position(offs_high, HIGH, LOW, ACC)[None, :] - offs_low.to(ACC)[:, None]
+    return tl.maximum(1.0 - tl.abs(apart), 0.0)
 
 
 @triton.constexpr_function
@@ -313,5 +318,5 @@ def window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
 def first_window(position, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
     """A window not after the first that holds a position."""
     if SIZE % WINDOWS == 0:
-        return position // (SIZE // WINDOWS)
+        return quotient(position, SIZE // WINDOWS)
     return quotient(position * WINDOWS, SIZE)

@@ -407,7 +407,8 @@ def _interpolate(
 ):  # fmt: skip
     """up(z) in a tile: rows by weighting two of them, then columns.
 
-    BY_PRODUCT: columns by a product with the interpolation's matrix, where that is needed anyway.
+    BY_PRODUCT: columns by a product with the interpolation's matrix, where that is needed anyway. It rounds up(z) to
+    what the products have, less than z itself is rounded.
     """
     if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
         z_ptrs += pair_h * GRID[1] * TOTAL
@@ -431,7 +432,7 @@ def _interpolate(
 
 @triton.jit
 def _columns(rows, columns):
-    """Some columns of each row, beyond the last one that."""
+    """Some columns of each row: [rows, columns]. A number beyond the last column stands for the last."""
     columns = tl.minimum(columns, rows.shape[1] - 1)
     return tl.gather(rows, tl.broadcast_to(columns[None, :], [rows.shape[0], columns.shape[0]]), 1)
 
@@ -507,7 +508,7 @@ def _masked_gradient(
         scale = tl.rsqrt(load_vector(saved_ptr + TOTAL, OFFSET + offs_c, mask_c, ACC) + EPS)
         if gamma_ptr is not None:
             scale *= load_vector(gamma_ptr, offs_c, mask_c, ACC)
-        before_relu = y * _of_pairs(scale, BLOCK_H)[:, None]  # as the forward computes it
+        before_relu = y * _of_pairs(scale, BLOCK_H)[:, None]
         if beta_ptr is not None:
             before_relu += _of_pairs(load_vector(beta_ptr, offs_c, mask_c, ACC), BLOCK_H)[:, None]
         gradient = tl.where(before_relu <= 0, 0.0, gradient)
@@ -680,8 +681,7 @@ def _grid_gradient(
     wide_ptrs = wide_ptr + offs_q[:, None] * CHANNELS + offs_c[None, :]
     dz = tl.zeros(mask.shape, ACC)
     begin = band_begin(p, SIZE[0], GRID[0])
-    ROWS: tl.constexpr = band(SIZE[0], GRID[0], 1)
-    for r in tl.range(0, ROWS, loop_unroll_factor=min(ROWS, 4)):
+    for r in range(band(SIZE[0], GRID[0], 1)):
         h = begin + r
         top, bottom, fraction = interpolation(h, SIZE[0], GRID[0], ACC)
         weight = tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
@@ -838,9 +838,7 @@ def _map_gradient(
 
 
 @triton.jit
-def _unpooled(
-    rows, offs_q, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
+def _unpooled(rows, offs_q, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where two windows meet."""
     WIDTH: tl.constexpr = SIZE // GRID
     if offs_q.shape[0] * WIDTH == offs_w.shape[0] and SIZE % GRID == 0:
@@ -980,6 +978,8 @@ def upsample(
     config = launch.configuration(f"upsample_{layout}", target, dtype, widest)
     tiles, first = _tiles(tokens.channels, sizes, config["tile"], config["block_c"], config["block_w"])
     kept = tokens.new_empty(2, width, dtype=torch.float64) if training or any(from_batch) else None
+    if batch == 0 and kept is not None:
+        kept.zero_()
     launch.run(
         _upsample_kernel,
         batch * first[-1],

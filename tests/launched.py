@@ -53,8 +53,8 @@ def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
         return [norm.num_batches_tracked for norm in norms if norm.training]
     if argument in NORM_ARGUMENTS:
         # `mix` normalises for the attention behind it.
-        before = block.channel_norm if kernel in ("covariance", "mix_backward") else block.spatial_norm
-        own = before if kernel.startswith(("covariance", "mix", "spatial", "layer_norm")) else norms
+        before = block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm
+        own = before if kernel.startswith(("centre", "mix", "spatial", "layer_norm")) else norms
         return [getattr(norm, NORM_ARGUMENTS[argument]) for norm in own]
     prefix, _, kind = argument.rpartition("_")
     if kind not in ("weights", "biases"):

@@ -1,9 +1,12 @@
 """Which backend runs: argument, context, environment, automatic; and never another than the one named."""
 
+import json
 import logging
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +71,9 @@ def test_auto_says_once_a_device_type_what_it_runs(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("capability", "dtype", "hip", "name", "reason"),
     [
-        ((9, 0), torch.bfloat16, None, "triton", "measured to be fastest at compute capability 9.0"),
-        ((9, 0), torch.float32, None, "triton", "measured to be fastest at compute capability 9.0"),
+        ((9, 0), torch.bfloat16, None, "triton", "measured to be faster than 'torch' at compute capability 9.0"),
+        ((9, 0), torch.float32, None, "triton", "measured to be faster than 'torch' at compute capability 9.0"),
+        ((9, 0), torch.float16, None, "torch", "'triton' was not measured in torch.float16 at compute capability 9.0"),
         ((9, 0), torch.float64, None, "torch", "'triton' was not measured in torch.float64 at compute capability 9.0"),
         (
             (8, 0),
@@ -81,7 +85,7 @@ def test_auto_says_once_a_device_type_what_it_runs(caplog: pytest.LogCaptureFixt
         ((9, 0), torch.bfloat16, "6.4", "torch", "'triton' was not measured here"),
     ],
 )
-def test_auto_runs_the_kernels_where_they_were_measured_to_be_fastest(
+def test_auto_runs_the_kernels_where_they_were_measured_to_be_faster(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capability: tuple[int, int],
@@ -182,6 +186,62 @@ def test_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert WHY_NOT("triton", torch.device("cuda")) == reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "width", "reason"),
+    [
+        ({"features": [8, 16]}, 8, None),
+        ({"features": [96, 192, 384, 768]}, 8, "more than 256 channels a head of the spatial attention"),
+        ({"features": [96, 192, 384, 768], "spatial_att": False}, 8, None),
+        ({"features": [8, 2048], "spatial_att": False}, 8, "more than 1024 channels of a scale or 4096 of all"),
+        ({"features": [8, 16]}, 1025, "more than 1024 columns of a map"),
+        ({"features": [8, 256], "patch": 2, "spatial_head": [4, 4]}, 64, "more than 4096 values in a row of a window"),
+    ],
+)
+def test_auto_leaves_what_is_too_large_to_torch(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], width: int, reason: str | None
+) -> None:
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    module = dca_kernels.DCA(**{"patch": 4} | arguments)
+    large = backends.too_large(module, [torch.empty(1, c, 4, width) for c in arguments["features"]])
+    assert large == reason
+    name = backends.choose("auto", torch.device("cuda"), torch.bfloat16, large)
+    assert name == ("triton" if reason is None else "torch")
+
+
+def test_what_is_too_large_is_what_the_table_says() -> None:
+    path = Path(backends.__file__).parent / "configurations.json"
+    largest = {
+        kernel: max(row.get("if", {}).get("max_size", 2**31) for row in entry["rows"])
+        for kernel, entry in json.loads(path.read_text()).items()
+    }
+    assert min(largest[k] for k in ("tokens", "mix", "mix_backward", "conv", "grid_gradient")) == backends.MOST_CHANNELS
+    assert min(largest[k] for k in ("mixing", "mixing_backward")) == backends.MOST_OF_ALL
+    assert min(largest[k] for k in largest if k.startswith("spatial")) == backends.MOST_A_HEAD
+    assert min(largest[k] for k in largest if k.startswith(("merge", "map", "upsample"))) == backends.MOST_COLUMNS
+    assert min(largest[k] for k in ("patch_embed", "patch_embed_train")) == backends.MOST_IN_A_ROW
+
+
+@pytest.mark.parametrize(
+    ("maps", "autocast", "dtype"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float64, torch.bfloat16, torch.float64),
+    ],
+)
+def test_auto_goes_by_the_dtype_of_the_tokens(
+    monkeypatch: pytest.MonkeyPatch, maps: torch.dtype, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    asked = []
+    monkeypatch.setattr(backends, "choose", lambda argument, device, dtype, large: asked.append(dtype) or "torch")
+    module = dca_kernels.DCA([8, 16], patch=4).to(torch.float64 if maps == torch.float64 else torch.float32)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        module([torch.randn(2, c, 8, 8).to(maps) for c in (8, 16)])
+    assert asked == [dtype]
 
 
 @needs_triton

@@ -201,7 +201,7 @@ def test_a_cache_that_was_carried_is_used(tmp_path: Path) -> None:
         "    print(len(compiled))\n"
     )
     done = without_interpreter("-c", code, folder=there, TRITON_CACHE_DIR="cache")
-    assert done.stdout.split() == ["0", "0", "7"], done.stdout + done.stderr
+    assert done.stdout.split() == ["0", "0", "8"], done.stdout + done.stderr
 
 
 def test_nothing_is_compiled_by_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +342,7 @@ def test_kernels_are_timed_one_by_one() -> None:
     problem = Problem("dca", TINY, 1, torch.float32, False)
     entries = kernels.measured(problem, {"copy_bytes_s": 1e9, "matmul_flop_s": 1e9})
     names = [entry["kernel"] for entry in entries]
-    assert len(set(names)) == 8 and names[-1] == "all" and "spatial_attention" in names
+    assert len(set(names)) == 9 and names[-1] == "all" and "spatial_attention" in names
     assert entries[-1]["us"] == pytest.approx(sum(entry["us"] for entry in entries[:-1]))
     assert kernels.kernel_of("void at::native::fill") == kernels.OTHER
     written = [entry | {"step": "kernels"} for entry in entries]
@@ -405,10 +405,11 @@ def tuned(kernel: str, phases: list[tune.Phase] | None = None) -> tune.Tuned:
 
 
 def test_candidates_begin_with_the_promising() -> None:
-    present = {"block_n": 64, "block_c": 32, "num_warps": 8, "num_stages": 2}
+    present = {"block_n": 64, "block_c": 32, "num_warps": 8, "num_stages": 3}
+    promising = [config for first in tune.FIRST["mix"] if (config := present | first) != present]
     found = list(tune.candidates("mix", present))
-    assert found[0] == present | {"num_warps": 16}
-    assert present not in found and len(found) == len({str(config) for config in found}) == 53
+    assert promising and found[: len(promising)] == promising
+    assert present not in found and len(found) == len({str(config) for config in found}) > 50
 
 
 def test_kernels_of_one_row_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +489,9 @@ def test_a_measured_row_leaves_those_for_smaller_sizes(tmp_path: Path) -> None:
     new = {"if": {"architecture": ["sm_90"], "dtype": ["bfloat16"]}, "then": {"block_c": 8}}
     assert rows == [*before[:-1], new, before[-1]]
     tune.write("mix", "sm_90", "bfloat16", 256, {"block_n": 32}, table)
-    assert json.loads(table.read_text())["mix"]["rows"][1]["if"] == new["if"] | {"max_size": 256}
+    conditions = [row["if"] for row in json.loads(table.read_text())["mix"]["rows"]]
+    held_before = conditions.index({"max_size": 256, "dtype": ["bfloat16", "float16"]})
+    assert conditions[held_before - 1] == new["if"] | {"max_size": 256}
 
 
 def test_jobs_take_turns() -> None:

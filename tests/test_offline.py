@@ -16,8 +16,8 @@ CODE = json.loads((OFFLINE / "machine_code.json").read_text())
 TRAFFIC = json.loads((OFFLINE / "traffic.json").read_text())
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
 MEMORY_BOUND = ("patch_embed", "upsample", "merge_gradient", "map_gradient")
-FORWARD_PRODUCTS = ("covariance", "mix", "spatial_attention", "conv", "upsample")
-BACKWARD_PRODUCTS = ("merge_gradient", "conv_gradient", "mixing_gradient", "mix_backward", "map_gradient")
+FORWARD_PRODUCTS = ("covariance", "mix", "spatial_attention", "conv")
+BACKWARD_PRODUCTS = ("merge_gradient", "conv_gradient", "mixing_gradient", "mix_backward")
 PRODUCTS = (*FORWARD_PRODUCTS, *BACKWARD_PRODUCTS, "spatial_attention_backward")
 
 
@@ -31,10 +31,16 @@ def name(row: dict) -> str:
     return f"{row['kernel']}, {row['case']}, {row['dtype']}, {row['target']}"
 
 
+# A few bytes, where more programs on a multiprocessor were measured to gain more (benchmarks/results/NOTES.md).
+SPILLS = {("spatial_attention", "sm_90"), ("spatial_attention_backward", "sm_90"), ("grid_gradient", "sm_90")}
+
+
 def test_nothing_spills_on_data_centre_gpus() -> None:
-    """But in float64, which is for checks: its rows say by how much."""
+    """But in float64, which is for checks: its rows say by how much; and where it was measured to be faster."""
     spilling = [r for r in rows("sm_80", "sm_90", "sm_100") if r["spilled"] or r["local_memory"]]
-    assert [name(r) for r in spilling if r["dtype"] != "float64"] == []
+    for r in spilling:
+        measured = r["dtype"] in ("bfloat16", "float16") and (r["kernel"], r["target"]) in SPILLS
+        assert r["dtype"] == "float64" or (measured and r["spilled"] <= 64), name(r)
 
 
 def test_the_table_has_one_image_and_every_accumulation_dtype() -> None:
@@ -85,13 +91,13 @@ def counted(implementation: str) -> dict[tuple[str, str], dict]:
     return {(r["mode"], r["dtype"]): r for r in TRAFFIC if r["implementation"] == implementation}
 
 
-def test_a_forward_is_at_most_eight_launches() -> None:
+def test_a_forward_is_at_most_nine_launches() -> None:
     launches = {(mode, r["launches"]) for (mode, _), r in counted("triton").items() if mode != "step"}
-    assert launches == {("eval", 7), ("train", 8)}
+    assert launches == {("eval", 8), ("train", 9)}
 
 
-def test_a_training_step_is_21_launches() -> None:
-    assert [r["launches"] for (mode, _), r in counted("triton").items() if mode == "step"] == [21, 21]
+def test_a_training_step_is_23_launches() -> None:
+    assert [r["launches"] for (mode, _), r in counted("triton").items() if mode == "step"] == [23, 23]
 
 
 def test_bytes_are_within_the_bound() -> None:
@@ -110,8 +116,33 @@ def test_only_the_highest_precision_goes_without_tensor_cores(
     assert arguments["PRECISION"] == products
 
 
+LARGE = """
+import torch
+from benchmarks import stand_in
+from benchmarks.offline import launches_of
+from dca_kernels import DCA
+for target, shapes, patch in (
+    ("sm_90", ((32, 224, 224), (256, 112, 112)), 112),
+    ("sm_80", ((64, 56, 56), (256, 112, 112)), 112),
+    ("sm_86", ((32, 112, 112), (256, 56, 56)), 56),
+):
+    for dtype in (torch.bfloat16, torch.float32):
+        module = DCA([c for c, _, _ in shapes], patch=patch, backend="triton").to(dtype)
+        launches = launches_of(module, [torch.empty(4, *shape, dtype=dtype) for shape in shapes], True, target)
+        with stand_in.standing_in(target):
+            for one in launches:
+                if one.name == "grid_gradient":
+                    shared = one.compile().metadata.shared
+                    assert shared <= stand_in.TARGETS[target].shared_limit, (target, dtype, shared)
+"""
+
+
+def test_shared_memory_fits_where_a_map_is_as_small_as_the_grid() -> None:
+    """Loops of a few rows are unrolled, and the loop around them must not be copied ahead for that."""
+    output_of("-c", LARGE)
+
+
 PACKED = """
-import sys
 import torch
 from benchmarks import stand_in
 from benchmarks.offline import launches_of
@@ -119,13 +150,15 @@ from dca_kernels import DCA
 for shapes, patch in (
     (((32, 224, 224), (64, 112, 112), (128, 56, 56), (256, 28, 28)), 28),
     (((8, 100, 90), (16, 50, 45), (24, 28, 20)), (28, 20)),
+    (((8, 84, 84), (16, 28, 28)), 28),
 ):
-    module = DCA([c for c, _, _ in shapes], patch=patch, backend="triton").bfloat16()
-    launches = launches_of(module, [torch.empty(2, *shape, dtype=torch.bfloat16) for shape in shapes], True, "sm_90")
-    with stand_in.standing_in("sm_90"):
-        for one in launches:
-            if one.name in ("patch_embed", "batch_statistics", "map_gradient"):
-                assert "s16x2" not in one.compile().asm["ptx"], (one.name, shapes)
+    for dtype, train in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
+        module = DCA([c for c, _, _ in shapes], patch=patch, backend="triton").to(dtype).train(train)
+        launches = launches_of(module, [torch.empty(2, *shape, dtype=dtype) for shape in shapes], train, "sm_90")
+        with stand_in.standing_in("sm_90"):
+            for one in launches:
+                if one.name in ("patch_embed", "batch_statistics", "map_gradient"):
+                    assert "s16x2" not in one.compile().asm["ptx"], (one.name, shapes, dtype)
 """
 
 

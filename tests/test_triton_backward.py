@@ -112,6 +112,18 @@ def test_a_second_run_gives_the_same_bits(train: bool) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@both_modes
+def test_no_images_have_gradients_of_zero(train: bool) -> None:
+    """Fresh memory holds NaN: what no program writes stays so."""
+    module, _ = tiny(train)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = evaluate(module, random_maps(replace(TINY, batch=0), torch.float32, backend="triton"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all((g == 0).all() for name, g in results.items() if name.startswith("grad."))
+
+
 def test_one_graph_many_backwards_any_layout() -> None:
     module, maps = tiny()
     outs = module([x.requires_grad_() for x in maps])
