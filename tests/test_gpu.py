@@ -410,6 +410,9 @@ def test_candidates_begin_with_the_promising() -> None:
     found = list(tune.candidates("mix", present))
     assert promising and found[: len(promising)] == promising
     assert present not in found and len(found) == len({str(config) for config in found}) > 50
+    capped = {"block_c": 64, "block_k": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+    without_cap = {name: value for name, value in capped.items() if name != "maxnreg"}
+    assert without_cap in list(tune.candidates("grid_gradient", capped))
 
 
 def test_kernels_of_one_row_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
