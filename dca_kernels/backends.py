@@ -20,8 +20,8 @@ from torch import Tensor
 from dca_kernels import fused
 
 NAMES = ("torch", "triton")
-# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, and the
-# faster backend, at 1, 8 and 32 images, in evaluation and in training (benchmarks/results/NOTES.md).
+# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, at 1, 8
+# and 32 images, in evaluation and training, and faster than `torch` takes its host alone (benchmarks/results/NOTES.md).
 MEASURED = {(9, 0): (torch.bfloat16, torch.float32)}
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile of PyTorch 2.11 cannot trace it
 
