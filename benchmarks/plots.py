@@ -88,12 +88,17 @@ def latency(figure: Any, found: Sequence[Row]) -> None:
     _lines(figure, chosen, lambda row: row.batch, lambda row: row.p50_ms, label, "latency, ms")
 
 
+def _by_grid(found: Sequence[Row]) -> list[Row]:
+    """The module of the paper's channels, the smallest batch, where its memory was measured."""
+    chosen = [r for r in of_one_dtype(found) if r.size in ("paper", "grid56", "grid112") and r.peak_mb is not None]
+    smallest = min((r.batch for r in chosen), default=1)
+    return [r for r in chosen if r.batch == smallest]
+
+
 def memory(figure: Any, found: Sequence[Row]) -> None:
     """The module of the paper's channels over the grid, the smallest batch."""
-    chosen = [r for r in of_one_dtype(found) if r.size in ("paper", "grid56", "grid112")]
-    smallest = min((r.batch for r in chosen), default=1)
-    chosen = [r for r in chosen if r.batch == smallest]
-    label = f"side of the token grid, batch {smallest}, {chosen[0].dtype if chosen else ''}"
+    chosen = _by_grid(found)
+    label = f"side of the token grid, batch {chosen[0].batch}, {chosen[0].dtype}" if chosen else ""
     _lines(figure, chosen, lambda row: row.patch, lambda row: row.peak_mb, label, "peak memory above inputs, MB")
 
 
@@ -127,9 +132,15 @@ FIGURES = {"latency": latency, "memory": memory, "speedup": speedup, "of_floor":
 
 
 def figures(found: Sequence[Row]) -> list[str]:
-    """The names of those that the rows have something for."""
+    """The names of those that the rows have something for: a line over the grid needs two."""
     measured = {row.case for row in found if row.p50_ms is not None and row.size in cases.SIZES}
-    return [name for name in FIGURES if (measured & set(cases.STAGES) if name == "of_floor" else "dca" in measured)]
+    there = {
+        "latency": "dca" in measured,
+        "memory": len({row.patch for row in _by_grid(found)}) > 1,
+        "speedup": "dca" in measured,
+        "of_floor": bool(measured & set(cases.STAGES)),
+    }
+    return [name for name in FIGURES if there[name]]
 
 
 def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_label: str) -> None:

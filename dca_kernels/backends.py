@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dca_kernels import fused
+from dca_kernels.parameters import power_of_two
 
 NAMES = ("torch", "triton")
 # Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, at 1, 8
@@ -30,7 +31,7 @@ MOST_CHANNELS = 1024  # of a scale
 MOST_OF_ALL = 4096  # channels of all scales
 MOST_A_HEAD = 256  # channels of all scales a head of the spatial attention
 MOST_COLUMNS = 1024  # of a map, in training
-MOST_IN_A_ROW = 4096  # channels of a scale times columns of a window, each padded to a power of two, in training
+MOST_IN_A_ROW = 4096  # channels of a scale, at least 16, times columns of a window, each a power of two; in training
 
 _logger = logging.getLogger("dca_kernels")
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
@@ -102,14 +103,9 @@ def too_large(dca: Any, maps: Sequence[Tensor]) -> str | None:
             return f"more than {MOST_COLUMNS} columns of a map"
         if not torch.compiler.is_compiling():  # where it may be dynamic
             widest = -(-columns // windows) + (columns % windows != 0)
-            if _power(channels) * _power(widest) > MOST_IN_A_ROW:
+            if max(16, power_of_two(channels)) * power_of_two(widest) > MOST_IN_A_ROW:
                 return f"more than {MOST_IN_A_ROW} values in a row of a window"
     return None
-
-
-def _power(size: int) -> int:
-    """The power of two that holds `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str | None = None) -> str:

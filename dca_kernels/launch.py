@@ -11,6 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from dca_kernels.parameters import power_of_two
+
 MAX_PROGRAMS = 2**31 - 1
 
 # `maxnreg`, the most registers of a thread, is NVIDIA's alone; it is left to the compiler where a row has none.
@@ -87,7 +89,7 @@ def precision(dtype: torch.dtype, target: str) -> str:
 @functools.cache
 def padded(size: int) -> int:
     """As `primitives.padded`, which is slow to call from here."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def blocks(size: int, block: int) -> int:

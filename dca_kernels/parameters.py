@@ -11,6 +11,11 @@ from dca_kernels.fused import checked, uses_batch_statistics
 ALIGNMENT = 16  # bytes
 
 
+def power_of_two(size: int) -> int:
+    """The smallest one that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 class Affine(NamedTuple):
     """A weight and a bias: of a depthwise projection (C, 1, 1, 1) or of a convolution (C_i, C_i, 1, 1), and (C)."""
 

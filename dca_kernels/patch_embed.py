@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dca_kernels import launch
-from dca_kernels.parameters import Affine, LayerNorm
+from dca_kernels.parameters import Affine, LayerNorm, power_of_two
 from dca_kernels.primitives import (
     band,
     band_begin,
@@ -211,10 +211,10 @@ def patch_embed(
     sizes = launch.sizes(maps)
     windows = tuple((_widest(h, grid[0]), _widest(w, grid[1])) for h, w in sizes)
     target = launch.architecture(maps[0].device)
-    widest = max(launch.padded(c) * _power(w) for c, (_, w) in zip(channels, windows, strict=True))
+    widest = max(launch.padded(c) * power_of_two(w) for c, (_, w) in zip(channels, windows, strict=True))
     kernel = "patch_embed_train" if any(from_batch) else "patch_embed"
     config = launch.configuration(kernel, target, dtype, widest)
-    block_q = min(config["block_q"], _power(grid[1]))
+    block_q = min(config["block_q"], power_of_two(grid[1]))
     blocks = grid[0] * launch.blocks(grid[1], block_q)
     values = torch.empty(batch, grid[0] * grid[1], sum(channels), dtype=dtype, device=maps[0].device)
     tokens = Tokens(values, channels)
@@ -255,8 +255,3 @@ def patch_embed(
 def _widest(size: int, windows: int) -> int:
     """The largest window of `adaptive_avg_pool1d`."""
     return max(-(-(w + 1) * size // windows) - w * size // windows for w in range(windows))
-
-
-def _power(size: int) -> int:
-    """The power of two that holds `size`."""
-    return 1 << (size - 1).bit_length()

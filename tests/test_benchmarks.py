@@ -5,6 +5,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from benchmarks import (
     journal,
     measure,
     parity,
+    plots,
     providers,
     quick,
     report,
@@ -288,6 +291,19 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+def test_a_figure_shows_one_dtype_and_one_batch() -> None:
+    """And is drawn where it has something to show."""
+    grids = [row(size=size, patch=patch, peak_mb=1.0) for size, patch in (("paper", 28), ("grid56", 56))]
+    other = row(dtype="bfloat16", p50=1.0)
+    assert plots.of_one_dtype([*grids, other]) == grids
+    assert "memory" in plots.figures(grids) and "memory" not in plots.figures(grids[:1])
+    timed = [row(name, batch=batch) for name, batch in (("reference", 1), ("torch", 1), ("reference", 8), ("torch", 8))]
+    drawn: dict[str, Any] = {}
+    with mock.patch.object(plots, "_grouped", lambda figure, value, *rest: drawn.update(value=value, labels=rest[1])):
+        plots.speedup(None, [*timed, row("torch compiled", batch=1)])
+    assert len(drawn["value"]) == 3 and list(drawn["labels"].values()) == ["paper\nbatch 1"]
+
+
 def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = results.parent / "README.md"
     blocks = "\n\n".join(
@@ -305,7 +321,7 @@ def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     machine = results / "a-machine"
     pictures = {path: path.read_bytes() for path in machine.glob("*.png")}
-    assert len(pictures) == 4
+    assert {path.stem for path in pictures} == {"latency", "speedup", "of_floor"}  # one grid: no line of memory
     assert report.main(options) == 0 and all(path.read_bytes() == old for path, old in pictures.items())
     rows.append([row("torch", 6.0)], machine / "run.jsonl")
     capsys.readouterr()
