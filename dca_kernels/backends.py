@@ -1,7 +1,8 @@
 """Which implementation runs, and why.
 
 Order: the module's `backend` argument, then `use_backend(...)`, then the environment variable DCA_BACKEND, then "auto".
-An argument of "auto" leaves the choice to the next in line. A backend asked for by name either runs or raises.
+An argument of "auto" leaves the choice to the next in line. A backend asked for by name either runs or raises. Where
+something needs the submodules called, no backend is asked: see `dca_kernels.plain`.
 """
 
 import contextlib

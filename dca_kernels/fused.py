@@ -15,7 +15,7 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor, library
 from torch.nn import functional as F
 
 TILE_BYTES = 2**20  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
@@ -139,13 +139,15 @@ class _AdaptiveAvgPool(torch.autograd.Function):
         (height, width), grid = ctx.size, dpooled.shape[2:]
         if torch.is_grad_enabled() or not ctx.fresh:
             dx = dx.clone()
+        if is_batched(dpooled):  # then dx must be, too, to be added to in place
+            dx = dx + torch.zeros_like(dpooled[:, :, :1, :1])
         if ctx.size == grid:
             return dx.add_(dpooled), None, None
         with _no_autocast(dx):
             rows = dpooled @ _window_matrix(width, grid[1], dx.device, dpooled.dtype)  # (B, C, P_h, W)
             if height % grid[0] == 0:
                 rows *= grid[0] / height
-                dx.unflatten(2, (grid[0], -1)).add_(rows[:, :, :, None])
+                dx.view(*dx.shape[:2], grid[0], height // grid[0], width).add_(rows[:, :, :, None])
             else:
                 dx.add_(_window_matrix(height, grid[0], dx.device, dpooled.dtype).mT @ rows)
         return dx, None, None
@@ -302,7 +304,32 @@ def _head_sums(tokens: Tensor, vectors: Sequence[Tensor], heads: Sequence[int]) 
     for vector, h in zip(vectors, heads, strict=True):
         head_of = torch.eye(h, device=vector.device, dtype=vector.dtype).repeat_interleave(vector.shape[1] // h, 0)
         columns.append(vector[:, :, None] * head_of)
-    return list((tokens @ torch.cat(columns, 2)).mT.split(list(heads), 1))
+    if torch.compiler.is_compiling():  # cannot trace what gives no gradient
+        return [(tokens @ column).mT for column in columns]
+    return list(_JointProduct.apply(tokens, *columns))
+
+
+class _JointProduct(torch.autograd.Function):
+    """(tokens @ columns)^T for each scale's columns, in one product: (B, N, C), S of (B, C, h) -> S of (B, h, N).
+
+    The columns of a result without a gradient get none, where `torch.cat` would give them zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(tokens, *columns)
+        return (tokens @ torch.cat(columns, 2)).mT.split([c.shape[2] for c in columns], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tokens, *columns = ctx.saved_tensors
+        used = [(c, g) for c, g in zip(columns, grads, strict=True) if g is not None]
+        with _no_autocast(tokens):
+            upstream = torch.cat([g for _, g in used], 1).mT  # (B, N, h of all)
+            dtokens = upstream @ torch.cat([c for c, _ in used], 2).mT
+            dcolumns = iter((tokens.mT @ upstream).split([c.shape[2] for c, _ in used], 2))
+        return dtokens, *(None if g is None else next(dcolumns) for g in grads)
 
 
 def _attend(every: Tensor, own: Tensor, pair: Tensor, key_scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -655,7 +682,7 @@ def upsample(
     updates = []
     operands = operand_dtype(maps)
     for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
-        conv = checked(upconv.conv.conv, nn.Conv2d)
+        conv = upconv.conv.conv
         z = _pointwise(conv.weight.flatten(1).to(t.dtype), t, operands).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
@@ -801,10 +828,11 @@ _merge_backward = _operator(
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, mean, variance, ctx.eps, _ = inputs
+    *tensors, mean, _, ctx.eps, _ = inputs
     ctx.from_batch = mean is None
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *(output[1:] if ctx.from_batch else (mean, variance)))
+    # The variance that came may be BatchNorm's buffer, which a forward in training changes: the output is a copy of it.
+    ctx.save_for_backward(*tensors, output[1] if ctx.from_batch else mean, output[2])
 
 
 def _differentiate_merge(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -923,27 +951,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _affine(projection: Holder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight (C) and bias (C) of a depthwise projection."""
-    conv = checked(projection.proj.depthwise, nn.Conv2d)
+    conv = projection.proj.depthwise
     return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
 
 
 def _layer_norm(tokens: Sequence[Tensor], norms: Sequence[Holder]) -> list[Tensor]:
     return [
         F.layer_norm(t, norm.normalized_shape, norm.weight.to(t.dtype), norm.bias.to(t.dtype), norm.eps)
-        for t, norm in ((t, checked(norm, nn.LayerNorm)) for t, norm in zip(tokens, norms, strict=True))
+        for t, norm in zip(tokens, norms, strict=True)
     ]
-
-
-def checked(module: Holder, kind: type[nn.Module]) -> Holder:
-    """`module`, where its parameters say all that its forward does; an error where they do not."""
-    if type(module).forward is not kind.forward or "forward" in vars(module):
-        raise TypeError(f"expected an nn.{kind.__name__}, whose parameters are used, got {type(module).__name__}")
-    if "weight" in vars(module) or "bias" in vars(module):  # torch.nn.utils.weight_norm, spectral_norm, prune
-        raise TypeError(
-            f"expected nn.{kind.__name__} parameters, or torch.nn.utils.parametrizations of them, got a tensor that a "
-            "forward pre-hook computes, and that hook would not run"
-        )
-    return module
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1003,12 +1019,12 @@ def _cut(weights: Tensor) -> Tensor:
 class _ZeroGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+        ctx.shapes = [p.shape for p in parameters]
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
+        return grads[0], *(grads[0].new_zeros(shape) for shape in ctx.shapes)
 
 
 def _with_zero_grad(value: Tensor, *parameters: Tensor) -> Tensor:
@@ -1028,6 +1044,11 @@ def _differentiable_grad(
     wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
     grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
     return [next(grads) if need else None for need in needed[: len(inputs)]]
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it is several gradients in one (`is_grads_batched`), which some operations refuse."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:

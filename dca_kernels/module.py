@@ -3,77 +3,19 @@
 import functools
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import handle_torch_function
 
-from dca_kernels import backends
+from dca_kernels import backends, plain
 from dca_kernels.fused import uses_batch_statistics
+from dca_kernels.layers import Block, DepthwiseProjection, UpsampleConv
 
 _logger = logging.getLogger("dca_kernels")
-
-
-class _Depthwise(nn.Module):
-    """Holds a depthwise 1x1 convolution under the official name, `proj.depthwise`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.proj = nn.Module()
-        self.proj.depthwise = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
-
-
-class _ChannelAttention(nn.Module):
-    """Holds one scale's maps of the channel cross-attention."""
-
-    def __init__(self, total: int, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_map = _Depthwise(channels)
-        self.k_map = _Depthwise(total)
-        self.v_map = _Depthwise(total)
-        self.projection = _Depthwise(channels)
-
-
-class _SpatialAttention(nn.Module):
-    """Holds one scale's maps of the spatial cross-attention."""
-
-    def __init__(self, total: int, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_map = _Depthwise(total)
-        self.k_map = _Depthwise(total)
-        self.v_map = _Depthwise(channels)
-        self.projection = _Depthwise(channels)
-
-
-class _Block(nn.Module):
-    """Holds one channel and one spatial cross-attention, with their LayerNorms."""
-
-    def __init__(self, dca: "DCA") -> None:
-        super().__init__()
-        features, total = dca.features, sum(dca.features)
-        if dca.channel_att:
-            self.channel_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
-            self.c_attention = nn.ModuleList(
-                _ChannelAttention(total, c, heads) for c, heads in zip(features, dca.channel_head, strict=True)
-            )
-        if dca.spatial_att:
-            self.spatial_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
-            self.s_attention = nn.ModuleList(
-                _SpatialAttention(total, c, heads) for c, heads in zip(features, dca.spatial_head, strict=True)
-            )
-
-
-class _UpsampleConv(nn.Module):
-    """Holds a dense 1x1 convolution under the official name, `conv.conv`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Module()
-        self.conv.conv = nn.Conv2d(channels, channels, kernel_size=1)
 
 
 class DCA(nn.Module):
@@ -122,13 +64,14 @@ class DCA(nn.Module):
         self.channel_head = [1] * scales if channel_head is None else channel_head
         self.spatial_head = [4] * scales if spatial_head is None else spatial_head
         if channel_att:
-            self.channel_head = _heads("channel_head", self.channel_head, self.features)
+            self.channel_head = _heads("channel_head", self.channel_head, self.features, channel_head is None)
         if spatial_att:
-            self.spatial_head = _heads("spatial_head", self.spatial_head, self.features)
+            self.spatial_head = _heads("spatial_head", self.spatial_head, self.features, spatial_head is None)
         self.backend = backends.check_name(backend, "backend")
-        self.avg_map = nn.ModuleList(_Depthwise(c) for c in self.features)
-        self.attention = nn.ModuleList(_Block(self) for _ in range(self.n))
-        self.upconvs = nn.ModuleList(_UpsampleConv(c) for c in self.features)
+        heads = self.channel_head if channel_att else [], self.spatial_head if spatial_att else []
+        self.avg_map = nn.ModuleList(DepthwiseProjection(c) for c in self.features)
+        self.attention = nn.ModuleList(Block(self.features, *heads) for _ in range(self.n))
+        self.upconvs = nn.ModuleList(UpsampleConv(c) for c in self.features)
         self.bn_relu = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()) for c in self.features)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -140,13 +83,28 @@ class DCA(nn.Module):
 
         Returns:
             S tensors of the same shapes. Their dtype is the maps'; under autocast it is the one that the map's and the
-            autocast dtype promote to, as for the official module. channels_last where the map is.
+            autocast dtype promote to, as for the official module. channels_last where the map is. Of maps of a subclass
+            of Tensor, what its `__torch_function__` makes of them, as of the official module.
 
         Raises:
-            TypeError, ValueError: `maps` is not as above; nothing is changed.
+            TypeError, ValueError: `maps` is not as above, or a submodule is not the one that the constructor put there;
+                nothing is changed.
             RuntimeError: the backend asked for cannot run; the message says why.
         """
-        dtypes = self._check(maps)
+        every = maps if isinstance(maps, list | tuple) else [maps]
+        proxies = [x for x in every if isinstance(x, fx.Proxy)]
+        if proxies:
+            return self._leaf(maps, proxies[0].tracer)
+        overriding = [x for x in every if _overrides(x)]
+        if overriding:
+            return handle_torch_function(self._refine_as_tensors, overriding, maps)
+        reason = plain.hooked(self)  # first: it raises where a submodule has no parameters to read
+        dtypes = [] if torch.jit.is_tracing() else self._check(maps)  # there, a check of sizes would be traced
+        reason = reason or plain.taken_apart(maps)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _say_plain(reason)
+            return plain.refine(self, maps)
         # A frozen encoder's maps may be inference tensors, which no backward can keep; a compiled graph says so itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             maps = [x.clone() if x.is_inference() else x for x in maps]
@@ -158,6 +116,17 @@ class DCA(nn.Module):
         backend = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
         outs = backends.load(backend).refine(self, maps, norms, dtypes)
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
+
+    def _leaf(self, maps: Any, tracer: Any) -> tuple[Any, ...]:
+        """What `torch.fx.symbolic_trace` gets: one call of this module, whose checks and algebra are for tensors."""
+        if tracer.root is self:
+            raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
+        outputs = tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {})
+        return tuple(outputs[i] for i in range(len(self.features)))
+
+    def _refine_as_tensors(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`forward` for maps of subclasses of Tensor, whose `__torch_function__` dresses the results again."""
+        return self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
 
     def extra_repr(self) -> str:
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
@@ -185,7 +154,7 @@ class DCA(nn.Module):
                 raise ValueError(f"maps[{i}]: expected device {own.device}, as the parameters, got {x.device}")
         dtypes = self._output_dtypes(maps, own.dtype)
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
-            norm = next(head.children(), None)
+            norm = next(iter(head._modules.values()), None)
             if isinstance(norm, nn.BatchNorm2d) and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
@@ -195,7 +164,7 @@ class DCA(nn.Module):
     @staticmethod
     def _output_dtypes(maps: Sequence[Tensor], own: torch.dtype) -> list[torch.dtype]:
         device_type = maps[0].device.type
-        if not torch.is_autocast_enabled(device_type):
+        if maps[0].is_meta or not torch.is_autocast_enabled(device_type):
             for i, x in enumerate(maps):
                 if x.dtype != own:
                     raise TypeError(f"maps[{i}]: expected dtype {own}, as the parameters, got {x.dtype}")
@@ -214,11 +183,10 @@ def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
 
     Only such a one may be fused; any other is called as it is.
     """
-    modules: list[Any] = [head, *head.children()]
+    modules: list[Any] = [head, *head._modules.values()]
     if [type(m) for m in modules] != [nn.Sequential, nn.BatchNorm2d, nn.ReLU]:
         return None
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if _has_any_global_hook() or any("forward" in vars(m) or any(getattr(m, name) for name in hooks) for m in modules):
+    if _has_any_global_hook() or any("forward" in vars(m) or plain.is_hooked(m) for m in modules):
         return None
     return modules[1]
 
@@ -228,31 +196,51 @@ def _say_called(i: int, kind: str) -> None:
     _logger.info("bn_relu[%d] (%s) is not a plain BatchNorm2d and ReLU: it is called as it is, not fused", i, kind)
 
 
+@functools.cache  # one log line each
+def _say_plain(reason: str) -> None:
+    _logger.warning(
+        "%s needs the submodules of a DCA called: plain PyTorch operations run, slower, with N x N matrices in memory",
+        reason,
+    )
+
+
+def _overrides(x: object) -> bool:
+    """Whether operations on a tensor are its subclass's affair (MONAI's MetaTensor, torchvision's tv_tensors)."""
+    kind: Any = type(x)
+    if kind is Tensor or not isinstance(x, Tensor):
+        return False
+    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
 def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list of integers, got {values!r}")
     try:
         integers = [operator.index(v) for v in values]
     except TypeError:
         raise TypeError(f"{name}: expected integers, got {values!r}") from None
     if not integers or min(integers) < 1:
-        raise ValueError(f"{name}: expected integers of at least 1, got {list(values)!r}")
+        raise ValueError(f"{name}: expected integers of at least 1, got {integers}")
     return integers
 
 
 def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:
-    sides = _positive_ints("patch", [patch, patch] if isinstance(patch, int) else patch)
-    if len(sides) != 2:
+    sides: Any = [patch, patch] if hasattr(patch, "__index__") else patch
+    if not isinstance(sides, Sequence) or len(sides) != 2:
         raise ValueError(f"patch: expected one integer or (P_h, P_w), got {patch!r}")
-    return sides[0], sides[1]
+    height, width = _positive_ints("patch", sides)
+    return height, width
 
 
-def _heads(name: str, heads: Sequence[int], features: Sequence[int]) -> list[int]:
-    heads = _positive_ints(name, heads)
+def _heads(name: str, heads: Sequence[int], features: Sequence[int], by_default: bool) -> list[int]:
+    heads, total = _positive_ints(name, heads), sum(features)
     if len(heads) != len(features):
         raise ValueError(f"{name}: expected {len(features)} values, one for each of features, got {len(heads)}")
     for i, (h, channels) in enumerate(zip(heads, features, strict=True)):
-        if channels % h or sum(features) % h:
-            raise ValueError(
-                f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {sum(features)}, "
-                f"got {h}"
-            )
+        if channels % h or total % h:
+            expected = f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {total}, got "
+            if not by_default:
+                raise ValueError(f"{expected}{h}")
+            fitting = [max(d for d in range(1, h + 1) if c % d == total % d == 0) for c in features]
+            raise ValueError(f"{expected}the default, {h}: pass {name}, {fitting} for one")
     return heads

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dca_kernels.fused import checked, uses_batch_statistics
+from dca_kernels.fused import uses_batch_statistics
 
 ALIGNMENT = 16  # bytes
 
@@ -122,8 +122,8 @@ def describe(dca: Any, norms: Sequence[Any], dtype: torch.dtype) -> Spec:
         len(blocks),
         list(dca.channel_head) if dca.channel_att else [],
         list(dca.spatial_head) if dca.spatial_att else [],
-        [checked(norm, nn.LayerNorm).eps for block in blocks if dca.channel_att for norm in block.channel_norm],
-        [checked(norm, nn.LayerNorm).eps for block in blocks if dca.spatial_att for norm in block.spatial_norm],
+        [norm.eps for block in blocks if dca.channel_att for norm in block.channel_norm],
+        [norm.eps for block in blocks if dca.spatial_att for norm in block.spatial_norm],
         [norm is not None for norm in norms],
         [norm is not None and t is not None for norm in norms for t in _affine_of(norm)],
         [norm is not None and norm.running_mean is not None for norm in norms],
@@ -145,7 +145,7 @@ def flatten(dca: Any, norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]
                 modules.extend(getattr(block, layer_norms))
                 for name in ("q_map", "k_map", "v_map", "projection"):
                     modules += [_depthwise(getattr(attention, name)) for attention in getattr(block, attentions)]
-    modules += [checked(upconv.conv.conv, nn.Conv2d) for upconv in dca.upconvs]
+    modules += [upconv.conv.conv for upconv in dca.upconvs]
     parameters = [t for module in modules for t in (module.weight, module.bias) if t is not None]
     parameters += [t for norm in norms for t in _affine_of(norm) if t is not None]
     fused = [norm for norm in norms if norm is not None]
@@ -198,7 +198,7 @@ def _as_kernels_take_it(parameter: Tensor) -> Tensor:
 
 
 def _depthwise(projection: Any) -> nn.Conv2d:
-    return checked(projection.proj.depthwise, nn.Conv2d)
+    return projection.proj.depthwise
 
 
 def _affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -16,8 +16,8 @@ from dca_kernels import channel_attention as channel
 from dca_kernels import spatial_attention as spatial
 from dca_kernels import upsample as merge
 from dca_kernels.backends import tokens_dtype
-from dca_kernels.fused import accumulation_dtype, memory_format, update_running_buffers
-from dca_kernels.parameters import Spec, describe, flatten, unflatten
+from dca_kernels.fused import accumulation_dtype, is_batched, memory_format, update_running_buffers
+from dca_kernels.parameters import Affine, Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
 from dca_kernels.tokens import Tokens
 
@@ -26,6 +26,10 @@ BACKWARD: dict[type, Any] = {
     channel.Saved: channel.channel_attention_backward,
     spatial.Saved: spatial.spatial_attention_backward,
 }
+BATCHED = (
+    "DCA: the triton backend's gradients cannot be batched (is_grads_batched=True, vectorize=True): use backend='torch'"
+    " or torch.func"
+)
 TWICE = (
     "the triton backend's gradients cannot be differentiated again: use backend='torch' for second derivatives "
     "(create_graph=True)"
@@ -169,6 +173,31 @@ def _backward(
     return dmaps, gradients
 
 
+def _wanted(spec: Spec, needed: Sequence[bool], grads: Sequence[Tensor | None]) -> list[bool]:
+    """For each of maps and parameters, whether it is `needed` and an output with a gradient depends on it.
+
+    Through an attention every output depends on all that comes before it. What comes behind the last one, and the maps
+    of that one, serve their own scale only.
+    """
+    used = [g is not None for g in grads]
+    of_own = [there for there in used for _ in Affine._fields]
+    of_all = [True] * len(of_own)
+    attentions = spec.blocks * (bool(spec.channel_heads) + bool(spec.spatial_heads))
+    reached = [True] * len(used) + of_all if attentions else used + of_own  # maps, avg_map
+    for k in range(attentions):  # LayerNorms, then q_map, k_map, v_map and projection
+        reached += of_all + 4 * (of_own if k == attentions - 1 else of_all)
+    reached += of_own  # upconvs
+    reached += [flag for flag, there in zip(of_own, spec.affine, strict=True) if there]  # BatchNorms
+    return [need and flag for need, flag in zip(needed, reached, strict=True)]
+
+
+def _with_zeros(spec: Spec, grads: Sequence[Tensor | None], maps: Sequence[Tensor]) -> list[Tensor]:
+    """Upstream gradients of all outputs: zeros for one that was not used."""
+    dtypes = [torch.promote_types(x.dtype, spec.dtype) for x in maps]
+    scales = zip(grads, maps, dtypes, strict=True)
+    return [torch.zeros_like(x, dtype=dtype) if g is None else g for g, x, dtype in scales]
+
+
 def _first_wanted(spec: Spec, wanted: Sequence[bool]) -> int:
     """The first stage with a wanted gradient: 0 embedding and maps, then the attentions, then the upsampling."""
     scales = len(spec.fused)
@@ -214,14 +243,19 @@ class _Refine(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, buffers: Any, scales: int, *tensors: Any) -> tuple[Tensor, ...]:
         outs, saved = _forward(spec, tensors[:scales], tensors[scales:], buffers, training=True)
         ctx.spec, ctx.scales = spec, scales
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)  # an error where one was changed in place
         return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scales, count = ctx.scales, len(ctx.needs_input_grad) - 3
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        if any(is_batched(g) for g in grads if g is not None):
+            raise RuntimeError(BATCHED)
+        tensors = ctx.saved_tensors
         maps, parameters, saved = tensors[:scales], tensors[scales:count], tensors[count:]
+        wanted = _wanted(ctx.spec, ctx.needs_input_grad[3:], grads)
+        douts = _with_zeros(ctx.spec, grads, maps)
         with torch.no_grad():
             dmaps, raw = _backward(ctx.spec, maps, parameters, saved, douts, wanted)
             gradients = [*dmaps, *_gradients(ctx.spec, raw, parameters, [x.shape[1] for x in maps])]
@@ -325,21 +359,23 @@ def _refine_backward_fake(douts: Any, maps: Any, parameters: Any, saved: Any, *r
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     maps, parameters, buffers, *numbers, _ = inputs
     ctx.scales, ctx.count, ctx.numbers = len(maps), len(maps) + len(parameters), numbers
+    ctx.set_materialize_grads(False)
     # What is returned for an argument that is no tensor: a list without elements counts as one of tensors.
     ctx.rest = [[None] * len(buffers), *([] if number == [] else None for number in numbers), None]
     ctx.save_for_backward(*maps, *parameters, *output[len(maps) :])
 
 
-def _differentiate(ctx: Any, douts: list[Tensor]) -> tuple[Any, ...]:
-    scales, tensors = ctx.scales, list(ctx.saved_tensors)
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    scales, spec, tensors = ctx.scales, Spec(*ctx.numbers), list(ctx.saved_tensors)
     maps, parameters, saved = tensors[:scales], tensors[scales : ctx.count], tensors[ctx.count :]
-    wanted_maps, wanted_parameters = ctx.needs_input_grad[:2]
-    wanted = [*wanted_maps, *wanted_parameters]
-    raw = torch.ops.dca_kernels.refine_backward(douts[:scales], maps, parameters, saved, *ctx.numbers, wanted)
+    needed_maps, needed_parameters, *_ = ctx.needs_input_grad
+    wanted = _wanted(spec, [*needed_maps, *needed_parameters], grads[:scales])
+    douts = _with_zeros(spec, grads[:scales], maps)
+    raw = torch.ops.dca_kernels.refine_backward(douts, maps, parameters, saved, *ctx.numbers, wanted)
     rest = iter(raw)
-    dmaps = [next(rest) if want else None for want in wanted_maps]
-    gradients = _gradients(Spec(*ctx.numbers), list(rest), parameters, [x.shape[1] for x in maps])
-    asked = [g if want else None for g, want in zip(gradients, wanted_parameters, strict=True)]
+    dmaps = [next(rest) if want else None for want in wanted[:scales]]
+    gradients = _gradients(spec, list(rest), parameters, [x.shape[1] for x in maps])
+    asked = [g if want else None for g, want in zip(gradients, wanted[scales:], strict=True)]
     return dmaps, asked, *ctx.rest
 
 

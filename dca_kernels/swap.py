@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dca_kernels.backends import check_name
-from dca_kernels.fused import checked
 from dca_kernels.module import DCA
+from dca_kernels.plain import refusal
 
 CHILDREN = ("avg_map", "attention", "upconvs", "bn_relu")
 # The submodules that a fused module and its original share: all that hold tensors.
@@ -274,15 +274,17 @@ def _hooks(module: nn.Module) -> dict[str, Any]:
 
 
 def _refuse_hooks(original: nn.Module) -> None:
-    """Refuse what would be called in `original` and not in the fused module."""
+    """Refuse what would be called in `original` and not in the fused module, or would keep that from any backend."""
     for name, module in original.named_modules():
         if name.startswith("bn_relu."):
             continue
         if "forward" in vars(module):
             raise _Refused(f"the forward of {name or 'this instance'} was replaced, and would not be called")
         for registry, hooks in _hooks(module).items() if name else ():
-            if hooks and not (SHARED.fullmatch(name) and "state_dict" in registry):
-                raise _Refused(f"{name} has {registry.strip('_').replace('_', ' ')}, which would not be called")
+            shared = SHARED.fullmatch(name)
+            if hooks and not (shared and "state_dict" in registry):
+                effect = "with which no backend would run" if shared else "which would not be called"
+                raise _Refused(f"{name} has {registry.strip('_').replace('_', ' ')}, {effect}")
 
 
 def _shared_names(dca: nn.Module) -> list[str]:
@@ -342,15 +344,15 @@ def _heads(attention: Any) -> int:
 
 def _check_leaf(name: str, module: Any, expected: Any) -> None:
     """By attributes: in training, reading a parametrized weight may change its buffers."""
-    checked(module, type(expected))
+    reason = refusal(module, {type(expected)})
+    if reason is not None:
+        raise TypeError(f"{name}: {reason}")
     convolution = ("in_channels", "out_channels", "kernel_size", "groups")
     norm = ("normalized_shape", "elementwise_affine")
     for attribute in convolution if isinstance(expected, nn.Conv2d) else norm:
         wanted, got = (getattr(m, attribute) for m in (expected, module))
         if wanted != got:
             raise ValueError(f"{name}: expected {attribute} {wanted}, got {got}")
-    if module.bias is None:
-        raise ValueError(f"{name}: expected a bias, got None")
 
 
 def _tensor_names(module: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,14 +14,19 @@ from tests.oracle import Config, assert_identical, both_modes, each_backend, pai
 ARGUMENTS: dict[str, tuple[dict, type[Exception], str]] = {
     "no_features": ({"features": []}, ValueError, "features: expected integers of at least 1, got []"),
     "zero_features": ({"features": [8, 0]}, ValueError, "features: expected integers of at least 1, got [8, 0]"),
-    "features_number": ({"features": 8}, TypeError, "features: expected integers, got 8"),
+    "features_number": ({"features": 8}, TypeError, "features: expected a list of integers, got 8"),
+    "features_text": ({"features": "8"}, TypeError, "features: expected integers, got '8'"),
     "features_float": ({"features": [8.0]}, TypeError, "features: expected integers, got [8.0]"),
+    "strides_number": ({"strides": 2}, TypeError, "strides: expected a list of integers, got 2"),
     "strides": ({"strides": [1]}, ValueError, "strides: expected 2 values, one for each of features, got 1"),
     "patch_zero": ({"patch": 0}, ValueError, "patch: expected integers of at least 1, got [0, 0]"),
     "patch_negative": ({"patch": (4, -1)}, ValueError, "patch: expected integers of at least 1, got [4, -1]"),
     "patch_of_three": ({"patch": (4, 4, 4)}, ValueError, "patch: expected one integer or (P_h, P_w), got (4, 4, 4)"),
+    "patch_one_float": ({"patch": 4.5}, ValueError, "patch: expected one integer or (P_h, P_w), got 4.5"),
+    "patch_none": ({"patch": None}, ValueError, "patch: expected one integer or (P_h, P_w), got None"),
     "patch_float": ({"patch": (4.0, 4)}, TypeError, "patch: expected integers, got (4.0, 4)"),
     "n": ({"n": 0}, ValueError, "n: expected integers of at least 1, got [0]"),
+    "channel_head_number": ({"channel_head": 4}, TypeError, "channel_head: expected a list of integers, got 4"),
     "channel_head_count": (
         {"channel_head": [1]},
         ValueError,
@@ -42,6 +48,18 @@ ARGUMENTS: dict[str, tuple[dict, type[Exception], str]] = {
         ValueError,
         "spatial_head[1]: expected a divisor of features[1] = 16 and of their sum 24, got 16",
     ),
+    "default_heads": (
+        {"features": [3, 6]},
+        ValueError,
+        "spatial_head[0]: expected a divisor of features[0] = 3 and of their sum 9, got the default, 4: "
+        "pass spatial_head, [3, 3] for one",
+    ),
+    "default_heads_of_no_common_divisor": (
+        {"features": [8, 15]},
+        ValueError,
+        "spatial_head[0]: expected a divisor of features[0] = 8 and of their sum 23, got the default, 4: "
+        "pass spatial_head, [1, 1] for one",
+    ),
     "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'torch', 'triton', got 'cuda'"),
 }
 
@@ -50,6 +68,16 @@ ARGUMENTS: dict[str, tuple[dict, type[Exception], str]] = {
 def test_constructor(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         dca_kernels.DCA(**({"features": [8, 16]} | arguments))
+
+
+def test_the_heads_that_an_error_names_are_taken() -> None:
+    dca_kernels.DCA([3, 6], spatial_head=[3, 3])
+    dca_kernels.DCA([8, 15], spatial_head=[1, 1])
+
+
+def test_integers_of_numpy_are_taken() -> None:
+    module = dca_kernels.DCA(np.array([8, 16]), patch=np.int64(4), spatial_head=np.array([2, 4]))
+    assert (module.features, module.grid, module.spatial_head) == ([8, 16], (4, 4), [2, 4])
 
 
 def test_heads_of_an_attention_that_is_off_are_not_checked() -> None:

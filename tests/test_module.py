@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -197,9 +198,9 @@ def test_global_hooks_are_called(backend: str) -> None:
 # The other modules hold parameters: what would need their own forward is refused
 
 
-def _old_weight_norm(module: nn.Module) -> None:
+def _old_weight_norm(conv: nn.Module) -> None:
     with pytest.warns(FutureWarning):
-        torch.nn.utils.weight_norm(module.upconvs[0].conv.conv)
+        torch.nn.utils.weight_norm(conv)
 
 
 class ScaledConv(nn.Conv2d):
@@ -208,21 +209,69 @@ class ScaledConv(nn.Conv2d):
 
 
 HELD = {
-    "weight_norm": _old_weight_norm,
-    "spectral_norm": lambda module: torch.nn.utils.spectral_norm(module.avg_map[1].proj.depthwise),
-    "pruned": lambda module: prune.random_unstructured(module.attention[0].spatial_norm[0], "weight", 0.5),
-    "subclass": lambda module: setattr(module.avg_map[0].proj.depthwise, "__class__", ScaledConv),
-    "patched_forward": lambda module: setattr(module.upconvs[0].conv.conv, "forward", lambda x: x),
+    "weight_norm": ("upconvs.0.conv.conv", _old_weight_norm, "the forward pre-hook WeightNorm computes"),
+    "spectral_norm": (
+        "avg_map.1.proj.depthwise",
+        torch.nn.utils.spectral_norm,
+        "the forward pre-hook SpectralNorm computes",
+    ),
+    "pruned": (
+        "attention.0.spatial_norm.0",
+        lambda norm: prune.random_unstructured(norm, "weight", 0.5),
+        "the forward pre-hook RandomUnstructured computes",
+    ),
+    "subclass": (
+        "avg_map.0.proj.depthwise",
+        lambda conv: setattr(conv, "__class__", ScaledConv),
+        "tests.test_module.ScaledConv",
+    ),
+    "patched_forward": (
+        "upconvs.0.conv.conv",
+        lambda conv: setattr(conv, "forward", lambda x: x),
+        "another one on the instance",
+    ),
+    "patched_forward_of_a_holder": (
+        "attention.0.c_attention.1",
+        lambda attention: setattr(attention, "forward", attention.forward),
+        "another one on the instance",
+    ),
 }
 
 
-@pytest.mark.parametrize("change", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("name, change, came", HELD.values(), ids=HELD)
 @each_backend
-def test_modules_whose_forward_would_not_run_are_refused(change: Callable[[nn.Module], None], backend: str) -> None:
+def test_modules_whose_forward_would_not_run_are_refused(name: str, change: Callable, came: str, backend: str) -> None:
     module, _ = pair(Config(), backend)
-    change(module)
+    change(module.get_submodule(name))
+    assert_refused(module, name, came, backend)
+
+
+EXCHANGED = {
+    "lora": ("avg_map.0.proj.depthwise", lambda conv: nn.Sequential(conv), "torch.nn.modules.container.Sequential"),
+    "holder": ("attention.0", lambda block: nn.Identity(), "torch.nn.modules.linear.Identity"),
+    "larger_kernel": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 3, padding=1), "Conv2d(16, 16, kernel_siz"),
+    "stride": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 1, stride=2), "Conv2d(16, 16, kernel_size=(1, 1)"),
+    "no_bias": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(8, 8, 1, bias=False), "Conv2d(8, 8, kernel_size=(1, 1)"),
+    "norm_without_bias": ("attention.0.spatial_norm.0", lambda norm: nn.LayerNorm(8, bias=False), "LayerNorm((8,), "),
+    "quantized": (
+        "attention.0.s_attention.1.q_map.proj.depthwise",
+        lambda conv: torch.ao.nn.qat.Conv2d(24, 24, 1, groups=24, qconfig=torch.ao.quantization.default_qat_qconfig),
+        "torch.ao.nn.qat.modules.conv.Conv2d: leave the DCA out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name, exchange, came", EXCHANGED.values(), ids=EXCHANGED)
+@each_backend
+def test_exchanged_submodules_are_refused(name: str, exchange: Callable, came: str, backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    module.set_submodule(name, exchange(module.get_submodule(name)))
+    assert_refused(module, name, came, backend)
+
+
+def assert_refused(module: nn.Module, name: str, came: str, backend: str) -> None:
     before = {name: b.clone() for name, b in module.named_buffers()}
-    with pytest.raises(TypeError, match=r"^expected (an )?nn\.(Conv2d|LayerNorm)"):
+    with pytest.raises(TypeError, match=rf"^{re.escape(name)}: expected .*, got .*{re.escape(came)}"):
         evaluate(module, random_maps(Config(), backend=backend), backward=backend in TRAINABLE)
     assert_identical(dict(module.named_buffers()), before)
 
@@ -236,23 +285,6 @@ def test_parametrizations(backend: str) -> None:
             conv.parametrizations.weight.original0.data.mul_(3)
     maps = random_maps(Config(), backend=backend)
     assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
-
-
-@each_backend
-def test_replicas_of_data_parallel(backend: str) -> None:
-    results = []
-    for module in pair(Config(), backend, train=False):
-        replicas = [m._replicate_for_data_parallel() for m in module.modules()]  # what nn.DataParallel makes of each
-        names = {m: replica for m, replica in zip(module.modules(), replicas, strict=True)}
-        for original, replica in names.items():
-            for name, child in original.named_children():
-                setattr(replica, name, names[child])
-            for name, tensor in [*original._parameters.items(), *original._buffers.items()]:
-                setattr(replica, name, tensor)
-        maps = random_maps(Config(), backend=backend)
-        with torch.no_grad():
-            results.append({f"output.{i}": y for i, y in enumerate(replicas[0](maps))})
-    assert_same(*results)
 
 
 @each_trainable

@@ -311,7 +311,7 @@ HOOKED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     ),
     "convolution": (
         lambda dca: dca.upconvs[0].conv.conv.register_full_backward_hook(print),
-        "upconvs.0.conv.conv has backward hooks, which would not be called",
+        "upconvs.0.conv.conv has backward hooks, with which no backend would run",
     ),
     "state_dict": (
         lambda dca: dca.attention.register_state_dict_pre_hook(print),
@@ -327,7 +327,7 @@ HOOKED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     ),
     "prune": (
         lambda dca: prune.l1_unstructured(_attention(dca).q_map.proj.depthwise, "weight", amount=1),
-        "attention.0.s_attention.1.q_map.proj.depthwise has forward pre hooks, which would not be called",
+        "attention.0.s_attention.1.q_map.proj.depthwise has forward pre hooks, with which no backend would run",
     ),
     "compiled": (lambda dca: dca.compile(backend="eager"), "it is compiled: replace it first, then compile"),
 }

@@ -1,0 +1,122 @@
+"""The submodules of a DCA: the official module's names, and its operations where a submodule is called.
+
+A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all.
+
+Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
+N = P_h * P_w tokens, h heads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise 1x1 convolution: one scale and one bias a channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x)  # (B, C, P_h, P_w)
+
+
+class DepthwiseProjection(nn.Module):
+    """The depthwise 1x1 convolution on tokens."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = DepthwiseConv(channels)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, P_h, P_w)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, C)
+
+
+class ChannelAttention(nn.Module):
+    """One scale's cross-attention over channels: its C_i channels attend to the C channels of all (paper, eq. 3)."""
+
+    def __init__(self, total: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, total**-0.5  # whatever the number of heads
+        self.q_map = DepthwiseProjection(channels)
+        self.k_map = DepthwiseProjection(total)
+        self.v_map = DepthwiseProjection(total)
+        self.projection = DepthwiseProjection(channels)
+
+    def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
+        maps = (self.q_map(own, grid), self.k_map(every, grid), self.v_map(every, grid))  # (B, N, C_i or C)
+        q, k, v = (t.transpose(1, 2).unflatten(1, (self.heads, -1)) for t in maps)  # (B, h, C_i / h or C / h, N)
+        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, -1)  # (B, h, C_i / h, C / h)
+        return self.projection((weights @ v).flatten(1, 2).transpose(1, 2), grid)  # (B, N, C_i)
+
+
+class SpatialAttention(nn.Module):
+    """One scale's cross-attention over tokens: values are its own, queries and keys of all (paper, eq. 4)."""
+
+    def __init__(self, total: int, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (total // heads) ** -0.5
+        self.q_map = DepthwiseProjection(total)
+        self.k_map = DepthwiseProjection(total)
+        self.v_map = DepthwiseProjection(channels)
+        self.projection = DepthwiseProjection(channels)
+
+    def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
+        maps = (self.q_map(every, grid), self.k_map(every, grid), self.v_map(own, grid))  # (B, N, C or C_i)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in maps)  # (B, h, N, C / h or C_i / h)
+        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, -1)  # (B, h, N, N)
+        return self.projection((weights @ v).transpose(1, 2).flatten(2), grid)  # (B, N, C_i)
+
+
+class Block(nn.Module):
+    """Channel, then spatial cross-attention, each with its LayerNorms and its residual."""
+
+    def __init__(self, features: Sequence[int], channel_heads: Sequence[int], spatial_heads: Sequence[int]) -> None:
+        """Without heads, there is no such attention."""
+        super().__init__()
+        total = sum(features)
+        if channel_heads:
+            self.channel_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.c_attention = nn.ModuleList(
+                ChannelAttention(total, c, heads) for c, heads in zip(features, channel_heads, strict=True)
+            )
+        if spatial_heads:
+            self.spatial_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.s_attention = nn.ModuleList(
+                SpatialAttention(total, c, heads) for c, heads in zip(features, spatial_heads, strict=True)
+            )
+
+    def forward(self, tokens: Sequence[Tensor], grid: tuple[int, int]) -> Sequence[Tensor]:
+        for norms, attentions in (("channel_norm", "c_attention"), ("spatial_norm", "s_attention")):
+            if hasattr(self, attentions):
+                normed = [norm(t) for norm, t in zip(getattr(self, norms), tokens, strict=True)]  # S of (B, N, C_i)
+                every = torch.cat(normed, 2)  # (B, N, C)
+                scales = zip(tokens, getattr(self, attentions), normed, strict=True)
+                tokens = [t + attention(own, every, grid) for t, attention, own in scales]
+        return tokens  # S of (B, N, C_i)
+
+
+class PointwiseConv(nn.Module):
+    """A dense 1x1 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # (B, C_i, H_i, W_i)
+
+
+class UpsampleConv(nn.Module):
+    """Bilinear upsampling to the skip map's size, then the 1x1 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = PointwiseConv(channels)
+
+    def forward(self, z: Tensor, size: Sequence[int]) -> Tensor:
+        return self.conv(F.interpolate(z, size=size, mode="bilinear", align_corners=True))  # (B, C_i, H_i, W_i)
