@@ -120,7 +120,8 @@ class _AdaptiveAvgPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: tuple[int, int], fresh: bool) -> tuple[Tensor, Tensor]:
-        ctx.size, ctx.fresh = x.shape[2:], fresh
+        _keep_undefined(ctx)
+        ctx.size, ctx.dtype, ctx.fresh = x.shape[2:], x.dtype, fresh
         dtype = accumulation_dtype(x.dtype)
         if ctx.size == grid:
             return x.to(dtype, copy=True), x.view_as(x)
@@ -134,9 +135,13 @@ class _AdaptiveAvgPool(torch.autograd.Function):
         return pooled, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         dpooled, dx = grads
+        if dpooled is None:
+            return dx, None, None
         (height, width), grid = ctx.size, dpooled.shape[2:]
+        if dx is None:
+            dx = dpooled.new_zeros(*dpooled.shape[:2], height, width, dtype=ctx.dtype)
         if torch.is_grad_enabled() or not ctx.fresh:
             dx = dx.clone()
         if is_batched(dpooled):  # then dx must be, too, to be added to in place
@@ -226,6 +231,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_blocks: Sequence[int], dtype: torch.dtype) -> Tensor:
+        _keep_undefined(ctx)
         ctx.save_for_backward(x)
         ctx.dtype = dtype
         if dtype != x.dtype:  # at most 2 sqrt(C_i) times LayerNorm's weight: far within float16's range
@@ -240,8 +246,10 @@ class _Gram(torch.autograd.Function):
         return gram
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         (x,), (dgram,) = ctx.saved_tensors, grads
+        if dgram is None:
+            return None, None, None
         with _no_autocast(x):
             return _product(x, dgram + dgram.mT, ctx.dtype), None, None
 
@@ -317,7 +325,7 @@ class _JointProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+        _keep_undefined(ctx)
         ctx.save_for_backward(tokens, *columns)
         return (tokens @ torch.cat(columns, 2)).mT.split([c.shape[2] for c in columns], 1)
 
@@ -325,6 +333,8 @@ class _JointProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tokens, *columns = ctx.saved_tensors
         used = [(c, g) for c, g in zip(columns, grads, strict=True) if g is not None]
+        if not used:
+            return None, *grads
         with _no_autocast(tokens):
             upstream = torch.cat([g for _, g in used], 1).mT  # (B, N, h of all)
             dtokens = upstream @ torch.cat([c for c, _ in used], 2).mT
@@ -370,12 +380,15 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        _keep_undefined(ctx)
         return *(t.to(dtype) for t in tensors), tensors[0].new_ones(tensors[0].shape[0], 1, 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *of_tensors, factor = grads
-        return None, *(g * factor for g in of_tensors)
+        if factor is None:
+            return None, *of_tensors
+        return None, *(None if g is None else g * factor for g in of_tensors)
 
 
 class _Restored(torch.autograd.Function):
@@ -383,12 +396,15 @@ class _Restored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
+        _keep_undefined(ctx)
         ctx.dtype = tensor.dtype
         return tensor.to(factor.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         (dout,) = grads
+        if dout is None:
+            return None, None
         if ctx.dtype != torch.float16:
             return dout.to(ctx.dtype), dout.new_ones(dout.shape[0], 1, 1)
         factor = _magnitude(dout)
@@ -470,11 +486,14 @@ _spatial_attention_backward = _operator(
 
 
 def _save_spatial_attention(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _keep_undefined(ctx)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, *output)
 
 
-def _differentiate_spatial_attention(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_spatial_attention(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return None, None, None, None
     every, own, pair, key_scores, out, normaliser = ctx.saved_tensors
     if torch.is_grad_enabled():  # a graph of the backward is asked for
         inputs = _partial(every, own, pair, key_scores)
@@ -829,13 +848,16 @@ _merge_backward = _operator(
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, mean, _, ctx.eps, _ = inputs
+    _keep_undefined(ctx)
     ctx.from_batch = mean is None
     ctx.mark_non_differentiable(*output[1:])
     # The variance that came may be BatchNorm's buffer, which a forward in training changes: the output is a copy of it.
     ctx.save_for_backward(*tensors, output[1] if ctx.from_batch else mean, output[2])
 
 
-def _differentiate_merge(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_merge(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 8
     x, z, gamma, beta, mean, variance = ctx.saved_tensors
     if torch.is_grad_enabled():  # a graph of the backward is asked for
         inputs = x, z, gamma, beta, mean = _partial(x, z, gamma, beta, mean)
@@ -977,6 +999,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        _keep_undefined(ctx)
         ctx.save_for_backward(a, b)
         ctx.dtype = dtype
         if dtype != torch.float16:
@@ -985,8 +1008,10 @@ class _Product(torch.autograd.Function):
         return _multiply((a / of_a).to(dtype), (b / of_b).to(dtype)).mul_(of_a * of_b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         (a, b), (dout,) = ctx.saved_tensors, grads
+        if dout is None:
+            return None, None, None
         with _no_autocast(dout):
             da = _Product.apply(dout, b.mT, ctx.dtype) if ctx.needs_input_grad[0] else None
             db = _Product.apply(a.mT, dout, ctx.dtype) if ctx.needs_input_grad[1] else None
@@ -1019,12 +1044,14 @@ def _cut(weights: Tensor) -> Tensor:
 class _ZeroGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        _keep_undefined(ctx)
         ctx.shapes = [p.shape for p in parameters]
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads[0], *(grads[0].new_zeros(shape) for shape in ctx.shapes)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dvalue,) = grads
+        return dvalue, *(None if dvalue is None else dvalue.new_zeros(shape) for shape in ctx.shapes)
 
 
 def _with_zero_grad(value: Tensor, *parameters: Tensor) -> Tensor:
@@ -1044,6 +1071,15 @@ def _differentiable_grad(
     wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
     grads = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
     return [next(grads) if need else None for need in needed[: len(inputs)]]
+
+
+def _keep_undefined(ctx: Any) -> None:
+    """Let an output that no loss uses have the gradient None in the backward too.
+
+    The zeros that PyTorch would put there reach parameters, whose gradient is None in the reference.
+    """
+    if not torch.compiler.is_compiling():  # it cannot trace this, and no gradient is None there
+        ctx.set_materialize_grads(False)
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import handle_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dca_kernels import backends, plain
 from dca_kernels.fused import uses_batch_statistics
@@ -97,7 +97,9 @@ class DCA(nn.Module):
             return self._leaf(maps, proxies[0].tracer)
         overriding = [x for x in every if _overrides(x)]
         if overriding:
-            return handle_torch_function(self._refine_as_tensors, overriding, maps)
+            outs = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
+            # Attention computes each output from all maps.
+            return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
         reason = plain.hooked(self)  # first: it raises where a submodule has no parameters to read
         dtypes = [] if torch.jit.is_tracing() else self._check(maps)  # there, a check of sizes would be traced
         reason = reason or plain.taken_apart(maps)
@@ -123,10 +125,6 @@ class DCA(nn.Module):
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
         outputs = tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {})
         return tuple(outputs[i] for i in range(len(self.features)))
-
-    def _refine_as_tensors(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """`forward` for maps of subclasses of Tensor, whose `__torch_function__` dresses the results again."""
-        return self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
 
     def extra_repr(self) -> str:
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
@@ -210,6 +208,13 @@ def _overrides(x: object) -> bool:
     if kind is Tensor or not isinstance(x, Tensor):
         return False
     return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def _computed_from(y: Tensor, *sources: Any) -> Any:
+    """What the `__torch_function__` of its sources makes of a result."""
+    if has_torch_function(sources):
+        return handle_torch_function(_computed_from, sources, y, *sources)
+    return y
 
 
 def _positive_ints(name: str, values: Sequence[int]) -> list[int]:

@@ -81,7 +81,7 @@ def _is_transformed() -> bool:
 
 
 def hooked(dca: Any) -> str | None:
-    """Which submodule has a hook, of those that no backend calls; None where none has.
+    """Which submodule has a hook or a forward of its own, of those that no backend calls; None where none has.
 
     Raises:
         TypeError: the parameters of one do not say all that calling it would do.
@@ -89,7 +89,7 @@ def hooked(dca: Any) -> str | None:
     rest: list[Any] = [dca.avg_map, dca.attention, dca.upconvs]
     watched = None
     for module in rest:
-        if type(module) not in HOLDERS or "forward" in vars(module):
+        if type(module) not in HOLDERS:
             reason = refusal(module)
             if reason is not None:
                 raise TypeError(f"{_path(dca, module)}: {reason}")
@@ -105,9 +105,8 @@ def hooked(dca: Any) -> str | None:
 def is_hooked(module: nn.Module) -> bool:
     """Whether something sees or changes what goes into a module, out of it, or back through it."""
     own = vars(module)
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+    forward = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return bool(forward or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def _has_global_hook() -> bool:
@@ -140,8 +139,6 @@ def refusal(module: nn.Module, kinds: Collection[type[nn.Module]] = (*LEAVES, *H
                 "expected the submodule that DCA made, whose parameters a backend reads without calling it, got a "
                 f"{came}: leave the DCA out where submodules are exchanged (quantization, LoRA)"
             )
-    if "forward" in vars(module):
-        return f"expected the forward of {kind.__name__}, got another one on the instance: use a forward hook"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, COMPUTING):
             return (

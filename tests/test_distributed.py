@@ -9,6 +9,7 @@ float64, so that what is left is rounding.
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import reference
 from dca_kernels import DCA
 
 PROCESSES = 2
@@ -66,13 +69,19 @@ def batches(step: int, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]
     return list(images), list(upstream)
 
 
-def gradients_and_buffers(net: nn.Module) -> Result:
+def final_state(net: nn.Module) -> Result:
     missing = [name for name, parameter in net.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient: {missing}"  # zeros where algebra says zero; DDP waits for every parameter
-    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
-    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
-    tensors = {"gradients": whole, "buffers": dict(net.named_buffers())}
-    return {kind: {k.removeprefix("module."): v.cpu().clone() for k, v in t.items()} for kind, t in tensors.items()}
+    tensors = {
+        "gradients": {name: parameter.grad for name, parameter in net.named_parameters()},
+        "parameters": {name: parameter.detach() for name, parameter in net.named_parameters()},
+        "buffers": dict(net.named_buffers()),
+    }
+    return {kind: {k.removeprefix("module."): whole(v) for k, v in t.items()} for kind, t in tensors.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
 def descend(run: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, upstream: Tensor) -> None:
@@ -86,7 +95,7 @@ def frozen(rank: int) -> Result:
     images, upstream = batches(0)
     run = DistributedDataParallel(net)  # named: it averages for as long as it lives
     run(images[rank]).backward(upstream[rank])
-    return gradients_and_buffers(net)
+    return final_state(net)
 
 
 def replicated(rank: int) -> Result:
@@ -95,7 +104,7 @@ def replicated(rank: int) -> Result:
     for step in range(STEPS):
         images, upstream = batches(step)
         descend(run, optimizer, images[rank], upstream[rank])
-    return gradients_and_buffers(net)
+    return final_state(net)
 
 
 def sharded(rank: int) -> Result:
@@ -108,7 +117,55 @@ def sharded(rank: int) -> Result:
     for step in range(STEPS):
         images, upstream = batches(step)
         descend(net, optimizer, images[rank], upstream[rank])
-    return gradients_and_buffers(net)
+    return final_state(net)
+
+
+def sharded_flat(rank: int) -> Result:
+    """By the older FullyShardedDataParallel, whose parameters are views of one flat tensor."""
+    net = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch 2.13, that FSDP2 is to be used
+        run = FullyShardedDataParallel(net, auto_wrap_policy=ModuleWrapPolicy({DCA}), device_id=torch.device("cpu"))
+        assert "weight" in vars(net.dca.upconvs[0].conv.conv)  # a plain tensor
+        optimizer = torch.optim.SGD(run.parameters(), 1e-2)
+        for step in range(STEPS):
+            images, upstream = batches(step)
+            descend(run, optimizer, images[rank], upstream[rank])
+        with FullyShardedDataParallel.summon_full_params(run, with_grads=False):
+            parameters = {name.replace("_fsdp_wrapped_module.", ""): p.detach() for name, p in run.named_parameters()}
+            return {"parameters": {name: whole(p) for name, p in parameters.items()}}
+
+
+def sharded_by_convolution(rank: int) -> Result:
+    net = network()
+    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+        fully_shard(conv, mesh=init_device_mesh("cpu", (PROCESSES,)))
+    message = (
+        r"^avg_map\.0\.proj\.depthwise: expected .*, got a torch\.distributed\.fsdp\..*\.FSDPConv2d: shard the DCA"
+    )
+    with pytest.raises(TypeError, match=message):
+        net(batches(0)[0][rank])
+    return {}
+
+
+def partly_used(rank: int) -> Result:
+    """The gradients that there are, of a loss on one output, and what weight decay made of the parameters."""
+    found: Result = {}
+    for kind in (reference.DCA, DCA):
+        torch.manual_seed(0)
+        dca = kind([4, 8], patch=2).double()
+        run = DistributedDataParallel(dca, find_unused_parameters=True)
+        optimizer = torch.optim.AdamW(dca.parameters(), 1e-3, weight_decay=1.0)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(PROCESSES * step + rank)
+            shapes = (BATCH, 4, 6, 6), (BATCH, 8, 3, 3)
+            run([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes])[0].square().sum().backward()
+            optimizer.step()
+        there = {name: p.grad for name, p in dca.named_parameters() if p.grad is not None}
+        of_unused = {name: p.detach() for name, p in dca.named_parameters() if p.grad is None}
+        found |= {f"{kind.__module__} gradients": there, f"{kind.__module__} unused": of_unused}
+    return found
 
 
 def work(rank: int, jobs: list[Callable[[int], Result]], backend: str, folder: Path) -> None:
@@ -129,7 +186,8 @@ def start(jobs: list[Callable[[int], Result]], backend: str, folder: Path) -> li
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
-    return start([frozen, replicated, sharded], "gloo", tmp_path_factory.mktemp("gloo"))
+    jobs = [frozen, replicated, sharded, sharded_flat, sharded_by_convolution, partly_used]
+    return start(jobs, "gloo", tmp_path_factory.mktemp("gloo"))
 
 
 def in_one_process(share_buffers: bool) -> list[Result]:
@@ -155,7 +213,7 @@ def in_one_process(share_buffers: bool) -> list[Result]:
                 p.grad = mean.clone()
         for optimizer in optimizers:
             optimizer.step()
-    return [gradients_and_buffers(net) for net in nets]
+    return [final_state(net) for net in nets]
 
 
 def assert_same(actual: Result, expected: Result) -> None:
@@ -175,7 +233,7 @@ def test_ddp_with_frozen_statistics_is_one_process_of_the_whole_batch(results: l
     net = network().eval()
     images, upstream = batches(0)
     net(torch.cat(images)).backward(torch.cat(upstream) / PROCESSES)
-    expected = gradients_and_buffers(net)
+    expected = final_state(net)
     for result in results:
         assert_same(result["frozen"], expected)
     for name, buffer in network().named_buffers():
@@ -192,6 +250,20 @@ def test_fsdp_in_training_is_the_average_over_the_batches(results: list[dict[str
         assert_same(result["sharded"], expected)
 
 
+def test_flat_fsdp_in_training_is_the_average_over_the_batches(results: list[dict[str, Result]]) -> None:
+    for result, expected in zip(results, in_one_process(share_buffers=False), strict=True):
+        assert_same(result["sharded_flat"], {"parameters": expected["parameters"]})
+
+
+def test_unused_parameters_are_found_as_the_references_are(results: list[dict[str, Result]]) -> None:
+    for found in (result["partly_used"] for result in results):
+        for kind in ("gradients", "unused"):
+            ours, theirs = found[f"dca_kernels.module {kind}"], found[f"reference.dca {kind}"]
+            assert set(ours) ^ set(theirs) == set() != set(ours)
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-9)
+
+
 def test_statistics_differ_between_processes_and_from_the_whole_batch() -> None:
     """Else the tests above could not tell the three apart."""
     images, upstream = batches(0)
@@ -199,7 +271,7 @@ def test_statistics_differ_between_processes_and_from_the_whole_batch() -> None:
     for x, g in [*zip(images, upstream, strict=True), (torch.cat(images), torch.cat(upstream))]:
         net = network()
         net(x).backward(g)
-        found.append(gradients_and_buffers(net))
+        found.append(final_state(net))
     for a, b in itertools.combinations(found, 2):
         assert not torch.allclose(
             a["buffers"]["dca.bn_relu.0.0.running_mean"], b["buffers"]["dca.bn_relu.0.0.running_mean"]
@@ -215,7 +287,7 @@ def synchronized(rank: int) -> Result:
     images, upstream = batches(0, device)
     run = DistributedDataParallel(net, device_ids=[rank])
     run(images[rank]).backward(upstream[rank])
-    return gradients_and_buffers(net)
+    return final_state(net)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="SyncBatchNorm needs 2 GPUs")
@@ -224,4 +296,4 @@ def test_sync_batch_norm_is_one_process_of_the_whole_batch(tmp_path: Path) -> No
     images, upstream = batches(0, "cuda")
     net(torch.cat(images)).backward(torch.cat(upstream) / PROCESSES)
     for result in start([synchronized], "nccl", tmp_path):
-        assert_same(result["synchronized"], gradients_and_buffers(net))
+        assert_same(result["synchronized"], final_state(net))

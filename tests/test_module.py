@@ -225,16 +225,6 @@ HELD = {
         lambda conv: setattr(conv, "__class__", ScaledConv),
         "tests.test_module.ScaledConv",
     ),
-    "patched_forward": (
-        "upconvs.0.conv.conv",
-        lambda conv: setattr(conv, "forward", lambda x: x),
-        "another one on the instance",
-    ),
-    "patched_forward_of_a_holder": (
-        "attention.0.c_attention.1",
-        lambda attention: setattr(attention, "forward", attention.forward),
-        "another one on the instance",
-    ),
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dca_kernels
-from dca_kernels import plain
+from dca_kernels import fused, plain
 from tests.oracle import (
     BACKENDS,
     TRAINABLE,
@@ -130,9 +130,9 @@ def _flat(values: Any) -> Iterator[Any]:
         yield values
 
 
-def tagged(x: Tensor) -> Tagged:
+def tagged(x: Tensor, i: int) -> Tagged:
     y = x.as_subclass(Tagged)
-    y.tag = "of the scanner"
+    y.tag = f"of map {i}"
     return y
 
 
@@ -145,9 +145,9 @@ def test_subclasses_of_tensor(backend: str, which: tuple[int, ...], train: bool)
         trains = backend in TRAINABLE
         leaves = [x.requires_grad_(trains) for x in random_maps(SMALL, backend=backend)]
         with torch.set_grad_enabled(trains):
-            outputs = module([tagged(x) if i in which else x for i, x in enumerate(leaves)])
+            outputs = module([tagged(x, i) if i in which else x for i, x in enumerate(leaves)])
         assert type(outputs) is tuple
-        assert all(type(y) is Tagged and y.tag == "of the scanner" for y in outputs[which[0] :])
+        assert [(type(y), y.tag) for y in outputs] == [(Tagged, f"of map {max(i, which[0])}") for i in (0, 1)]
         plain_outputs = [y.as_subclass(Tensor) for y in outputs]
         found = {f"output.{i}": y.detach() for i, y in enumerate(plain_outputs)}
         if trains:
@@ -227,6 +227,19 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sink(torch.autograd.Function):
+    """As DistributedDataParallel's: all outputs pass through one node, which keeps missing gradients missing."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(y.view_as(y) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
 ATTENTIONS = {
     "default": {},
     "two_blocks": {"n": 2},
@@ -238,22 +251,39 @@ ATTENTIONS = {
 
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-@pytest.mark.parametrize("watch", [contextlib.nullcontext, Watching], ids=["eager", "watched"])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, Watching], ids=["eager", "watched"])
+@pytest.mark.parametrize("sink", [lambda *outputs: outputs, Sink.apply], ids=["", "sink"])
 @over_backends(BACKENDS)
 def test_an_unused_output_gives_none_where_the_reference_does(
-    backend: str, watch: Callable, attention: dict, used: int
+    backend: str, sink: Callable, context: Callable, attention: dict, used: int
 ) -> None:
     config = Config((4, 8), 2, sizes=((5, 4), (2, 3)), **attention)
     results = []
     for module in pair(config, backend):
-        maps = [x.requires_grad_() for x in random_maps(config, backend=backend)]
-        with watch():
-            module(maps)[used].square().sum().backward()
-        of_maps = {f"grad.map.{i}": x.grad for i, x in enumerate(maps)}
-        results.append(of_maps | {f"grad.{name}": p.grad for name, p in module.named_parameters()})
-    ours, theirs = ({name: g for name, g in found.items() if g is not None} for found in results)
+        with context():
+            results.append(gradients_of_one_output(module, config, backend, sink, used))
     assert any(g is None for g in results[0].values())
-    assert_same(ours, theirs)
+    assert_same(*({name: g for name, g in found.items() if g is not None} for found in results))
+
+
+def gradients_of_one_output(module: nn.Module, config: Config, backend: str, sink: Callable, used: int) -> dict:
+    maps = [x.requires_grad_() for x in random_maps(config, next(module.parameters()).dtype, backend=backend)]
+    sink(*module(maps))[used].square().sum().backward()
+    of_maps = {f"grad.map.{i}": x.grad for i, x in enumerate(maps)}
+    return of_maps | {f"grad.{name}": p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_an_unused_output_with_operands_in_16_bit(attention: dict, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "operand_dtype", lambda maps: torch.bfloat16)  # as on a GPU
+    config = Config((8, 16), 2, sizes=((5, 4), (2, 3)), **attention)
+    of_both = [
+        gradients_of_one_output(module, config, "torch", Sink.apply, used)
+        for module in pair(config, dtype=torch.float32)
+    ]
+    missing = [{name for name, g in found.items() if g is None} for found in of_both]
+    assert missing[0] == missing[1] != set()
 
 
 @of_pytorch
@@ -307,7 +337,19 @@ def _doubled(values: Any) -> Any:
     return values if values is None else 2 * values
 
 
+class DoubledForward:
+    """Stands for what offloading libraries put on an instance."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.original = module, module.forward
+        module.forward = lambda *args: _doubled(self.original(*args))
+
+    def remove(self) -> None:
+        del self.module.forward
+
+
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "own_forward": DoubledForward,
     "forward": lambda m: m.register_forward_hook(lambda m, args, out: _doubled(out)),
     "forward_pre": lambda m: m.register_forward_pre_hook(lambda m, args: (_doubled(args[0]), *args[1:])),
     "backward": lambda m: m.register_full_backward_hook(lambda m, dx, dy: _doubled(dx)),
@@ -321,14 +363,17 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 def test_hooks_change_what_they_change_in_the_reference(hook: Callable, name: str) -> None:
     ours, theirs = modules(train=True)
     maps = random_maps(Config())
-    before = evaluate(copy.deepcopy(ours), maps)
+    state = copy.deepcopy(ours.state_dict())
+    before = evaluate(ours, maps)
+    ours.load_state_dict(state)
     handles = [hook(module.get_submodule(name)) for module in (ours, theirs)]
-    found, expected = evaluate(copy.deepcopy(ours), maps), evaluate(theirs, maps)
+    found, expected = (evaluate(module, maps) for module in (ours, theirs))
     if name != "attention.0" or hook not in (HOOKS["backward"], HOOKS["backward_pre"]):
         with pytest.raises(AssertionError):
             assert_same(found, before)
     assert_same(found, expected)
     handles[0].remove()
+    ours.load_state_dict(state)
     assert_identical(evaluate(ours, maps), before)
 
 

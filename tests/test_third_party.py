@@ -1,4 +1,7 @@
-"""`add_dca` on the networks of three libraries, as they are installed. A library that is not installed is skipped."""
+"""`add_dca` on the networks of three libraries, and what other libraries do with a DCA.
+
+A library that is not installed is skipped.
+"""
 
 import copy
 import importlib
@@ -6,15 +9,17 @@ import importlib.util
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
-from dca_kernels import add_dca
-from tests.oracle import assert_identical, assert_same, randomise
+from dca_kernels import DCA, add_dca
+from tests.oracle import Config, assert_identical, assert_same, both_modes, pair, random_maps, randomise
 from tests.readme import snippet
 
 
@@ -91,6 +96,9 @@ def outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 # PyTorch 2.13 warns about its own code when it traces a module with an autograd function.
 tracing = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+# Exporters warn about their own code, and onnxscript about PyTorch's.
+of_exporters = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 IMAGE = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -171,6 +179,89 @@ def test_exported(name: str) -> None:
     model = add_dca(build(name), patch=4).double().eval()
     exported = torch.export.export(model, (IMAGE.double(),)).module()
     assert_same(outputs(exported, IMAGE.double()), outputs(model, IMAGE.double()))
+
+
+def test_a_saved_network_loads_after_add_dca(tmp_path: Path) -> None:
+    model = add_dca(build("smp_unet"), patch=4).eval()
+    model.save_pretrained(tmp_path)
+    weights = _library("safetensors.torch").load_file(tmp_path / "model.safetensors")
+    other = add_dca(smp("Unet", "resnet18"), patch=4).eval()
+    other.load_state_dict(weights)  # strict
+    assert_identical(outputs(other, IMAGE), outputs(model, IMAGE))
+
+
+@both_modes
+def test_maps_with_the_metadata_of_monai(train: bool) -> None:
+    meta_tensor = _library("monai.data").MetaTensor
+    results = []
+    for module in pair(Config(), train=train):
+        maps = [meta_tensor(x, affine=(i + 2) * torch.eye(4)) for i, x in enumerate(random_maps(Config()))]
+        refined = module([x.requires_grad_() for x in maps])
+        assert [(type(y), y.affine[0, 0].item()) for y in refined] == [(meta_tensor, 2.0), (meta_tensor, 3.0)]
+        sum(y.square().sum() for y in refined).backward()
+        tensors = [y.as_tensor().detach() for y in refined] + [x.grad for x in maps]
+        results.append({str(i): t.as_subclass(Tensor) for i, t in enumerate(tensors)})
+    assert_same(*results)
+
+
+# ONNX
+
+
+def run_in_onnxruntime(model: nn.Module, file: Path, example: Any, shapes: Any, batches: list[list[Tensor]]) -> None:
+    """Exports by `example`, and compares what onnxruntime makes of each batch with the model's own."""
+    _library("onnxscript")
+    torch.onnx.export(model, (example,), file, dynamo=True, dynamic_shapes=(shapes,), verbose=False)
+    session = _library("onnxruntime").InferenceSession(file)
+    for inputs in batches:
+        found = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})
+        with torch.no_grad():
+            expected = model(inputs if isinstance(example, list) else inputs[0])
+        for y, e in zip(found, expected if isinstance(expected, tuple) else [expected], strict=True):
+            torch.testing.assert_close(torch.from_numpy(y), e, rtol=1e-5, atol=1e-5)
+
+
+@of_exporters
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_onnx_with_a_dynamic_batch(backend: str, tmp_path: Path) -> None:
+    module, theirs = pair(Config(), backend, torch.float32, train=False)
+    batches = [random_maps(Config(batch=batch), torch.float32) for batch in (1, 2, 5)]
+    run_in_onnxruntime(module, tmp_path / "dca.onnx", batches[1], [{0: Dim("batch")}] * 2, batches)
+    for maps in batches:
+        torch.testing.assert_close(module(maps), theirs(maps))
+
+
+@of_exporters
+def test_onnx_of_a_network(tmp_path: Path) -> None:
+    model = add_dca(build("smp_unet"), patch=4).eval()
+    batches = [[IMAGE[:1]], [IMAGE], [torch.cat([IMAGE, IMAGE[:1]])]]
+    run_in_onnxruntime(model, tmp_path / "unet.onnx", IMAGE, {0: Dim("batch")}, batches)
+
+
+# torchvision
+
+
+class Encoded(nn.Module):
+    """The smallest network with a DCA that can be traced symbolically."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.dca = DCA([8, 16], patch=4)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.dca([x, self.down(x)])
+        return high + self.up(low)
+
+
+def test_feature_extractor_of_torchvision() -> None:
+    extraction = _library("torchvision.models.feature_extraction")
+    network = Encoded().eval()
+    extract = extraction.create_feature_extractor(network, {"down": "low", "dca.getitem": "high", "up": "up"})
+    x = torch.randn(3, 8, 16, 16)
+    features = extract(x)
+    high, low = network.dca([x, network.down(x)])
+    assert_identical(features, {"low": network.down(x), "high": high, "up": network.up(low)})
 
 
 def test_three_dimensions_are_refused() -> None:
