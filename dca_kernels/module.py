@@ -100,9 +100,12 @@ class DCA(nn.Module):
             outs = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
             # Attention computes each output from all maps.
             return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
-        reason = plain.hooked(self)  # first: it raises where a submodule has no parameters to read
-        dtypes = [] if torch.jit.is_tracing() else self._check(maps)  # there, a check of sizes would be traced
-        reason = reason or plain.taken_apart(maps)
+        if not torch.jit.is_tracing():  # a check of sizes would be traced
+            self._check(maps)
+        reason = plain.hooked(self)
+        if reason is None:  # a hook may bring the parameters only when it is called
+            dtypes = self._output_dtypes(maps)
+            reason = plain.taken_apart(maps)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 _say_plain(reason)
@@ -130,8 +133,8 @@ class DCA(nn.Module):
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _check(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
-        """Raise for maps that `forward` does not take; return the dtype of each output."""
+    def _check(self, maps: Sequence[Tensor]) -> None:
+        """Raise for maps that `forward` does not take, whatever the parameters are."""
         if not isinstance(maps, (list, tuple)):
             raise TypeError(f"maps: expected a list or tuple of tensors, got {type(maps).__name__}")
         if len(maps) != len(self.features):
@@ -145,22 +148,21 @@ class DCA(nn.Module):
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
             if x.shape[0] != maps[0].shape[0]:
                 raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
-        first: Any = self.avg_map[0]  # not `parameters()`: replicas of nn.DataParallel have none
-        own: Tensor = first.proj.depthwise.weight
-        for i, x in enumerate(maps):
-            if x.device != own.device:
-                raise ValueError(f"maps[{i}]: expected device {own.device}, as the parameters, got {x.device}")
-        dtypes = self._output_dtypes(maps, own.dtype)
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
             norm = next(iter(head._modules.values()), None)
             if isinstance(norm, nn.BatchNorm2d) and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
                 )
-        return dtypes
 
-    @staticmethod
-    def _output_dtypes(maps: Sequence[Tensor], own: torch.dtype) -> list[torch.dtype]:
+    def _output_dtypes(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
+        """The dtype of each output; raise for maps that do not go with the parameters."""
+        first: Any = self.avg_map[0]  # not `parameters()`: replicas of nn.DataParallel have none
+        weight: Tensor = first.proj.depthwise.weight
+        own = weight.dtype
+        for i, x in enumerate(maps):
+            if x.device != weight.device:
+                raise ValueError(f"maps[{i}]: expected device {weight.device}, as the parameters, got {x.device}")
         device_type = maps[0].device.type
         if maps[0].is_meta or not torch.is_autocast_enabled(device_type):
             for i, x in enumerate(maps):

@@ -93,7 +93,7 @@ def hooked(dca: Any) -> str | None:
             reason = refusal(module)
             if reason is not None:
                 raise TypeError(f"{_path(dca, module)}: {reason}")
-        if watched is None and is_hooked(module):
+        if watched is None and is_hooked(module) and not isinstance(module, nn.ModuleList):  # which is never called
             watched = module
         if not isinstance(module, LEAVES):
             rest += module._modules.values()

@@ -409,6 +409,32 @@ def test_hooks_of_every_module_are_called(said: Callable) -> None:
     assert said()[0].startswith("a hook on every module needs the submodules of a DCA called: ")
 
 
+def test_offloaded_parameters() -> None:
+    """As accelerate's: a submodule has its parameters while it is called."""
+    module, theirs = modules()
+    for submodule in (m for m in module.modules() if isinstance(m, nn.Conv2d | nn.LayerNorm)):
+        state = {name: p.detach() for name, p in submodule.named_parameters()}
+
+        def bring(m: nn.Module, args: Any, state: Results = state) -> None:
+            m.load_state_dict(state, assign=True)
+
+        def take_away(m: nn.Module, args: Any, out: Tensor) -> None:
+            m.to("meta")
+
+        submodule.to("meta").register_forward_pre_hook(bring)
+        submodule.register_forward_hook(take_away)
+    maps = random_maps(Config())
+    with torch.no_grad():
+        assert_same(named(module(maps)), named(theirs(maps)))
+
+
+def test_hooks_of_lists_are_called_by_neither(said: Callable) -> None:
+    for module in modules():
+        module.upconvs.register_forward_hook(lambda m, args, out: pytest.fail("called"))
+        module(random_maps(Config()))
+    assert said() == []
+
+
 def test_hooks_of_the_module_and_of_bn_relu_leave_the_backend_at_work(said: Callable) -> None:
     module, _ = modules()
     module.register_forward_hook(lambda m, args, out: None)
