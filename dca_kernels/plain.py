@@ -75,9 +75,13 @@ def taken_apart(maps: Sequence[Tensor]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # while it traces, torch.compile is within the transform itself
 def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# While it traces, torch.compile is within the transform itself. `torch.compiler.assume_constant_result` does the same,
+# but loads the compiler.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def hooked(dca: Any) -> str | None:
@@ -90,9 +94,12 @@ def hooked(dca: Any) -> str | None:
     watched = None
     for module in rest:
         if type(module) not in HOLDERS:
-            reason = refusal(module)
-            if reason is not None:
-                raise TypeError(f"{_path(dca, module)}: {reason}")
+            came = refusal(module)
+            if came is not None:
+                raise TypeError(
+                    f"{_path(dca, module)}: expected the submodule that DCA made, whose parameters are read without "
+                    f"calling it (leave a DCA out where modules are exchanged: quantization, LoRA), got {came}"
+                )
         if watched is None and is_hooked(module) and not isinstance(module, nn.ModuleList):  # which is never called
             watched = module
         if not isinstance(module, LEAVES):
@@ -120,7 +127,7 @@ def _has_global_hook() -> bool:
 
 
 def refusal(module: nn.Module, kinds: Collection[type[nn.Module]] = (*LEAVES, *HOLDERS)) -> str | None:
-    """Why a submodule's parameters do not say all that calling it would do, or None where they do.
+    """What came in the place of a submodule whose parameters say all that calling it would do; None where one did.
 
     Args:
         module: the submodule.
@@ -128,29 +135,23 @@ def refusal(module: nn.Module, kinds: Collection[type[nn.Module]] = (*LEAVES, *H
     """
     kind = type(module)
     if kind not in kinds:
-        came = f"{kind.__module__}.{kind.__qualname__}"
+        name = f"a {kind.__module__}.{kind.__qualname__}"
         if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
-            return (
-                "expected a submodule with whole parameters, which a backend reads without calling it, got a "
-                f"{came}: shard the DCA as a whole, fully_shard(dca)"
-            )
+            return f"{name}: shard the DCA as a whole, fully_shard(dca)"
         if not any(issubclass(kind, known) and kind.forward is known.forward for known in kinds):
-            return (
-                "expected the submodule that DCA made, whose parameters a backend reads without calling it, got a "
-                f"{came}: leave the DCA out where submodules are exchanged (quantization, LoRA)"
-            )
+            return name
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, COMPUTING):
             return (
-                "expected parameters, or torch.nn.utils.parametrizations of them, got a tensor that the forward "
-                f"pre-hook {type(hook).__name__} computes: use a parametrization, or make it permanent (prune.remove)"
+                f"one with a parameter that the forward pre-hook {type(hook).__name__} computes: use "
+                "torch.nn.utils.parametrizations, or make it permanent (prune.remove)"
             )
-    if isinstance(module, LEAVES):
-        pointwise = isinstance(module, nn.LayerNorm) or (
-            module.kernel_size == module.stride == (1, 1) and module.padding in ((0, 0), "valid", "same")
-        )
-        if not pointwise or module._parameters.get("bias", module) is None:
-            return f"expected a 1x1 convolution or a LayerNorm, with a bias, got {module}"
+    if isinstance(module, nn.Conv2d):
+        unpadded = module.padding in ((0, 0), "valid", "same")
+        if not (unpadded and module.kernel_size == module.stride == (1, 1)):
+            return f"one that is no 1x1 convolution, {module}"
+    if isinstance(module, LEAVES) and module._parameters.get("bias", module) is None:
+        return f"one without a bias, {module}"
     return None
 
 

@@ -344,9 +344,9 @@ def _heads(attention: Any) -> int:
 
 def _check_leaf(name: str, module: Any, expected: Any) -> None:
     """By attributes: in training, reading a parametrized weight may change its buffers."""
-    reason = refusal(module, {type(expected)})
-    if reason is not None:
-        raise TypeError(f"{name}: {reason}")
+    came = refusal(module, {type(expected)})
+    if came is not None:
+        raise TypeError(f"{name}: expected an nn.{type(expected).__name__}, got {came}")
     convolution = ("in_channels", "out_channels", "kernel_size", "groups")
     norm = ("normalized_shape", "elementwise_affine")
     for attribute in convolution if isinstance(expected, nn.Conv2d) else norm:

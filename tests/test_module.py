@@ -246,7 +246,7 @@ EXCHANGED = {
     "quantized": (
         "attention.0.s_attention.1.q_map.proj.depthwise",
         lambda conv: torch.ao.nn.qat.Conv2d(24, 24, 1, groups=24, qconfig=torch.ao.quantization.default_qat_qconfig),
-        "torch.ao.nn.qat.modules.conv.Conv2d: leave the DCA out",
+        "torch.ao.nn.qat.modules.conv.Conv2d",
     ),
 }
 
