@@ -1,6 +1,8 @@
 """The submodules of a DCA: the official module's names, and its operations where a submodule is called.
 
-A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all.
+A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all. What holds parameters
+itself is PyTorch's own; its parent has its `sizes`, by name: of a convolution in, out and groups, of a LayerNorm its
+normalized shape.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads.
@@ -18,6 +20,7 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.sizes = {"depthwise": (channels, channels, channels)}
         self.depthwise = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, total: int, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, total**-0.5  # whatever the number of heads
+        self.total, self.heads = total, heads
         self.q_map = DepthwiseProjection(channels)
         self.k_map = DepthwiseProjection(total)
         self.v_map = DepthwiseProjection(total)
@@ -50,7 +53,8 @@ class ChannelAttention(nn.Module):
     def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
         maps = (self.q_map(own, grid), self.k_map(every, grid), self.v_map(every, grid))  # (B, N, C_i or C)
         q, k, v = (t.transpose(1, 2).unflatten(1, (self.heads, -1)) for t in maps)  # (B, h, C_i / h or C / h, N)
-        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, -1)  # (B, h, C_i / h, C / h)
+        logits = q @ k.transpose(2, 3) * self.total**-0.5  # whatever the number of heads
+        weights = torch.softmax(logits, -1)  # (B, h, C_i / h, C / h)
         return self.projection((weights @ v).flatten(1, 2).transpose(1, 2), grid)  # (B, N, C_i)
 
 
@@ -59,7 +63,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, total: int, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (total // heads) ** -0.5
+        self.total, self.heads = total, heads
         self.q_map = DepthwiseProjection(total)
         self.k_map = DepthwiseProjection(total)
         self.v_map = DepthwiseProjection(channels)
@@ -68,8 +72,17 @@ class SpatialAttention(nn.Module):
     def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
         maps = (self.q_map(every, grid), self.k_map(every, grid), self.v_map(own, grid))  # (B, N, C or C_i)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in maps)  # (B, h, N, C / h or C_i / h)
-        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, -1)  # (B, h, N, N)
+        logits = q @ k.transpose(2, 3) * (self.total // self.heads) ** -0.5  # of one head's channels
+        weights = torch.softmax(logits, -1)  # (B, h, N, N)
         return self.projection((weights @ v).transpose(1, 2).flatten(2), grid)  # (B, N, C_i)
+
+
+class LayerNorms(nn.ModuleList):
+    """One LayerNorm a scale."""
+
+    def __init__(self, features: Sequence[int]) -> None:
+        super().__init__(nn.LayerNorm(c, eps=1e-6) for c in features)
+        self.sizes = {str(i): (c,) for i, c in enumerate(features)}
 
 
 class Block(nn.Module):
@@ -80,12 +93,12 @@ class Block(nn.Module):
         super().__init__()
         total = sum(features)
         if channel_heads:
-            self.channel_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.channel_norm = LayerNorms(features)
             self.c_attention = nn.ModuleList(
                 ChannelAttention(total, c, heads) for c, heads in zip(features, channel_heads, strict=True)
             )
         if spatial_heads:
-            self.spatial_norm = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in features)
+            self.spatial_norm = LayerNorms(features)
             self.s_attention = nn.ModuleList(
                 SpatialAttention(total, c, heads) for c, heads in zip(features, spatial_heads, strict=True)
             )
@@ -105,6 +118,7 @@ class PointwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.sizes = {"conv": (channels, channels, 1)}
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The swap-in module: parameters, buffers and checks. The stages hold the maths."""
 
+import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dca_kernels import backends, plain
@@ -91,17 +91,16 @@ class DCA(nn.Module):
                 nothing is changed.
             RuntimeError: the backend asked for cannot run; the message says why.
         """
-        every = maps if isinstance(maps, list | tuple) else [maps]
-        proxies = [x for x in every if isinstance(x, fx.Proxy)]
+        in_list: Sequence[Any] = maps if isinstance(maps, list | tuple) else []
+        proxies = [x for x in (maps, *in_list) if isinstance(x, fx.Proxy)]
         if proxies:
             return self._leaf(maps, proxies[0].tracer)
-        overriding = [x for x in every if _overrides(x)]
+        overriding = [x for x in in_list if _overrides(x)]
         if overriding:
             outs = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
             # Attention computes each output from all maps.
             return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
-        if not torch.jit.is_tracing():  # a check of sizes would be traced
-            self._check(maps)
+        self._check(maps)
         reason = plain.hooked(self)
         if reason is None:  # a hook may bring the parameters only when it is called
             dtypes = self._output_dtypes(maps)
@@ -126,6 +125,8 @@ class DCA(nn.Module):
         """What `torch.fx.symbolic_trace` gets: one call of this module, whose checks and algebra are for tensors."""
         if tracer.root is self:
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
+        if plain.is_hooked(self):
+            raise TypeError("maps: expected tensors, got a torch.fx.Proxy, which the DCA's hooks would see: hook later")
         outputs = tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {})
         return tuple(outputs[i] for i in range(len(self.features)))
 
@@ -134,7 +135,7 @@ class DCA(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _check(self, maps: Sequence[Tensor]) -> None:
-        """Raise for maps that `forward` does not take, whatever the parameters are."""
+        """Raise for maps that `forward` does not take, whatever the parameters are; sizes may be traced tensors."""
         if not isinstance(maps, (list, tuple)):
             raise TypeError(f"maps: expected a list or tuple of tensors, got {type(maps).__name__}")
         if len(maps) != len(self.features):
@@ -142,10 +143,12 @@ class DCA(nn.Module):
         for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"maps[{i}]: expected a tensor, got {type(x).__name__}")
-            if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
-                raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
             if not x.is_floating_point():
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
+            if torch.jit.is_tracing():
+                continue
+            if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
+                raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
             if x.shape[0] != maps[0].shape[0]:
                 raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
@@ -186,7 +189,7 @@ def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
     modules: list[Any] = [head, *head._modules.values()]
     if [type(m) for m in modules] != [nn.Sequential, nn.BatchNorm2d, nn.ReLU]:
         return None
-    if _has_any_global_hook() or any("forward" in vars(m) or plain.is_hooked(m) for m in modules):
+    if plain.has_global_hook() or any(plain.is_hooked(m) for m in modules):
         return None
     return modules[1]
 
@@ -219,7 +222,7 @@ def _computed_from(y: Tensor, *sources: Any) -> Any:
     return y
 
 
-def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
+def _positive_ints(name: str, values: Iterable[int]) -> list[int]:
     if not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected a list of integers, got {values!r}")
     try:
@@ -232,10 +235,12 @@ def _positive_ints(name: str, values: Sequence[int]) -> list[int]:
 
 
 def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:
-    sides: Any = [patch, patch] if hasattr(patch, "__index__") else patch
-    if not isinstance(sides, Sequence) or len(sides) != 2:
+    sides: Any = patch
+    with contextlib.suppress(TypeError):  # an array has the method for integers too, and raises
+        sides = [operator.index(sides)] * 2
+    if not isinstance(sides, Sized) or len(sides) != 2:
         raise ValueError(f"patch: expected one integer or (P_h, P_w), got {patch!r}")
-    height, width = _positive_ints("patch", sides)
+    height, width = _positive_ints("patch", sides)  # type: ignore[arg-type]
     return height, width
 
 

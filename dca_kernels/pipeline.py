@@ -177,7 +177,7 @@ def _wanted(spec: Spec, needed: Sequence[bool], grads: Sequence[Tensor | None]) 
     """For each of maps and parameters, whether it is `needed` and an output with a gradient depends on it.
 
     Through an attention every output depends on all that comes before it. What comes behind the last one, and the maps
-    of that one, serve their own scale only.
+    of that one, serve their own scale only. There is a gradient.
     """
     used = [g is not None for g in grads]
     of_own = [there for there in used for _ in Affine._fields]
@@ -250,7 +250,10 @@ class _Refine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scales, count = ctx.scales, len(ctx.needs_input_grad) - 3
-        if any(is_batched(g) for g in grads if g is not None):
+        given = [g for g in grads if g is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        if any(is_batched(g) for g in given):
             raise RuntimeError(BATCHED)
         tensors = ctx.saved_tensors
         maps, parameters, saved = tensors[:scales], tensors[scales:count], tensors[count:]
@@ -369,6 +372,8 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     scales, spec, tensors = ctx.scales, Spec(*ctx.numbers), list(ctx.saved_tensors)
     maps, parameters, saved = tensors[:scales], tensors[scales : ctx.count], tensors[ctx.count :]
     needed_maps, needed_parameters, *_ = ctx.needs_input_grad
+    if all(g is None for g in grads[:scales]):
+        return [None] * scales, [None] * len(parameters), *ctx.rest
     wanted = _wanted(spec, [*needed_maps, *needed_parameters], grads[:scales])
     douts = _with_zeros(spec, grads[:scales], maps)
     raw = torch.ops.dca_kernels.refine_backward(douts, maps, parameters, saved, *ctx.numbers, wanted)

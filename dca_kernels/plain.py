@@ -5,7 +5,7 @@ a backend makes as a whole (`torch.jit.trace`, an ONNX export, `torch.func`), ge
 its place, with their N x N matrices, at their speed. The log of `dca_kernels` says so.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,15 @@ from torch.utils.module_tracker import ModuleTracker
 
 from dca_kernels import layers
 
-LEAVES = (nn.Conv2d, nn.LayerNorm)  # what holds the parameters
-HOLDERS = frozenset(
+SIZED = frozenset({layers.DepthwiseConv, layers.PointwiseConv, layers.LayerNorms})  # parents of what holds parameters
+PARENTS = frozenset(
     {
+        *SIZED,
         nn.ModuleList,
-        layers.DepthwiseConv,
         layers.DepthwiseProjection,
         layers.ChannelAttention,
         layers.SpatialAttention,
         layers.Block,
-        layers.PointwiseConv,
         layers.UpsampleConv,
     }
 )
@@ -61,12 +60,12 @@ def taken_apart(maps: Sequence[Tensor]) -> str | None:
     """What takes this call apart, so that no backend can make it as a whole; None where nothing does."""
     if _is_transformed():
         return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     if torch.compiler.is_compiling():
         return "an ONNX export" if torch.onnx.is_in_onnx_export() else None
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
     for x in maps:
         if x.is_meta:
             return "the meta device"
@@ -92,31 +91,34 @@ def hooked(dca: Any) -> str | None:
     """
     rest: list[Any] = [dca.avg_map, dca.attention, dca.upconvs]
     watched = None
-    for module in rest:
-        if type(module) not in HOLDERS:
-            came = refusal(module)
+    for parent in rest:
+        if type(parent) not in PARENTS:
+            _refuse(dca, parent, _class_of(parent))
+        if watched is None and is_hooked(parent) and not isinstance(parent, nn.ModuleList):  # which is never called
+            watched = parent
+        if type(parent) not in SIZED:
+            rest += parent._modules.values()
+            continue
+        kind = nn.LayerNorm if type(parent) is layers.LayerNorms else nn.Conv2d
+        for name, size in parent.sizes.items():
+            leaf = parent._modules[name]
+            came = refusal(leaf, kind, size)
             if came is not None:
-                raise TypeError(
-                    f"{_path(dca, module)}: expected the submodule that DCA made, whose parameters are read without "
-                    f"calling it (leave a DCA out where modules are exchanged: quantization, LoRA), got {came}"
-                )
-        if watched is None and is_hooked(module) and not isinstance(module, nn.ModuleList):  # which is never called
-            watched = module
-        if not isinstance(module, LEAVES):
-            rest += module._modules.values()
+                _refuse(dca, leaf, came)
+            if watched is None and is_hooked(leaf):
+                watched = leaf
     if watched is not None:
         return f"a hook on {_path(dca, watched)}"
-    return "a hook on every module" if _has_global_hook() else None
+    return "a hook on every module" if has_global_hook() else None
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something sees or changes what goes into a module, out of it, or back through it."""
-    own = vars(module)
-    forward = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return bool(forward or own["_backward_hooks"] or own["_backward_pre_hooks"])
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _has_global_hook() -> bool:
+def has_global_hook() -> bool:
     """Whether a hook is called for every module, but for those that note names only (`FlopCounterMode`'s)."""
     if not registries._has_any_global_hook():
         return False
@@ -126,33 +128,56 @@ def _has_global_hook() -> bool:
     return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in callables)
 
 
-def refusal(module: nn.Module, kinds: Collection[type[nn.Module]] = (*LEAVES, *HOLDERS)) -> str | None:
-    """What came in the place of a submodule whose parameters say all that calling it would do; None where one did.
+def refusal(module: Any, kind: type[nn.Module], size: tuple[int, ...]) -> str | None:
+    """What came in the place of a module whose parameters say all that calling it would do; None where one did.
 
     Args:
         module: the submodule.
-        kinds: the classes that it may be of.
+        kind: `nn.Conv2d` or `nn.LayerNorm`, which it should be, with a bias and nothing hidden in a subclass.
+        size: see `dca_kernels.layers`.
     """
-    kind = type(module)
-    if kind not in kinds:
-        name = f"a {kind.__module__}.{kind.__qualname__}"
-        if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
-            return f"{name}: shard the DCA as a whole, fully_shard(dca)"
-        if not any(issubclass(kind, known) and kind.forward is known.forward for known in kinds):
-            return name
+    if type(module) is not kind and not _inherits_all(type(module), kind):
+        return _class_of(module)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, COMPUTING):
             return (
                 f"one with a parameter that the forward pre-hook {type(hook).__name__} computes: use "
                 "torch.nn.utils.parametrizations, or make it permanent (prune.remove)"
             )
-    if isinstance(module, nn.Conv2d):
+    if size != size_of(module) or module._parameters.get("bias", module) is None:
+        return str(module)
+    if kind is nn.Conv2d:
         unpadded = module.padding in ((0, 0), "valid", "same")
         if not (unpadded and module.kernel_size == module.stride == (1, 1)):
-            return f"one that is no 1x1 convolution, {module}"
-    if isinstance(module, LEAVES) and module._parameters.get("bias", module) is None:
-        return f"one without a bias, {module}"
+            return str(module)
     return None
+
+
+def size_of(module: Any) -> tuple[int, ...]:
+    """Of a convolution or a LayerNorm, as in `dca_kernels.layers`."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape
+    return module.in_channels, module.out_channels, module.groups
+
+
+def _inherits_all(kind: type, known: type) -> bool:
+    """Whether calling a class does what calling `known` does; true of parametrized modules."""
+    if not issubclass(kind, known) or any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
+        return False
+    called = ("__call__", "_call_impl", "forward", "_conv_forward")
+    return all(getattr(kind, name, None) is getattr(known, name, None) for name in called)
+
+
+def _class_of(module: nn.Module) -> str:
+    kind = type(module)
+    return f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def _refuse(dca: nn.Module, module: nn.Module, came: str) -> None:
+    raise TypeError(
+        f"{_path(dca, module)}: expected the submodule that DCA made, whose parameters are read in place of a call, "
+        f"got {came} (shard or compile a DCA as a whole, fully_shard(dca); leave it out of quantization and LoRA)"
+    )
 
 
 def _path(dca: nn.Module, module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dca_kernels.backends import check_name
 from dca_kernels.module import DCA
-from dca_kernels.plain import refusal
+from dca_kernels.plain import refusal, size_of
 
 CHILDREN = ("avg_map", "attention", "upconvs", "bn_relu")
 # The submodules that a fused module and its original share: all that hold tensors.
@@ -142,7 +142,8 @@ def restore_dca(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: there is no DCA that `replace_dca` put in.
+        ValueError: there is no DCA that `replace_dca` put in, or a forward was put on an instance in one. The model is
+            as it was.
     """
     originals: dict[nn.Module, nn.Module] = {}
     for _, dca in _dcas(model):
@@ -152,13 +153,21 @@ def restore_dca(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: expected a DCA that replace_dca put into {type(model).__name__}, got none{_others(model)}"
         )
+    for fused in originals:
+        for name, parent in _parents(fused):
+            if "forward" in vars(parent):
+                raise ValueError(
+                    f"model: expected a DCA with its own forwards, got one that was put on {name or 'the DCA itself'}: "
+                    "remove it first"
+                )
     for fused, original in originals.items():
+        for name, parent in _parents(fused):
+            vars(original.get_submodule(name)).update(_hooks(parent))
         for name in _shared_names(fused):  # one may have been exchanged since
             original.set_submodule(name, fused.get_submodule(name))
         shared = {m for name in _shared_names(fused) for m in fused.get_submodule(name).modules()}
         for m in set(original.modules()) - shared:
             m.training = fused.training
-        vars(original).update(_hooks(fused))
     return _swap(model, originals)
 
 
@@ -287,6 +296,11 @@ def _refuse_hooks(original: nn.Module) -> None:
                 raise _Refused(f"{name} has {registry.strip('_').replace('_', ' ')}, {effect}")
 
 
+def _parents(fused: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The fused module and those of its submodules that its original does not share, but has under the same name."""
+    return ((name, module) for name, module in fused.named_modules() if not SHARED.match(name))
+
+
 def _shared_names(dca: nn.Module) -> list[str]:
     return [name for name, _ in dca.named_modules() if SHARED.fullmatch(name)]
 
@@ -344,15 +358,9 @@ def _heads(attention: Any) -> int:
 
 def _check_leaf(name: str, module: Any, expected: Any) -> None:
     """By attributes: in training, reading a parametrized weight may change its buffers."""
-    came = refusal(module, {type(expected)})
+    came = refusal(module, type(expected), size_of(expected))
     if came is not None:
-        raise TypeError(f"{name}: expected an nn.{type(expected).__name__}, got {came}")
-    convolution = ("in_channels", "out_channels", "kernel_size", "groups")
-    norm = ("normalized_shape", "elementwise_affine")
-    for attribute in convolution if isinstance(expected, nn.Conv2d) else norm:
-        wanted, got = (getattr(m, attribute) for m in (expected, module))
-        if wanted != got:
-            raise ValueError(f"{name}: expected {attribute} {wanted}, got {got}")
+        raise TypeError(f"{name}: expected {expected}, got {came}")
 
 
 def _tensor_names(module: nn.Module) -> list[str]:

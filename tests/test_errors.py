@@ -78,6 +78,7 @@ def test_the_heads_that_an_error_names_are_taken() -> None:
 def test_integers_of_numpy_are_taken() -> None:
     module = dca_kernels.DCA(np.array([8, 16]), patch=np.int64(4), spatial_head=np.array([2, 4]))
     assert (module.features, module.grid, module.spatial_head) == ([8, 16], (4, 4), [2, 4])
+    assert dca_kernels.DCA([8, 16], patch=np.array([4, 7])).grid == (4, 7)
 
 
 def test_heads_of_an_attention_that_is_off_are_not_checked() -> None:
@@ -88,8 +89,16 @@ def _second(change: Callable[[Tensor], object]) -> Callable[[list[Tensor]], list
     return lambda maps: [maps[0], change(maps[1])]
 
 
+class Subclass(Tensor): ...
+
+
 MAPS: dict[str, tuple[Callable[[list[Tensor]], object], type[Exception], str]] = {
     "tensor": (lambda maps: maps[0], TypeError, "maps: expected a list or tuple of tensors, got Tensor"),
+    "subclass": (
+        lambda maps: maps[0].as_subclass(Subclass),
+        TypeError,
+        "maps: expected a list or tuple of tensors, got Subclass",
+    ),
     "generator": (iter, TypeError, "maps: expected a list or tuple of tensors, got list_iterator"),
     "too_few": (lambda maps: maps[:1], ValueError, "maps: expected 2 tensors, one for each of features, got 1"),
     "too_many": (

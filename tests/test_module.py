@@ -236,7 +236,20 @@ def test_modules_whose_forward_would_not_run_are_refused(name: str, change: Call
     assert_refused(module, name, came, backend)
 
 
+class StandardisedConv(nn.Conv2d):
+    """Hides its difference from Conv2d in another method than forward."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
 EXCHANGED = {
+    "hidden": ("upconvs.0.conv.conv", lambda conv: StandardisedConv(8, 8, 1), "tests.test_module.StandardisedConv"),
+    "other_channels": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(4, 1, 1), "Conv2d(4, 1, kernel_size=(1, 1)"),
+    "groups": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(8, 8, 1, groups=2), "groups=2)"),
+    "dense": ("avg_map.0.proj.depthwise", lambda conv: nn.Conv2d(8, 8, 1), "Conv2d(8, 8, kernel_size=(1, 1)"),
+    "other_norm": ("attention.0.channel_norm.1", lambda norm: nn.LayerNorm(8), "LayerNorm((8,)"),
+    "no_norm": ("attention.0.channel_norm.1", lambda norm: nn.Identity(), "torch.nn.modules.linear.Identity"),
     "lora": ("avg_map.0.proj.depthwise", lambda conv: nn.Sequential(conv), "torch.nn.modules.container.Sequential"),
     "holder": ("attention.0", lambda block: nn.Identity(), "torch.nn.modules.linear.Identity"),
     "larger_kernel": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 3, padding=1), "Conv2d(16, 16, kernel_siz"),

@@ -273,6 +273,18 @@ def gradients_of_one_output(module: nn.Module, config: Config, backend: str, sin
     return of_maps | {f"grad.{name}": p.grad for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("context", [contextlib.nullcontext, Watching], ids=["eager", "watched"])
+@over_backends(BACKENDS)
+def test_outputs_that_are_all_unused_give_none(backend: str, context: Callable) -> None:
+    module, _ = pair(SMALL, backend)
+    maps = [x.requires_grad_() for x in random_maps(SMALL, backend=backend)]
+    other = maps[0].detach().requires_grad_()
+    with context():
+        Sink.apply(*module(maps), 2 * other)[-1].sum().backward()
+    assert other.grad.any()
+    assert all(t.grad is None for t in (*maps, *module.parameters()))
+
+
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_an_unused_output_with_operands_in_16_bit(attention: dict, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +469,20 @@ def test_torch_jit_trace(backend: str) -> None:
 
 
 @of_pytorch
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda maps: maps[:1], "maps: expected 2 tensors, one for each of features, got 1"),
+        (lambda maps: maps[0], "maps: expected a list or tuple of tensors, got Tensor"),
+        (lambda maps: [x.float() for x in maps], "maps\\[0\\]: expected dtype torch.float64, as the parameters, got"),
+    ],
+)
+def test_maps_are_checked_while_they_are_traced(change: Callable, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.jit.trace(modules()[0], (change(random_maps(Config())),))
+
+
+@of_pytorch
 def test_graph_in_tensorboard(tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     module, _ = modules()
@@ -484,6 +510,18 @@ def test_symbolic_tracing_takes_it_as_a_leaf() -> None:
     for batch in (1, 3):
         x = random_maps(Config(batch=batch))[0]
         assert torch.equal(traced(x), network(x))
+
+
+def test_symbolic_tracing_refuses_hooks_that_would_be_called_twice() -> None:
+    network = Network(modules()[0])
+    handle = network.dca.register_forward_hook(lambda m, args, out: _doubled(out))
+    with pytest.raises(TypeError, match=r"^maps: .*Proxy, which the DCA's hooks would see: hook later$"):
+        fx.symbolic_trace(network)
+    handle.remove()
+    traced = fx.symbolic_trace(network)
+    traced.dca.register_forward_hook(lambda m, args, out: _doubled(out))
+    x = random_maps(Config())[0]
+    assert torch.equal(traced(x), network(x))
 
 
 def test_symbolic_tracing_of_a_dca_alone_says_how() -> None:
@@ -534,6 +572,11 @@ def _dual(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
         return [forward_ad.unpack_dual(y).tangent for y in outputs]
 
 
+def _compiled_dual(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    module.requires_grad_(False)
+    return _dual(torch.compile(module, backend="eager"), maps)
+
+
 def _ensemble(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     state = {name: torch.stack([t, 2 * t]) for name, t in module.state_dict().items() if t.is_floating_point()}
     return list(vmap(lambda state: functional_call(module, state, (maps,)))(state))
@@ -547,6 +590,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
     "jvp": lambda module, maps: jvp(lambda *maps: module(maps), tuple(maps), tuple(x.cos() for x in maps))[1],
     "jacrev": lambda module, maps: [jacrev(lambda x: module([x, maps[1]])[1].sum((1, 2)))(maps[0])],
     "dual_numbers": _dual,
+    "compiled_dual_numbers": _compiled_dual,
     "compiled_grad": _compiled_grad,
 }
 
@@ -561,20 +605,18 @@ def test_transforms(backend: str, transform: Callable) -> None:
 
 @both_modes
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("sizes", [((4, 6), (2, 3)), ((5, 4), (2, 2))], ids=["equal_windows", "others"])
 @each_trainable
-def test_several_gradients_in_one(backend: str, train: bool) -> None:
-    for sizes in (((4, 6), (2, 3)), ((5, 4), (2, 2))):  # equal windows, and others
-        config = Config((4, 8), 2, sizes=sizes)
-        module, _ = modules(config, backend, train)
+def test_several_gradients_in_one(backend: str, sizes: Any, train: bool) -> None:
+    config = Config((4, 8), 2, sizes=sizes)
+    results = []
+    for module in modules(config, backend, train):
         maps = [x.requires_grad_() for x in random_maps(config)]
         loss = torch.stack([y.square().sum() for y in module(maps)])
         upstream = torch.eye(2, dtype=torch.float64)
-        leaves = [*maps, *module.parameters()]
-        at_once = torch.autograd.grad(
-            loss, leaves, upstream, is_grads_batched=True, retain_graph=True, allow_unused=True
-        )
-        one_by_one = [torch.autograd.grad(loss, leaves, u, retain_graph=True) for u in upstream]
-        assert_same(named(at_once), named([torch.stack(g) for g in zip(*one_by_one, strict=True)]))
+        gradients = torch.autograd.grad(loss, [*maps, *module.parameters()], upstream, is_grads_batched=True)
+        results.append({f"grad.{i}": g for i, g in enumerate(gradients)})
+    assert_same(*results)
 
 
 @over_backends(["triton"])
