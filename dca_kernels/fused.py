@@ -144,8 +144,6 @@ class _AdaptiveAvgPool(torch.autograd.Function):
             dx = dpooled.new_zeros(*dpooled.shape[:2], height, width, dtype=ctx.dtype)
         if torch.is_grad_enabled() or not ctx.fresh:
             dx = dx.clone()
-        if is_batched(dpooled):  # then dx must be, too, to be added to in place
-            dx = dx + torch.zeros_like(dpooled[:, :, :1, :1])
         if ctx.size == grid:
             return dx.add_(dpooled), None, None
         with _no_autocast(dx):
@@ -1080,11 +1078,6 @@ def _keep_undefined(ctx: Any) -> None:
     """
     if not torch.compiler.is_compiling():  # it cannot trace this, and no gradient is None there
         ctx.set_materialize_grads(False)
-
-
-def is_batched(gradient: Tensor) -> bool:
-    """Whether it is several gradients in one (`is_grads_batched`), which some operations refuse."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -101,6 +101,8 @@ class DCA(nn.Module):
             # Attention computes each output from all maps.
             return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
         self._check(maps)
+        if not torch.jit.is_tracing():  # there, sizes are tensors
+            self._check_sizes(maps)
         reason = plain.hooked(self)
         if reason is None:  # a hook may bring the parameters only when it is called
             dtypes = self._output_dtypes(maps)
@@ -135,18 +137,19 @@ class DCA(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _check(self, maps: Sequence[Tensor]) -> None:
-        """Raise for maps that `forward` does not take, whatever the parameters are; sizes may be traced tensors."""
+        """Raise for what is no list of maps."""
         if not isinstance(maps, (list, tuple)):
             raise TypeError(f"maps: expected a list or tuple of tensors, got {type(maps).__name__}")
         if len(maps) != len(self.features):
             raise ValueError(f"maps: expected {len(self.features)} tensors, one for each of features, got {len(maps)}")
-        for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
+        for i, x in enumerate(maps):
             if not isinstance(x, Tensor):
                 raise TypeError(f"maps[{i}]: expected a tensor, got {type(x).__name__}")
             if not x.is_floating_point():
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
-            if torch.jit.is_tracing():
-                continue
+
+    def _check_sizes(self, maps: Sequence[Tensor]) -> None:
+        for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
             if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
                 raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
             if x.shape[0] != maps[0].shape[0]:

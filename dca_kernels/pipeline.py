@@ -16,7 +16,7 @@ from dca_kernels import channel_attention as channel
 from dca_kernels import spatial_attention as spatial
 from dca_kernels import upsample as merge
 from dca_kernels.backends import tokens_dtype
-from dca_kernels.fused import accumulation_dtype, is_batched, memory_format, update_running_buffers
+from dca_kernels.fused import accumulation_dtype, memory_format, update_running_buffers
 from dca_kernels.parameters import Affine, Spec, describe, flatten, unflatten
 from dca_kernels.patch_embed import patch_embed
 from dca_kernels.tokens import Tokens
@@ -253,7 +253,7 @@ class _Refine(torch.autograd.Function):
         given = [g for g in grads if g is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        if any(is_batched(g) for g in given):
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given):
             raise RuntimeError(BATCHED)
         tensors = ctx.saved_tensors
         maps, parameters, saved = tensors[:scales], tensors[scales:count], tensors[count:]

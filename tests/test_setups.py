@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,18 @@ def test_hooks_of_the_module_and_of_bn_relu_leave_the_backend_at_work(said: Call
 
 
 @of_pytorch
+@both_modes
+def test_torch_jit_trace_warns_no_more_than_of_the_reference(train: bool) -> None:
+    counts = []
+    for module in modules(train=train):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", torch.jit.TracerWarning)
+            torch.jit.trace(module, (random_maps(Config()),), check_trace=False)
+        counts.append(sum(issubclass(w.category, torch.jit.TracerWarning) for w in caught))
+    assert counts[0] == counts[1]
+
+
+@of_pytorch
 @each_backend
 def test_torch_jit_trace(backend: str) -> None:
     module, theirs = modules(SMALL, backend)
@@ -606,16 +619,23 @@ def test_transforms(backend: str, transform: Callable) -> None:
 @both_modes
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("sizes", [((4, 6), (2, 3)), ((5, 4), (2, 2))], ids=["equal_windows", "others"])
+@pytest.mark.parametrize(
+    "used",
+    [lambda outputs, i: outputs[i], lambda outputs, i: outputs[0][i], lambda outputs, i: outputs[1][i]],
+    ids=["both", "first", "second"],
+)
 @each_trainable
-def test_several_gradients_in_one(backend: str, sizes: Any, train: bool) -> None:
+def test_several_gradients_in_one(backend: str, used: Callable, sizes: Any, train: bool) -> None:
     config = Config((4, 8), 2, sizes=sizes)
     results = []
     for module in modules(config, backend, train):
         maps = [x.requires_grad_() for x in random_maps(config)]
-        loss = torch.stack([y.square().sum() for y in module(maps)])
+        outputs = module(maps)
+        loss = torch.stack([used(outputs, i).square().sum() for i in (0, 1)])
         upstream = torch.eye(2, dtype=torch.float64)
-        gradients = torch.autograd.grad(loss, [*maps, *module.parameters()], upstream, is_grads_batched=True)
-        results.append({f"grad.{i}": g for i, g in enumerate(gradients)})
+        leaves = [*maps, *module.parameters()]
+        gradients = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, allow_unused=True)
+        results.append({f"grad.{i}": g for i, g in enumerate(gradients) if g is not None})
     assert_same(*results)
 
 
