@@ -110,6 +110,10 @@ def random_maps(
     return [torch.randn(shape, generator=generator).to(device_of(backend), dtype) for shape in shapes]
 
 
+def named(tensors: Sequence[Tensor]) -> Results:
+    return {str(i): t for i, t in enumerate(tensors)}
+
+
 def random_like(tensors: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Upstream gradients for outputs of these shapes and dtypes."""
     generator = torch.Generator().manual_seed(2000 + seed)
@@ -377,3 +381,8 @@ not_finite = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide b
 both_modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 each_backend = over_backends(BACKENDS)
 each_trainable = over_backends(TRAINABLE)
+of_pytorch = pytest.mark.filterwarnings(  # its own code, about its own code
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore:`torch.jit:FutureWarning",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
