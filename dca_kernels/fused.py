@@ -312,20 +312,22 @@ def _head_sums(tokens: Tensor, vectors: Sequence[Tensor], heads: Sequence[int]) 
         columns.append(vector[:, :, None] * head_of)
     if torch.compiler.is_compiling():  # cannot trace what gives no gradient
         return [(tokens @ column).mT for column in columns]
-    return list(_JointProduct.apply(tokens, *columns))
+    return list((_JointProduct.apply if torch.is_grad_enabled() else _joint_product)(tokens, *columns))
+
+
+def _joint_product(tokens: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """(tokens @ columns)^T for each scale's columns, in one product: (B, N, C), S of (B, C, h) -> S of (B, h, N)."""
+    return (tokens @ torch.cat(columns, 2)).mT.split([c.shape[2] for c in columns], 1)
 
 
 class _JointProduct(torch.autograd.Function):
-    """(tokens @ columns)^T for each scale's columns, in one product: (B, N, C), S of (B, C, h) -> S of (B, h, N).
-
-    The columns of a result without a gradient get none, where `torch.cat` would give them zeros.
-    """
+    """`_joint_product`. The columns of a result without a gradient get none, where `torch.cat` would give zeros."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
         _keep_undefined(ctx)
         ctx.save_for_backward(tokens, *columns)
-        return (tokens @ torch.cat(columns, 2)).mT.split([c.shape[2] for c in columns], 1)
+        return _joint_product(tokens, *columns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -699,7 +701,7 @@ def upsample(
     updates = []
     operands = operand_dtype(maps)
     for t, x, upconv, norm, dtype in zip(tokens, maps, upconvs, norms, dtypes, strict=True):
-        conv = upconv.conv.conv
+        conv = upconv.leaf
         z = _pointwise(conv.weight.flatten(1).to(t.dtype), t, operands).unflatten(2, grid)  # (B, C_i, P_h, P_w)
         bias = conv.bias.to(t.dtype)
         if norm is None:
@@ -971,7 +973,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _affine(projection: Holder, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight (C) and bias (C) of a depthwise projection."""
-    conv = projection.proj.depthwise
+    conv = projection.leaf
     return conv.weight.flatten().to(dtype), conv.bias.to(dtype)
 
 

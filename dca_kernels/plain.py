@@ -33,6 +33,7 @@ PARENTS = frozenset(
         layers.UpsampleConv,
     }
 )
+UNPADDED = ((0, 0), "valid", "same")
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)  # forward pre-hooks that compute a parameter
 
 
@@ -114,8 +115,9 @@ def hooked(dca: Any) -> str | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether something sees or changes what goes into a module, out of it, or back through it."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in vars(module)
 
 
 def has_global_hook() -> bool:
@@ -138,18 +140,17 @@ def refusal(module: Any, kind: type[nn.Module], size: tuple[int, ...]) -> str | 
     """
     if type(module) is not kind and not _inherits_all(type(module), kind):
         return _class_of(module)
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, COMPUTING):
-            return (
-                f"one with a parameter that the forward pre-hook {type(hook).__name__} computes: use "
-                "torch.nn.utils.parametrizations, or make it permanent (prune.remove)"
-            )
+    if module._forward_pre_hooks:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, COMPUTING):
+                return (
+                    f"one with a parameter that the forward pre-hook {type(hook).__name__} computes: use "
+                    "torch.nn.utils.parametrizations, or make it permanent (prune.remove)"
+                )
     if size != size_of(module) or module._parameters.get("bias", module) is None:
         return str(module)
-    if kind is nn.Conv2d:
-        unpadded = module.padding in ((0, 0), "valid", "same")
-        if not (unpadded and module.kernel_size == module.stride == (1, 1)):
-            return str(module)
+    if kind is nn.Conv2d and not (module.kernel_size == module.stride == (1, 1) and module.padding in UNPADDED):
+        return str(module)
     return None
 
 
