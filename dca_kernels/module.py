@@ -77,6 +77,9 @@ class DCA(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Refine the skip maps.
 
+        A backend does (`dca_kernels.backends`), or plain PyTorch operations where something needs the submodules called
+        (`dca_kernels.plain`).
+
         Args:
             maps: list or tuple of S tensors (B, C_i, H_i, W_i) of one floating dtype, the parameters', on one device.
                 Under autocast their dtypes may differ. Any H_i x W_i and any B, also 0.
@@ -108,8 +111,7 @@ class DCA(nn.Module):
             dtypes = self._output_dtypes(maps)
             reason = plain.taken_apart(maps)
         if reason is not None:
-            if not torch.compiler.is_compiling():
-                _say_plain(reason)
+            plain.say(reason)
             return plain.refine(self, maps)
         # A frozen encoder's maps may be inference tensors, which no backward can keep; a compiled graph says so itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -149,6 +151,7 @@ class DCA(nn.Module):
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
 
     def _check_sizes(self, maps: Sequence[Tensor]) -> None:
+        """Raise for sizes that do not go together, with `features` or with BatchNorm in training."""
         for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
             if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
                 raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
@@ -200,14 +203,6 @@ def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
 @functools.cache  # one log line each
 def _say_called(i: int, kind: str) -> None:
     _logger.info("bn_relu[%d] (%s) is not a plain BatchNorm2d and ReLU: it is called as it is, not fused", i, kind)
-
-
-@functools.cache  # one log line each
-def _say_plain(reason: str) -> None:
-    _logger.warning(
-        "%s needs the submodules of a DCA called: plain PyTorch operations run, slower, with N x N matrices in memory",
-        reason,
-    )
 
 
 def _overrides(x: object) -> bool:

@@ -107,6 +107,11 @@ class Spec(NamedTuple):
     momenta: list[float]
     dtype: torch.dtype
 
+    @property
+    def attentions(self) -> int:
+        """How many there are, of all blocks."""
+        return self.blocks * (bool(self.channel_heads) + bool(self.spatial_heads))
+
 
 def describe(dca: Any, norms: Sequence[Any], dtype: torch.dtype) -> Spec:
     """The numbers of a module.

@@ -177,15 +177,14 @@ def _wanted(spec: Spec, needed: Sequence[bool], grads: Sequence[Tensor | None]) 
     """For each of maps and parameters, whether it is `needed` and an output with a gradient depends on it.
 
     Through an attention every output depends on all that comes before it. What comes behind the last one, and the maps
-    of that one, serve their own scale only. There is a gradient.
+    of that one, serve their own scale only. At least one output has a gradient.
     """
     used = [g is not None for g in grads]
     of_own = [there for there in used for _ in Affine._fields]
     of_all = [True] * len(of_own)
-    attentions = spec.blocks * (bool(spec.channel_heads) + bool(spec.spatial_heads))
-    reached = [True] * len(used) + of_all if attentions else used + of_own  # maps, avg_map
-    for k in range(attentions):  # LayerNorms, then q_map, k_map, v_map and projection
-        reached += of_all + 4 * (of_own if k == attentions - 1 else of_all)
+    reached = [True] * len(used) + of_all if spec.attentions else used + of_own  # maps, avg_map
+    for k in range(spec.attentions):  # LayerNorms, then q_map, k_map, v_map and projection
+        reached += of_all + 4 * (of_own if k == spec.attentions - 1 else of_all)
     reached += of_own  # upconvs
     reached += [flag for flag, there in zip(of_own, spec.affine, strict=True) if there]  # BatchNorms
     return [need and flag for need, flag in zip(needed, reached, strict=True)]
@@ -201,8 +200,7 @@ def _with_zeros(spec: Spec, grads: Sequence[Tensor | None], maps: Sequence[Tenso
 def _first_wanted(spec: Spec, wanted: Sequence[bool]) -> int:
     """The first stage with a wanted gradient: 0 embedding and maps, then the attentions, then the upsampling."""
     scales = len(spec.fused)
-    attentions = spec.blocks * (bool(spec.channel_heads) + bool(spec.spatial_heads))
-    ends = [3 * scales + 10 * scales * k for k in range(attentions + 1)]
+    ends = [3 * scales + 10 * scales * k for k in range(spec.attentions + 1)]
     return sum(not any(wanted[:end]) for end in ends)
 
 

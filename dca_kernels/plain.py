@@ -5,7 +5,9 @@ a backend makes as a whole (`torch.jit.trace`, an ONNX export, `torch.func`), ge
 its place, with their N x N matrices, at their speed. The log of `dca_kernels` says so.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ PARENTS = frozenset(
     }
 )
 UNPADDED = ((0, 0), "valid", "same")
+_logger = logging.getLogger("dca_kernels")
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)  # forward pre-hooks that compute a parameter
 
 
@@ -75,13 +78,29 @@ def taken_apart(maps: Sequence[Tensor]) -> str | None:
     return None
 
 
+def _called_while_tracing(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would load the compiler: it calls the function while it traces."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_called_while_tracing  # the compiler is within the transform itself then
 def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-# While it traces, torch.compile is within the transform itself. `torch.compiler.assume_constant_result` does the same,
-# but loads the compiler.
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@_called_while_tracing
+def say(reason: str) -> None:
+    """Say once in the log that the plain operations run, and why."""
+    _say_once(reason)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _logger.warning(
+        "%s needs the submodules of a DCA called: plain PyTorch operations run, slower, with N x N matrices in memory",
+        reason,
+    )
 
 
 def hooked(dca: Any) -> str | None:

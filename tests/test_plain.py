@@ -7,6 +7,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
-import dca_kernels
 from dca_kernels import plain
 from tests.oracle import (
     Config,
@@ -32,15 +32,13 @@ from tests.oracle import (
     pair,
     random_maps,
 )
-from tests.test_module import CONFIGS
-
-SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)))  # interpreted kernels are slow
+from tests.test_setups import ATTENTIONS, SMALL
 
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the log of `dca_kernels` got so far that needs attention; what it says once, it says anew in each test."""
-    dca_kernels.module._say_plain.cache_clear()
+    plain._say_once.cache_clear()
     caplog.set_level(logging.WARNING, "dca_kernels")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "dca_kernels"]
 
@@ -65,7 +63,6 @@ def test_forward_hooks_see_what_the_references_see(backend: str, train: bool, sa
                 seen |= {f"{name}.{i}": y.detach() for i, y in enumerate(tree_leaves(out))}
 
             submodule.register_forward_hook(look)
-        assert_same(seen, {})
         results.append(evaluate(module, random_maps(Config(), backend=backend)) | seen)
         assert len(seen) > len(called_submodules(module))
     assert_same(*results)
@@ -211,8 +208,7 @@ def test_torch_jit_trace_warns_no_more_than_of_the_reference(train: bool) -> Non
 def test_torch_jit_trace(backend: str) -> None:
     module, theirs = pair(SMALL, backend, train=False)
     traced = torch.jit.trace(module, (random_maps(SMALL, backend=backend),))
-    other = Config((4, 8), 2, sizes=SMALL.sizes, batch=3)
-    maps = random_maps(other, backend=backend)
+    maps = random_maps(replace(SMALL, batch=3), backend=backend)
     assert_same(named(traced(maps)), named(theirs(maps)))
 
 
@@ -354,16 +350,25 @@ def test_transforms(backend: str, transform: Callable) -> None:
 # The plain operations themselves
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+OBLONG = Config((8, 16), (3, 5), channel_head=(2, 4), spatial_head=(8, 2), sizes=((7, 10), (3, 4)))
+
+
+@pytest.mark.parametrize("config", [*ATTENTIONS.values(), OBLONG], ids=[*ATTENTIONS, "oblong_grid_and_heads"])
 @both_modes
-def test_plain_operations_are_the_references(config: Config, train: bool) -> None:
+def test_plain_operations_are_the_references(config: Config, train: bool, said: Callable) -> None:
     ours, theirs = pair(config, train=train)
-    ours.forward = lambda maps: plain.refine(ours, maps)
+    ours.avg_map[0].register_forward_hook(lambda m, args, out: None)
     assert_same(*(evaluate(module, random_maps(config)) for module in (ours, theirs)))
+    assert len(said()) == 1
 
 
-def test_heads_of_every_scale_in_the_plain_operations() -> None:
-    config = Config((8, 16), (3, 5), channel_head=(2, 4), spatial_head=(8, 2), sizes=((7, 10), (3, 4)))
-    ours, theirs = pair(config)
-    ours.forward = lambda maps: plain.refine(ours, maps)
-    assert_same(*(evaluate(module, random_maps(config)) for module in (ours, theirs)))
+@of_pytorch
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_it_is_said_once(compiled: bool, said: Callable) -> None:
+    module, _ = pair(SMALL, train=False)
+    module.upconvs[1].register_forward_hook(lambda m, args, out: None)
+    run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    for batch in (2, 3, 3):
+        run(random_maps(replace(SMALL, batch=batch)))
+    (line,) = said()
+    assert line.startswith("a hook on upconvs.1 needs")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from tests.oracle import (
     random_like,
     random_maps,
 )
+from tests.test_module import CONFIGS
 
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)))  # interpreted kernels are slow
 
@@ -208,24 +210,18 @@ class Sink(torch.autograd.Function):
         return grads
 
 
-ATTENTIONS = {
-    "default": {},
-    "two_blocks": {"n": 2},
-    "channel_only": {"spatial_att": False},
-    "spatial_only": {"channel_att": False},
-    "no_attention": {"channel_att": False, "spatial_att": False},
-}
+ATTENTIONS = CONFIGS | {"no_attention": Config(channel_att=False, spatial_att=False)}
+ATTENTIONS = {name: replace(config, features=(4, 8), patch=2, sizes=SMALL.sizes) for name, config in ATTENTIONS.items()}
 
 
 @pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize("config", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize("context", [contextlib.nullcontext, Watching], ids=["eager", "watched"])
-@pytest.mark.parametrize("sink", [lambda *outputs: outputs, Sink.apply], ids=["", "sink"])
+@pytest.mark.parametrize("sink", [lambda *outputs: outputs, Sink.apply], ids=["direct", "sink"])
 @over_backends(BACKENDS)
 def test_an_unused_output_gives_none_where_the_reference_does(
-    backend: str, sink: Callable, context: Callable, attention: dict, used: int
+    backend: str, sink: Callable, context: Callable, config: Config, used: int
 ) -> None:
-    config = Config((4, 8), 2, sizes=((5, 4), (2, 3)), **attention)
     results = []
     for module in pair(config, backend):
         with context():
@@ -254,10 +250,9 @@ def test_outputs_that_are_all_unused_give_none(backend: str, context: Callable) 
 
 
 @pytest.mark.parametrize("used", [0, 1])
-@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_an_unused_output_with_operands_in_16_bit(attention: dict, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_an_unused_output_with_operands_in_16_bit(config: Config, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "operand_dtype", lambda maps: torch.bfloat16)  # as on a GPU
-    config = Config((8, 16), 2, sizes=((5, 4), (2, 3)), **attention)
     of_both = [
         gradients_of_one_output(module, config, "torch", Sink.apply, used)
         for module in pair(config, dtype=torch.float32)
@@ -268,7 +263,7 @@ def test_an_unused_output_with_operands_in_16_bit(attention: dict, used: int, mo
 
 @of_pytorch
 def test_an_unused_output_of_a_compiled_loss() -> None:
-    config = Config((4, 8), 2, channel_att=False, sizes=((5, 4), (2, 3)))
+    config = ATTENTIONS["spatial_only"]
     missing = []
     for module in pair(config):
         loss = torch.compile(lambda maps, module=module: module(maps)[0].sum(), backend="aot_eager", fullgraph=True)
@@ -290,7 +285,7 @@ def test_an_unused_output_of_a_compiled_loss() -> None:
 )
 @each_trainable
 def test_several_gradients_in_one(backend: str, used: Callable, sizes: Any, train: bool) -> None:
-    config = Config((4, 8), 2, sizes=sizes)
+    config = replace(SMALL, sizes=sizes)
     results = []
     for module in pair(config, backend, train=train):
         maps = [x.requires_grad_() for x in random_maps(config)]
