@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -166,6 +166,20 @@ def partly_used(rank: int) -> Result:
     return found
 
 
+def distributed_tensors(rank: int) -> Result:
+    """The outputs of a module whose parameters and maps are DTensors, the same in each process."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    found: Result = {}
+    for kind in (reference.DCA, DCA):
+        torch.manual_seed(0)
+        dca = distribute_module(kind([4, 8], patch=2).double().eval(), mesh)
+        maps = [torch.randn(shape, dtype=torch.float64) for shape in ((BATCH, 4, 6, 6), (BATCH, 8, 3, 3))]
+        outputs = dca([distribute_tensor(x, mesh, [Replicate()]) for x in maps])
+        assert all(isinstance(y, DTensor) for y in outputs)
+        found[kind.__module__] = {str(i): whole(y.detach()) for i, y in enumerate(outputs)}
+    return found
+
+
 def work(rank: int, jobs: list[Callable[[int], Result]], backend: str, folder: Path) -> None:
     """One process: runs the jobs, each with all processes, and leaves their results in the folder."""
     torch.set_num_threads(1)
@@ -184,7 +198,7 @@ def start(jobs: list[Callable[[int], Result]], backend: str, folder: Path) -> li
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
-    jobs = [frozen, replicated, sharded, sharded_flat, sharded_by_convolution, partly_used]
+    jobs = [frozen, replicated, sharded, sharded_flat, sharded_by_convolution, partly_used, distributed_tensors]
     return start(jobs, "gloo", tmp_path_factory.mktemp("gloo"))
 
 
@@ -260,6 +274,11 @@ def test_unused_parameters_are_found_as_the_references_are(results: list[dict[st
             assert set(ours) ^ set(theirs) == set() != set(ours)
             for name, value in theirs.items():
                 torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_maps_that_are_distributed_tensors(results: list[dict[str, Result]]) -> None:
+    for found in (result["distributed_tensors"] for result in results):
+        assert_same({"outputs": found["dca_kernels.module"]}, {"outputs": found["reference.dca"]})
 
 
 def test_statistics_differ_between_processes_and_from_the_whole_batch() -> None:

@@ -254,6 +254,7 @@ EXCHANGED = {
     "holder": ("attention.0", lambda block: nn.Identity(), "torch.nn.modules.linear.Identity"),
     "larger_kernel": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 3, padding=1), "Conv2d(16, 16, kernel_siz"),
     "stride": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 1, stride=2), "Conv2d(16, 16, kernel_size=(1, 1)"),
+    "padding": ("upconvs.1.conv.conv", lambda conv: nn.Conv2d(16, 16, 1, padding=1), "padding=(1, 1))"),
     "no_bias": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(8, 8, 1, bias=False), "Conv2d(8, 8, kernel_size=(1, 1)"),
     "norm_without_bias": ("attention.0.spatial_norm.0", lambda norm: nn.LayerNorm(8, bias=False), "LayerNorm((8,), "),
     "quantized": (
