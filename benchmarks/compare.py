@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         [
             new.title,
             new.provider,
-            *(console.number(row.p50_ms) for row in (old, new)),
-            console.ratio(new.p50_ms, old.p50_ms),
+            *(console.duration(row.p50_ms) for row in (old, new)),
+            console.times(new.p50_ms, old.p50_ms),
             *(console.number(row.peak_mb) for row in (old, new)),
             what,
         ]
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         if chosen.all or what not in ("same", "not run")
     ]
     if lines:
-        headers = ["case", "provider", "ms before", "after", "ratio", "peak MB before", "after", ""]
+        headers = ["case", "provider", "time before", "after", "ratio", "peak MB before", "after", ""]
         print(console.table(lines, headers))
     regressions = sum(what.startswith("regression") for *_, what in verdicts)
     alone = len(before.keys() ^ after.keys())

@@ -3,6 +3,7 @@
 import concurrent.futures.process
 import dataclasses
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from benchmarks.cases import Problem
 from benchmarks.environment import environment
 from benchmarks.measure import Call
 from benchmarks.providers import PROVIDERS, Graphed, Provider, Subject
-from benchmarks.rows import Row
+from benchmarks.rows import STEPS, Row
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Group:
     modes: tuple[str, ...]
 
     def __str__(self) -> str:
-        problem = self.problem
-        return f"{problem.case}, {'train' if problem.training else 'eval'}, batch {problem.batch}"
+        step = STEPS["train" if self.problem.training else "eval", self.modes[-1]]
+        return f"{self.problem.case}, {step}, batch {self.problem.batch}"
 
     def row(self, provider: str, mode: str, **values: Any) -> Row:
         problem = self.problem
@@ -193,7 +194,9 @@ def _memory_elsewhere(
 ) -> dict[str, dict[str, float | int | None]]:
     """`measure.memory` of each mode, in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    # Ctrl-C is for the parent, which waits for this: it takes seconds.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, signal.signal, ignore) as pool:
         try:
             return pool.submit(_memory, name, problem, image, modes, torch.get_num_threads()).result()
         except concurrent.futures.process.BrokenProcessPool:  # killed for want of memory: the times still stand

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases
+from benchmarks import cases, console
 from benchmarks.rows import Row
 
 COLOURS = {"without": "#ced4da", "reference": "#868e96", "torch": "#2b8a3e", "triton": "#5f3dc4"}
 LINES = {"": "-", "compiled": "--", "max-autotune": ":"}
 HATCHES = {"": "", "compiled": "//", "max-autotune": "xx"}
-STEPS = (("eval", "forward"), ("train", "full"))
+MARKERS = {"": "o", "compiled": "^", "max-autotune": "D"}
+STEPS = ("forward", "training step")
 
 
 def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], path: Path) -> str:
@@ -36,12 +37,13 @@ def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], 
 
 
 def style(provider: str, bar: bool = False) -> dict[str, Any]:
-    """Colour by implementation, line or hatch by compiler, marker or dots by CUDA graph."""
+    """Colour by implementation, line, marker or hatch by compiler, filled marker or dots by CUDA graph."""
     implementation, compiled = provider.removesuffix(" graph").partition(" ")[::2]
     graph, colour = provider.endswith(" graph"), COLOURS[implementation]
     if bar:
         return {"facecolor": colour, "hatch": HATCHES[compiled] + (".." if graph else ""), "edgecolor": "white"}
-    return {"color": colour, "linestyle": LINES[compiled], "marker": "s" if graph else "o", "markersize": 4}
+    fill = colour if graph else "white"
+    return {"color": colour, "linestyle": LINES[compiled], "marker": MARKERS[compiled], "markerfacecolor": fill}
 
 
 def order(found: Sequence[Row]) -> list[str]:
@@ -51,92 +53,120 @@ def order(found: Sequence[Row]) -> list[str]:
 
 
 def bars(figure: Any, found: Sequence[Row]) -> None:
-    """Latency (whiskers from p20 to p80) and peak memory, a group a case."""
-    groups = list(dict.fromkeys(f"{row.phase}\nbatch {row.batch}\n{row.size}" for row in found))
+    """Latency (whiskers from p20 to p80) and peak memory of the module; a panel a step and batch."""
+    groups = list(dict.fromkeys((row.step, row.batch) for row in found))
     names = order(found)
-    figure.set_size_inches(4 + 2.2 * len(groups), 4.4)
-    times, memory = figure.subplots(1, 2)
-    width = 0.8 / max(1, len(names))
-    for row in (row for row in found if row.provider in names):
-        place = groups.index(f"{row.phase}\nbatch {row.batch}\n{row.size}")
-        position = place + (names.index(row.provider) - (len(names) - 1) / 2) * width
-        looks = style(row.provider, bar=True) | {"width": width}
-        if row.p50_ms is not None:
-            whiskers = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]
-            times.bar_label(times.bar(position, row.p50_ms, yerr=whiskers, capsize=2, **looks), fmt="%.0f", fontsize=7)
-        if row.peak_mb is not None:
-            memory.bar_label(memory.bar(position, row.peak_mb, **looks), fmt="%.0f", fontsize=7)
-    for axis, title in ((times, "latency, ms (median; whiskers p20 to p80)"), (memory, "peak memory above inputs, MB")):
-        axis.set_title(title, fontsize=10)
-        axis.set_xticks(range(len(groups)), groups, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(y=0.12)
+    figure.set_size_inches(3 + 2 * len(groups), 5.4)
+    panels = figure.subplots(2, len(groups), squeeze=False)
+    for (times, memory), (step, batch) in zip(panels.T, groups, strict=True):
+        rows = [r for r in found if (r.step, r.batch) == (step, batch) and r.provider in names]
+        times.set_title(f"{step}, {_said(rows, 'batch', 'dtype')}", fontsize=10)
+        for row in rows:
+            looks, place = style(row.provider, bar=True) | {"width": 0.8}, names.index(row.provider)
+            if row.p50_ms is not None:
+                whiskers = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]
+                drawn = times.bar(place, row.p50_ms, yerr=whiskers, capsize=2, **looks)
+                times.bar_label(drawn, [console.duration(row.p50_ms)], fontsize=8, padding=2)
+            if row.peak_mb is not None:
+                memory.bar_label(
+                    memory.bar(place, row.peak_mb, **looks), [f"{row.peak_mb:.0f} MB"], fontsize=8, padding=2
+                )
+        for axis in (times, memory):
+            axis.set_xticks([])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(y=0.12)
+    panels[0, 0].set_ylabel("time, ms (whiskers: p20 to p80)")
+    panels[1, 0].set_ylabel("peak memory above inputs, MB")
     _legend(figure, names, bar=True)
+
+
+def latency(figure: Any, found: Sequence[Row]) -> None:
+    """The module at the paper's size over the batch, of providers that were timed at more than one."""
+    chosen = _lined([r for r in of_one_dtype(found) if r.size == "paper" and r.p50_ms is not None], _batch)
+    label = f"images in the batch ({_said(chosen, 'dtype')})"
+    _lines(figure, chosen, _batch, lambda row: row.p50_ms, label, "time of a call, ms")
+
+
+def memory(figure: Any, found: Sequence[Row]) -> None:
+    """The module of the paper's channels over the grid, the smallest batch."""
+    chosen = _by_grid(found)
+    label = f"side of the token grid ({_said(chosen, 'batch', 'dtype')})"
+    _lines(figure, chosen, _grid, lambda row: row.peak_mb, label, "peak memory above inputs, MB")
+
+
+def of_floor(figure: Any, found: Sequence[Row]) -> None:
+    """The floor over the time of each stage: the paper's size, one dtype, the largest batch."""
+    chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
+    chosen = _of_most([r for r in chosen if r.step in STEPS], "dtype")
+    largest = max((r.batch for r in chosen), default=0)
+    chosen = [r for r in chosen if r.batch == largest]
+    value = {(r.provider, r.step, r.case): 100 * r.floor_ms / r.p50_ms for r in chosen}
+    labels = {case: case.replace("_", "\n") for case in cases.STAGES}
+    label = f"floor over time, % (paper's size, {_said(chosen, 'batch', 'dtype')})"
+    _grouped(figure, value, labels, order(chosen), label)
+
+
+def speedup(figure: Any, found: Sequence[Row]) -> None:
+    """The reference's time over each provider's, the module at every size: one dtype, the batch that has the most."""
+    chosen = of_one_dtype(found)
+    times = {row.key: row.p50_ms for row in chosen if row.p50_ms}
+    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times and row.step in STEPS]
+    timed = _of_most(timed, "batch")
+    value = {(r.provider, r.step, r.size): times[*r.group, "reference"] / times[r.key] for r in timed}
+    labels = {name: name for name in cases.SIZES if any(row.size == name for row in timed)}
+    _grouped(figure, value, labels, order(timed), f"speed-up over the reference ({_said(timed, 'batch', 'dtype')})")
 
 
 def of_one_dtype(found: Sequence[Row]) -> list[Row]:
     """Those of the module in the dtype that has the most: a figure compares like with like."""
-    counts = Counter(row.dtype for row in found if row.case == "dca" and row.p50_ms is not None)
-    most = max(counts, key=lambda dtype: counts[dtype], default=None)
-    return [row for row in found if row.case == "dca" and row.dtype == most]
+    timed = [row for row in found if row.case == "dca" and row.p50_ms is not None]
+    kept = {row.dtype for row in _of_most(timed, "dtype")}
+    return [row for row in found if row.case == "dca" and row.dtype in kept]
 
 
-def latency(figure: Any, found: Sequence[Row]) -> None:
-    """The module at the paper's size over the batch."""
-    chosen = [r for r in of_one_dtype(found) if r.size == "paper"]
-    label = f"images in the batch, {chosen[0].dtype if chosen else ''}"
-    _lines(figure, chosen, lambda row: row.batch, lambda row: row.p50_ms, label, "latency, ms")
+def _of_most(found: Sequence[Row], name: str) -> list[Row]:
+    """The rows with the value under this name that most of them have, of two such the smaller."""
+    counts = Counter(getattr(row, name) for row in found)
+    most = min(counts, key=lambda value: (-counts[value], value), default=None)
+    return [row for row in found if getattr(row, name) == most]
+
+
+def _lined(found: Sequence[Row], x: Callable[[Row], int]) -> list[Row]:
+    """Those of providers that have more than one point in a step: one point alone is no line."""
+    points = Counter((row.provider, row.step) for row in {(r.provider, r.step, x(r)): r for r in found}.values())
+    return [row for row in found if points[row.provider, row.step] > 1]
 
 
 def _by_grid(found: Sequence[Row]) -> list[Row]:
     """The module of the paper's channels, the smallest batch, where its memory was measured."""
     chosen = [r for r in of_one_dtype(found) if r.size in ("paper", "grid56", "grid112") and r.peak_mb is not None]
     smallest = min((r.batch for r in chosen), default=1)
-    return [r for r in chosen if r.batch == smallest]
+    return _lined([r for r in chosen if r.batch == smallest], _grid)
 
 
-def memory(figure: Any, found: Sequence[Row]) -> None:
-    """The module of the paper's channels over the grid, the smallest batch."""
-    chosen = _by_grid(found)
-    label = f"side of the token grid, batch {chosen[0].batch}, {chosen[0].dtype}" if chosen else ""
-    _lines(figure, chosen, lambda row: row.patch, lambda row: row.peak_mb, label, "peak memory above inputs, MB")
+def _batch(row: Row) -> int:
+    return row.batch
 
 
-def of_floor(figure: Any, found: Sequence[Row]) -> None:
-    """The floor over the time of each stage, the paper's size and the largest batch."""
-    chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
-    largest = max((r.batch for r in chosen), default=0)
-    value = {(r.provider, r.phase, r.mode, r.case): 100 * r.floor_ms / r.p50_ms for r in chosen if r.batch == largest}
-    labels = {(*step, case): case.replace("_", "\n") for step in STEPS for case in cases.STAGES}
-    _grouped(figure, value, cases.STAGES, labels, order(chosen), f"% of floor, paper size, batch {largest}")
+def _grid(row: Row) -> int:
+    return row.patch
 
 
-def speedup(figure: Any, found: Sequence[Row]) -> None:
-    """The reference's time over each provider's, the module at every size, at the batch that most providers have."""
-    chosen = of_one_dtype(found)
-    times = {row.key: row.p50_ms for row in chosen if row.p50_ms}
-    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times]
-    counts = Counter((row.phase, row.mode, row.size, row.batch) for row in timed)
-    batches: dict[tuple[str, str, str], int] = {}
-    for *where, batch in sorted(counts, key=lambda group: (counts[group], group[-1])):
-        batches[tuple(where)] = batch
-    alike = [row for row in timed if batches[row.phase, row.mode, row.size] == row.batch]
-    value = {(r.provider, r.phase, r.mode, r.size): times[*r.group, "reference"] / times[r.key] for r in alike}
-    sizes = [name for name in cases.SIZES if any(name == size for *_, size in batches)]
-    labels = {where: f"{where[-1]}\nbatch {batch}" for where, batch in batches.items()}
-    label = f"speed-up over the reference, x, {chosen[0].dtype if chosen else ''}"
-    _grouped(figure, value, sizes, labels, order(alike), label)
+def _said(found: Sequence[Row], *names: str) -> str:
+    """What all rows of a figure have in common: "batch 8, bfloat16"."""
+    return ", ".join("batch " * (name == "batch") + str(getattr(found[0], name)) for name in names) if found else ""
 
 
 FIGURES = {"latency": latency, "memory": memory, "speedup": speedup, "of_floor": of_floor}
 
 
 def figures(found: Sequence[Row]) -> list[str]:
-    """The names of those that the rows have something for: a line over the grid needs two."""
+    """The names of those that the rows have something for: a line needs two points."""
     measured = {row.case for row in found if row.p50_ms is not None and row.size in cases.SIZES}
+    timed = [row for row in of_one_dtype(found) if row.size == "paper" and row.p50_ms is not None]
     there = {
-        "latency": "dca" in measured,
-        "memory": len({row.patch for row in _by_grid(found)}) > 1,
+        "latency": bool(_lined(timed, _batch)),
+        "memory": bool(_by_grid(found)),
         "speedup": "dca" in measured,
         "of_floor": bool(measured & set(cases.STAGES)),
     }
@@ -144,42 +174,41 @@ def figures(found: Sequence[Row]) -> list[str]:
 
 
 def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure.set_size_inches(9, 4.4)
     names = order(found)
-    for axis, (phase, mode) in zip(figure.subplots(1, 2), STEPS, strict=True):
+    for axis, step in zip(figure.subplots(1, 2), STEPS, strict=True):
         for name in names:
-            of_name = [r for r in found if (r.provider, r.phase, r.mode) == (name, phase, mode) and y(r) is not None]
-            points = sorted((x(r), y(r)) for r in of_name)
+            points = sorted((x(r), y(r)) for r in found if (r.provider, r.step) == (name, step))
             if points:
                 axis.plot(*zip(*points, strict=True), **style(name))
-        axis.set(title=f"{phase}, {mode}", xlabel=x_label, ylabel=y_label)
-        ticks = sorted({x(r) for r in found if y(r) is not None})
-        if ticks:
-            axis.set(xscale="log", yscale="log")
-            axis.set_xticks(ticks, [str(t) for t in ticks])
-            axis.minorticks_off()
+        axis.set(title=step, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+        ticks = sorted({x(r) for r in found})
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, names)
 
 
 def _grouped(
-    figure: Any,
-    value: dict[Any, float],
-    groups: Sequence[str],
-    labels: dict[Any, str],
-    names: list[str],
-    label: str,
+    figure: Any, value: dict[tuple[str, str, str], float], groups: dict[str, str], names: list[str], label: str
 ) -> None:
+    """Bars by (provider, step, group): those of a group side by side, without room for what it lacks."""
     figure.set_size_inches(10, 4.4)
     width = 0.8 / max(1, len(names))
     for axis, step in zip(figure.subplots(1, 2), STEPS, strict=True):
-        for i, name in enumerate(names):
-            places = [p for p, group in enumerate(groups) if (name, *step, group) in value]
-            heights = [value[name, *step, groups[p]] for p in places]
-            middles = [p + (i - (len(names) - 1) / 2) * width for p in places]
-            axis.bar(middles, heights, width, **style(name, bar=True))
-        axis.set_xticks(range(len(groups)), [labels.get((*step, group), "") for group in groups], fontsize=8)
-        axis.set(title=", ".join(step), ylabel=label)
+        for place, group in enumerate(groups):
+            present = [name for name in names if (name, step, group) in value]
+            for i, name in enumerate(present):
+                height = value[name, step, group]
+                drawn = axis.bar(place + (i - (len(present) - 1) / 2) * width, height, width, **style(name, bar=True))
+                axis.bar_label(drawn, fmt="%.2g", fontsize=7, padding=2)
+        axis.set_xticks(range(len(groups)), groups.values(), fontsize=8)
+        axis.set(title=step, ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, names, bar=True)
 

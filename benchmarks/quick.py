@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import cases, console, measure, plots, report, rows
@@ -12,21 +12,40 @@ from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
 from benchmarks.rows import Row
 
-COMPILED = "reference compiled"
-PROVIDERS = ("reference", "torch", "triton", COMPILED)
+EAGER = ("reference", "torch", "triton")
+PARTS = {
+    "module": "all of Dual Cross-Attention, at each batch",
+    "stages": "each of its four stages alone, one image",
+    "networks": "a training step of the paper's six networks, on one image of half the paper's side (a minute)",
+}
+SECONDS = {"module": 3.0, "stages": 1.0, "networks": 3.0}  # to time one case
+STOPPED = 130  # exit status after Ctrl-C
+NOISY = 0.5  # of the median: where what lies between the 20th and the 80th percentile is more, something else ran
+COLUMNS = {
+    "max error, RMS error": "of the outputs, from the official operations in float64",
+    "time": "of a call, the median (± half of what lies between the 20th and the 80th percentile)",
+    "speed-up": "the reference's time over this one's",
+    "peak MB": "memory at the peak, above the inputs",
+    "memory ratio": "the reference's peak over this one's",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Runs a U-Net encoder over tiles of a real image and feeds its four skip maps to the reference and "
-        "to the fused Dual Cross-Attention, with the same weights; then measures the stages one by one, and a training "
-        "step of six networks without DCA, with the reference's and with the fused one. Checks all against float64, "
-        "then measures latency, and of the module peak memory. To take minutes, it gives the networks images of half "
-        "the paper's side and compiles the reference for evaluation only; `python -m benchmarks run` does neither. "
-        "Exit status 1 means that a fused module is not within its error budget. `python -m benchmarks --help` lists "
-        "the other commands.",
+        "to the fused Dual Cross-Attention, with the same weights. Checks both against float64, then measures time, "
+        "and of the module memory. Ctrl-C ends it early, with what was measured by then. Exit status 1 means that a "
+        "fused module is not within its error budget. `python -m benchmarks --help` lists the other commands.",
+        epilog="Example: python -m benchmarks --image mine.png --parts module --batch 8 --mode train",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["module", "stages"], help=f"what to run. {parts}")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="in evaluation, the reference under torch.compile as well (a minute, and a C++ compiler on a CPU)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch")
     parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help="dtype of maps and weights")
@@ -34,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patch", type=int, default=28, metavar="P", help="side of the token grid; a tile has 8 P pixels a side"
     )
-    parser.add_argument("--mode", nargs="+", choices=list(cases.MODES), default=list(cases.MODES), help="what to run")
     parser.add_argument(
-        "--quick", action="store_true", help="the module alone: few rounds, one batch, no compiled reference"
+        "--mode",
+        nargs="+",
+        choices=list(cases.MODES),
+        default=list(cases.MODES),
+        help="eval: a forward in evaluation; train: a training step, forward and backward",
     )
     parser.add_argument(
         "--json", type=Path, default=rows.LATEST / "main.jsonl", metavar="FILE", help="where the rows go"
@@ -47,53 +69,59 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def groups(chosen: argparse.Namespace) -> list[Group]:
-    """The module at each batch, then its stages and the networks at one image, theirs of half the paper's side."""
+def groups(chosen: argparse.Namespace) -> Iterator[tuple[str, Group]]:
+    """Each group with its part: what a newcomer looks for first, first."""
     size, dtype = Size(cases.FEATURES, chosen.patch), cases.DTYPES[chosen.dtype]
-    name, gpu = f"grid {chosen.patch} x {chosen.patch}", measure.device().type == "cuda"
+    eager = EAGER if measure.device().type == "cuda" else EAGER[:-1]
 
-    def group(case: str, size_name: str, size: Size, batch: int, mode: str, named: Sequence[str], step: str) -> Group:
-        running = tuple(name for name in named if name != "triton" or gpu)
-        return Group(size_name, Problem(case, size, batch, dtype, mode == "train"), running, (step,))
+    def group(case: str, size: Size, batch: int, phase: str, named: Sequence[str], mode: str) -> Group:
+        grid = f"grid {size.patch} x {size.patch}"
+        return Group(grid, Problem(case, size, batch, dtype, phase == "train"), tuple(named), (mode,))
 
-    if chosen.quick:
-        return [group("dca", name, size, chosen.batch[0], m, PROVIDERS[:-1], cases.MODES[m][-1]) for m in chosen.mode]
-    found = []
-    for mode, batch in itertools.product(chosen.mode, chosen.batch):
-        named = PROVIDERS if mode == "eval" else PROVIDERS[:-1]
-        found.append(group("dca", name, size, batch, mode, named, cases.MODES[mode][-1]))
-    for mode, case in itertools.product(chosen.mode, cases.STAGES):
-        step = "backward" if mode == "train" else "forward"
-        found.append(group(case, name, size, 1, mode, PROVIDERS[:-1], step))
-    for case in cases.HOSTS if "train" in chosen.mode else ():
-        (own,) = cases.sizes_of(case)
-        half = Size(cases.SIZES[own].features, cases.SIZES[own].patch // 2)
-        found.append(
-            group(case, f"grid {half.patch} x {half.patch}", half, 1, "train", ("without", *PROVIDERS[:-1]), "full")
-        )
-    return found
+    if "module" in chosen.parts:
+        for batch, phase in itertools.product(chosen.batch, chosen.mode):
+            compiled = ("reference compiled",) if chosen.compiled and phase == "eval" else ()
+            yield "module", group("dca", size, batch, phase, (*eager, *compiled), cases.MODES[phase][-1])
+    if "stages" in chosen.parts:
+        for phase, case in itertools.product(chosen.mode, cases.STAGES):
+            yield "stages", group(case, size, 1, phase, eager, "backward" if phase == "train" else "forward")
+    if "networks" in chosen.parts:
+        for case in cases.HOSTS:
+            (own,) = cases.sizes_of(case)
+            half = Size(cases.SIZES[own].features, cases.SIZES[own].patch // 2)
+            yield "networks", group(case, half, 1, "train", ("without", *eager), "full")
+
+
+def summary(found: Sequence[Row]) -> str:
+    """A group's times, in a line."""
+    base = next((row for row in found if row.provider == "reference"), None)
+    parts = []
+    for row in found:
+        ratio = console.times(base and base.p50_ms, row.p50_ms) if row is not base else ""
+        said = f"not run: {row.not_run}" if row.not_run else console.duration(row.p50_ms)
+        parts.append(f"{row.provider} {said}" + f" ({ratio})" * bool(ratio))
+    return ", ".join(parts)
 
 
 def table(found: Sequence[Row]) -> str:
-    """One line a case and provider, as GitHub Markdown. Ratios are the reference's figure over the provider's."""
+    """One line a case and provider, as GitHub Markdown."""
     lines = []
     for row in found:
         base = baseline(found, row)
-        times = " / ".join(console.number(t, ".0f") for t in (row.p20_ms, row.p50_ms, row.p80_ms))
         lines.append(
             [
-                f"{row.phase}, batch {row.batch}, {row.size}",
+                f"{row.step}, batch {row.batch}, {row.size}",
                 row.provider,
-                console.number(row.max_error, ".1e"),
-                console.number(row.rms_error, ".1e"),
-                f"not run: {row.not_run}" if row.not_run else times,
-                console.ratio(base.p50_ms, row.p50_ms, "x"),
-                console.number(row.peak_mb, ".0f"),
-                console.ratio(row.peak_mb, base.peak_mb),
+                console.small(row.max_error),
+                console.small(row.rms_error),
+                f"not run: {row.not_run}" if row.not_run else report.span(row),
+                console.times(base.p50_ms, row.p50_ms),
+                console.number(row.peak_mb),
+                console.times(base.peak_mb, row.peak_mb),
             ]
         )
-    headers = ["case", "provider", "max error", "RMS error", "p20 / p50 / p80 ms"]
-    return console.table(lines, [*headers, "speed-up", "peak MB", "of reference"])
+    headers = ["case", "provider", "max error", "RMS error", "time", "speed-up", "peak MB", "memory ratio"]
+    return f"{console.table(lines, headers)}\n\n{console.legend(COLUMNS)}"
 
 
 def baseline(found: Sequence[Row], row: Row) -> Row:
@@ -112,30 +140,38 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(f"image: {chosen.image or 'immunohistochemistry slide'}, {image.shape[0]} x {image.shape[1]}")
     print(f"environment: {describe(environment())}")
-    found: list[Row] = []
-    for group in console.progress(groups(chosen), Group.__str__, leave=False):
-        whole = group.problem.case == "dca"
-        seconds = 1.0 if chosen.quick else 8.0 if whole else 3.0
-        found += measured(group, image, Effort(seconds, longest=120.0, memory=whole))
-
-    module = [row for row in found if row.case == "dca"]
-    print(f"\n{table(module)}\n")
-    if not chosen.quick:
-        print(f"{report.stages(found)}\n\n{report.hosts(found)}\n")
-    if chosen.quick:
-        print("stages, networks, compiled reference: not run: --quick")
     if measure.device().type == "cpu":
         print("triton: not run: no GPU")
     chosen.json.unlink(missing_ok=True)
-    rows.append(found, chosen.json)
-    print(f"rows: {chosen.json}\n{plots.draw(plots.bars, module, chosen.plot)}")
+    found: list[Row] = []
+    wanted = list(groups(chosen))
+    try:
+        for part, group in console.progress(wanted, lambda item: str(item[1]), leave=False):
+            new = measured(group, image, Effort(SECONDS[part], longest=120.0, memory=part == "module"))
+            rows.append(new, chosen.json)
+            found += new
+            console.say(f"{group}: {summary(new)}")
+    except KeyboardInterrupt:
+        print("\nstopped: what follows is what was measured by then")
+
+    if not found:
+        return STOPPED
+    module = [row for row in found if row.case == "dca"]
+    for text in (table(module) if module else "", report.stages(found), report.hosts(found)):
+        if text:
+            print(f"\n{text}")
+    print(f"\nrows: {chosen.json}")
+    if module:
+        print(plots.draw(plots.bars, module, chosen.plot))
     if any(row.wrong for row in found):
         print("parity: FAILED. A fused module is outside its error budget; nothing was timed where it is.")
         return 1
     print("parity: within the error budget everywhere")
-    for row in (row for row in module if row.provider in ("torch", "triton") and row.not_run is None):
+    if any(row.p50_ms is not None and row.p80_ms - row.p20_ms > NOISY * row.p50_ms for row in found):
+        print("note: some times spread widely; something else ran on this machine, and the ratios may be wrong")
+    for row in (row for row in module if row.provider in EAGER[1:] and row.not_run is None):
         base = baseline(module, row)
-        memory = console.ratio(row.peak_mb, base.peak_mb) or "?"
-        speed = console.ratio(base.p50_ms, row.p50_ms, "x")
-        print(f"{row.phase}, batch {row.batch}: {row.provider} {speed} the reference's speed, {memory} of its memory")
-    return 0
+        memory = f", which takes {console.number(base.peak_mb / row.peak_mb)} times its memory" if row.peak_mb else ""
+        faster = console.number(base.p50_ms / row.p50_ms)
+        print(f"{row.step}, batch {row.batch}: {row.provider} is {faster} times as fast as the reference{memory}")
+    return 0 if len(found) == sum(len(group.providers) for _, group in wanted) else STOPPED

@@ -13,7 +13,25 @@ from benchmarks.rows import RESULTS, Row
 
 FUSED = ("torch", "triton")
 HOST = "(host)"  # marks a time in which the GPU waits for the host
-OF_FLOOR = ("reference", *FUSED)
+EAGER = ("reference", *FUSED)
+TIMES = "the median of a call (± half of what lies between the 20th and the 80th percentile)"
+MODULE = {
+    "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by torch.compile; "
+    "graph: replayed as a CUDA graph",
+    "speed-up": "the fastest reference's time over our fastest one's, compiled and graphs included",
+    "peak MB": "memory at the peak above the inputs, called eagerly; ours: the backend that takes less",
+}
+STAGES = {
+    "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
+    "reference, torch, triton": "the median of the fastest of eager, compiled and graph (the floor's share of it)",
+    "speed-up": "the reference's time over our fastest one's",
+}
+HOSTS = {
+    "without DCA, reference, torch, triton": f"a training step of the network, {TIMES}",
+    "reference adds, ours adds": "that step's time over the one without DCA: a small difference of large times",
+    "speed-up": "the step's time with the reference over the one with our fastest",
+}
+WHOLE = ("forward", "training step")
 Group = tuple[str | int, ...]
 
 
@@ -48,53 +66,48 @@ def _rank(group: Group) -> tuple[int, ...]:
 
 def module(found: Sequence[Row]) -> str:
     """Evaluation's forward and training's forward and backward: every provider, and ours against the best reference."""
-    step = {("eval", "forward"), ("train", "full")}
-    groups = grouped(found, lambda r: r.case == "dca" and (r.phase, r.mode) in step)
+    groups = grouped(found, lambda r: r.case == "dca" and r.step in WHOLE)
     names = plots.order([row for group in groups.values() for row in group])
     lines = []
-    for (_, size, batch, dtype, phase, mode), group in groups.items():
+    for group in groups.values():
         ours, theirs = best(group, *FUSED), best(group, "reference")
         if ours is None and theirs is None:
             continue
         plain = {row.provider: row for row in group}
         least = min((r.peak_mb for r in group if r.provider.split()[0] in FUSED and r.peak_mb), default=None)
-        reference = plain.get("reference")
+        reference, first = plain.get("reference"), group[0]
         lines.append(
             [
-                f"{size}, batch {batch}, {dtype}, {phase} {mode}",
-                *(_span(plain.get(name)) for name in names),
-                console.ratio(theirs and theirs.p50_ms, ours and ours.p50_ms, "x"),
-                console.number(reference and reference.peak_mb, ".0f"),
-                console.number(least, ".0f"),
+                f"{first.size}, batch {first.batch}, {first.dtype}, {first.step}",
+                *(span(plain.get(name)) for name in names),
+                console.times(theirs and theirs.p50_ms, ours and ours.p50_ms),
+                console.number(reference and reference.peak_mb),
+                console.number(least),
             ]
         )
-    headers = ["case", *(f"{n}, ms" for n in names), "best of ours over best reference", "reference, peak MB", "ours"]
-    return _host_bound(console.table(lines, headers)) + _lost(groups)
+    headers = ["case", *names, "speed-up", "reference, peak MB", "ours, peak MB"]
+    return _host_bound(_explained(lines, headers, MODULE)) + _lost(groups)
 
 
 def stages(found: Sequence[Row]) -> str:
     """Every stage: the best reference, each backend's best, and how near the floor it is."""
     groups = grouped(found, lambda r: r.case in cases.STAGES and r.mode != "full")
     lines = []
-    for (case, size, batch, dtype, phase, mode), group in groups.items():
-        of = {name: best(group, name) for name in OF_FLOOR}
+    for group in groups.values():
+        of = {name: best(group, name) for name in EAGER}
         if not any(of.values()):
             continue
         floor = next((r.floor_ms for r in group if r.floor_ms), None)
         ours = best(group, *FUSED)
         lines.append(
             [
-                f"{case}, {size}, batch {batch}, {dtype}, {phase} {mode}",
-                console.number(floor),
-                *(
-                    f"{row.p50_ms:.3g} ({100 * row.floor_ms / row.p50_ms:.0f} %)" if row and row.floor_ms else ""
-                    for row in of.values()
-                ),
-                console.ratio(of["reference"] and of["reference"].p50_ms, ours and ours.p50_ms, "x"),
+                group[0].title,
+                console.duration(floor),
+                *(_of_floor(row) for row in of.values()),
+                console.times(of["reference"] and of["reference"].p50_ms, ours and ours.p50_ms),
             ]
         )
-    headers = ["stage", "floor, ms", *(f"{name}, ms (of floor)" for name in OF_FLOOR), "speed-up"]
-    return console.table(lines, headers) + _lost(groups)
+    return _explained(lines, ["stage", "floor", *EAGER, "speed-up"], STAGES) + _lost(groups)
 
 
 def hosts(found: Sequence[Row]) -> str:
@@ -110,14 +123,14 @@ def hosts(found: Sequence[Row]) -> str:
         lines.append(
             [
                 f"{case}, batch {batch}, {dtype}",
-                *(_span(row) for row in of.values()),
-                f"{of['reference'].p50_ms - bare:.3g}",
-                f"{ours.p50_ms - bare:.3g}",
-                console.ratio(of["reference"].p50_ms, ours.p50_ms, "x"),
+                *(span(row) for row in of.values()),
+                console.duration(of["reference"].p50_ms - bare),
+                console.duration(ours.p50_ms - bare),
+                console.times(of["reference"].p50_ms, ours.p50_ms),
             ]
         )
-    headers = ["network", "without DCA, ms", "reference, ms", "torch, ms", "triton, ms"]
-    return _host_bound(console.table(lines, [*headers, "reference DCA adds", "ours adds", "speed-up of the step"]))
+    headers = ["network", "without DCA", *EAGER, "reference adds", "ours adds", "speed-up"]
+    return _host_bound(_explained(lines, headers, HOSTS))
 
 
 def not_run(found: Sequence[Row]) -> str:
@@ -132,7 +145,29 @@ def not_run(found: Sequence[Row]) -> str:
     return console.table(lines, ["not run", "providers", "cases", "rows"])
 
 
+def summary(found: Sequence[Row]) -> str:
+    """The module at the paper's size in few columns: called eagerly, and ours against the best reference."""
+    lines = []
+    for group in grouped(found, lambda r: (r.case, r.size) == ("dca", "paper") and r.step in WHOLE).values():
+        eager = {row.provider: row for row in group if row.p50_ms is not None}
+        reference, ours = eager.get("reference"), best([eager[name] for name in FUSED if name in eager], *FUSED)
+        if reference is None or ours is None:
+            continue
+        lines.append(
+            [
+                f"{ours.step}, batch {ours.batch}, {ours.dtype}",
+                console.duration(reference.p50_ms),
+                console.duration(ours.p50_ms),
+                console.times(reference.p50_ms, ours.p50_ms),
+                console.times(best(group, "reference").p50_ms, best(group, *FUSED).p50_ms),
+                console.times(reference.peak_mb, ours.peak_mb),
+            ]
+        )
+    return console.table(lines, ["", "official", "fused", "speed-up", "both at their best", "memory"])
+
+
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "summary": summary,
     "module": module,
     "stages": stages,
     "hosts": hosts,
@@ -141,12 +176,24 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
 PICTURES = {"module": ("latency", "memory", "speedup"), "stages": ("of_floor",)}
 
 
-def _span(row: Row | None) -> str:
+def span(row: Row | None) -> str:
     """The median, half of what lies between the 20th and 80th percentile, and whether that is the host's time."""
     if row is None or row.p50_ms is None:
         return ""
     host = f" {HOST}" if row.host_ms is not None and row.host_ms > 0.9 * row.p50_ms else ""
-    return f"{row.p50_ms:.3g} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %{host}"
+    return f"{console.duration(row.p50_ms)} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %{host}"
+
+
+def _of_floor(row: Row | None) -> str:
+    """The median, and the share of it that the floor is."""
+    if row is None or not row.floor_ms:
+        return ""
+    return f"{console.duration(row.p50_ms)} ({100 * row.floor_ms / row.p50_ms:.0f} %)"
+
+
+def _explained(lines: Sequence[Sequence[object]], headers: Sequence[str], columns: dict[str, str]) -> str:
+    """A table, and what its columns are."""
+    return f"{console.table(lines, headers)}\n\n{console.legend(columns)}" if lines else ""
 
 
 def _host_bound(cells: str) -> str:
@@ -163,11 +210,11 @@ def _lost(groups: dict[Group, list[Row]]) -> str:
     if not groups:
         return ""
     lost = []
-    for (case, size, batch, dtype, phase, mode), group in groups.items():
+    for group in groups.values():
         ours, theirs = best(group, *FUSED), best(group, "reference")
         if ours and theirs and theirs.p50_ms < ours.p50_ms:
-            ratio = console.ratio(theirs.p50_ms, ours.p50_ms, "x")
-            lost.append(f"{case}, {size}, batch {batch}, {dtype}, {phase} {mode}: {ratio} ({theirs.provider})")
+            ratio = console.times(theirs.p50_ms, ours.p50_ms)
+            lost.append(f"{theirs.title}: {ratio} ({theirs.provider})")
     return "\n\nSlower than the best reference: " + ("; ".join(lost) if lost else "nowhere") + "."
 
 
@@ -189,7 +236,7 @@ def kernels(entries: Sequence[journal.Entry]) -> str:
             f"{entry['phase']}, batch {entry['batch']}, {entry['dtype']}",
             entry["kernel"],
             *(console.number(entry[column] or None) for column in ("us", "floor_us", "estimated_us")),
-            console.ratio(entry["us"], entry["floor_us"], "x"),
+            console.times(entry["us"], entry["floor_us"]),
         ]
         for entry in journal.latest(entries, "step", "size", "phase", "batch", "dtype", "kernel")
         if entry["step"] == "kernels"

@@ -9,6 +9,12 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest"
+STEPS = {
+    ("eval", "forward"): "forward",
+    ("train", "forward"): "forward in training",
+    ("train", "backward"): "backward",
+    ("train", "full"): "training step",
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,13 @@ class Row:
         return self.parity is False and self.p50_ms is None
 
     @property
+    def step(self) -> str:
+        """Phase and mode, as people call them."""
+        return STEPS[self.phase, self.mode]
+
+    @property
     def title(self) -> str:
-        return f"{self.case}, {self.size}, batch {self.batch}, {self.dtype}, {self.phase} {self.mode}"
+        return f"{self.case}, {self.size}, batch {self.batch}, {self.dtype}, {self.step}"
 
 
 def load(path: Path) -> list[Row]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from skimage import data, io
 
 from benchmarks import (
@@ -65,7 +67,8 @@ def row(provider: str = "torch", p50: float | None = 10.0, **values) -> Row:
 def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "rates", lambda dtype, small: {"copy_bytes_s": 1e9, "matmul_flop_s": 1e9})
     file, figure = tmp_path / "rows.jsonl", tmp_path / "figure.png"
-    options = ["--quick", "--patch", "4", "--mode", "eval", "--json", str(file), "--plot", str(figure)]
+    options = ["--parts", "module", "--batch", "1", "--patch", "4", "--mode", "eval"]
+    options += ["--json", str(file), "--plot", str(figure)]
     assert quick.main(options) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     found = rows.load(file)
@@ -76,16 +79,65 @@ def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert one.peak_mb >= 0 and one.allocations > 0 and one.counted_peak_mb <= one.allocated_mb
         assert one.environment["torch"] == torch.__version__
     out = capsys.readouterr().out
-    assert "x the reference's speed" in out and "triton: not run: no GPU" in out
+    assert "times as fast as the reference" in out and "triton: not run: no GPU" in out
 
 
-def test_the_main_job_is_of_module_stages_and_networks() -> None:
-    groups = quick.groups(quick.parser().parse_args([]))
-    module = [str(g) for g in groups if g.problem.case == "dca"]
-    assert module == ["dca, eval, batch 1", "dca, eval, batch 4", "dca, train, batch 1", "dca, train, batch 4"]
-    assert {g.problem.case for g in groups} == set(cases.CASES)
-    assert all("reference" in g.providers and "torch" in g.providers for g in groups)
-    assert all("without" in g.providers for g in groups if g.problem.case in cases.HOSTS)
+def test_the_main_job_is_the_module_and_its_stages() -> None:
+    """What takes long is asked for."""
+    groups = [group for _, group in quick.groups(quick.parser().parse_args([]))]
+    assert [str(g) for g in groups[:4]] == [
+        f"dca, {s}, batch {b}" for b in (1, 4) for s in ("forward", "training step")
+    ]
+    assert {g.problem.case for g in groups[4:]} == set(cases.STAGES)
+    assert {g.providers for g in groups} == {PLAIN}
+
+    everything = ["--parts", "module", "stages", "networks", "--compiled"]
+    parts = {part: [] for part in quick.PARTS}
+    for part, group in quick.groups(quick.parser().parse_args(everything)):
+        parts[part].append(group)
+    assert {g.problem.case for of_part in parts.values() for g in of_part} == set(cases.CASES)
+    assert all(("reference compiled" in g.providers) != g.problem.training for g in parts["module"])
+    assert all("without" in g.providers for g in parts["networks"])
+
+
+def test_rows_come_as_they_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And Ctrl-C leaves what was measured by then, on the screen and in the file."""
+    file, seen = tmp_path / "rows.jsonl", []
+
+    def one_then_stop(group: Group, *rest: object) -> list[Row]:
+        if seen:
+            assert "dca, forward, batch 1: reference 3.00 s, torch 1.00 s (3.00x)" in capsys.readouterr().out
+            assert len(rows.load(file)) == 2
+            raise KeyboardInterrupt
+        seen.append(group)
+        times = (("reference", 3000.0), ("torch", 1000.0))
+        return [group.row(name, "forward", p20_ms=t, p50_ms=t, p80_ms=t) for name, t in times]
+
+    monkeypatch.setattr(quick, "measured", one_then_stop)
+    options = ["--json", str(file), "--plot", str(tmp_path / "figure.png")]
+    assert quick.main(options) == quick.STOPPED
+    out = capsys.readouterr().out
+    assert "stopped" in out and "forward, batch 1: torch is 3.00 times as fast" in out
+    assert "stages" not in out and len(rows.load(file)) == 2
+
+    monkeypatch.setattr(quick, "measured", mock.Mock(side_effect=KeyboardInterrupt))
+    assert quick.main(options) == quick.STOPPED
+    assert "parity" not in capsys.readouterr().out  # of nothing, nothing is said
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "written"),
+    [(3000, "3.00 s"), (62.34, "62.3 ms"), (0.747, "747 µs"), (1e-4, "0.100 µs"), (12345.0, "12.3 s"), (None, "")],
+)
+def test_times_are_written_as_people_do(milliseconds: float | None, written: str) -> None:
+    assert console.duration(milliseconds) == written
+
+
+def test_numbers_have_no_exponent() -> None:
+    assert [console.number(x) for x in (3e3, 1594.0, 62.34, 0.7471, 0.0)] == ["3000", "1590", "62.3", "0.747", "0.00"]
+    assert [console.times(a, 1.0) for a in (0.6432, 2.271, 32.53, None)] == ["0.64x", "2.27x", "32.5x", ""]
 
 
 def test_a_wrong_module_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,17 +343,43 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+def drawn_by(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row]) -> Any:
+    figure = pyplot.figure()
+    figure_of(figure, found)
+    pyplot.close(figure)
+    return figure
+
+
 def test_a_figure_shows_one_dtype_and_one_batch() -> None:
-    """And is drawn where it has something to show."""
+    """And says which, and is drawn where it has something to show."""
     grids = [row(size=size, patch=patch, peak_mb=1.0) for size, patch in (("paper", 28), ("grid56", 56))]
     other = row(dtype="bfloat16", p50=1.0)
     assert plots.of_one_dtype([*grids, other]) == grids
     assert "memory" in plots.figures(grids) and "memory" not in plots.figures(grids[:1])
-    timed = [row(name, batch=batch) for name, batch in (("reference", 1), ("torch", 1), ("reference", 8), ("torch", 8))]
-    drawn: dict[str, Any] = {}
-    with mock.patch.object(plots, "_grouped", lambda figure, value, *rest: drawn.update(value=value, labels=rest[1])):
-        plots.speedup(None, [*timed, row("torch compiled", batch=1)])
-    assert len(drawn["value"]) == 3 and list(drawn["labels"].values()) == ["paper\nbatch 1"]
+    batches = [row(name, 10.0 * b, batch=b) for name in ("reference", "torch") for b in (1, 8)]
+    one_size = [row(name, size="grid56", batch=8) for name in ("reference", "torch")]
+    forward, _ = drawn_by(plots.speedup, [*batches, *one_size, row("torch compiled", batch=1)]).axes
+    assert len(forward.patches) == 4  # both sizes at batch 8, and no slot for what was compiled at batch 1
+    assert [tick.get_text() for tick in forward.get_xticklabels()] == ["paper", "grid56"]
+    assert "batch 8, float32" in forward.get_ylabel()
+
+
+def test_bars_leave_no_empty_slots() -> None:
+    """And the legend has no name without a bar."""
+    found = [row(name) for name in ("reference", "reference compiled", "torch")]
+    figure = drawn_by(plots.speedup, found + [row(name, size="wide") for name in ("reference", "torch")])
+    forward, _ = figure.axes
+    first, second = (bar for bar in forward.patches if bar.get_x() > 0.5)
+    assert first.get_x() + first.get_width() == pytest.approx(second.get_x()) == pytest.approx(1.0)
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_a_line_has_two_points() -> None:
+    """A provider that was measured once would be a dot that no legend tells from another."""
+    found = [row("torch", batch=b) for b in (1, 8)] + [row("torch compiled"), row("reference compiled")]
+    figure = drawn_by(plots.latency, found)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["torch"]
+    assert [len(axis.lines) for axis in figure.axes] == [1, 0]
 
 
 def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,8 +394,8 @@ def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> 
     text = document.read_text()
     assert text.startswith("# Before\n\n<!--") and text.endswith("-->\n\nAfter.\n") and "old" not in text
     assert "![latency](results/a-machine/latency.png)" in text
-    assert "2.00x" in text and "4 (50 %)" in text and "no GPU" in text
-    assert "Slower than the best reference: dca, paper, batch 32, float32, eval forward: 0.64x" in text
+    assert "2.00x" in text and "4.00 ms (50 %)" in text and "no GPU" in text
+    assert "Slower than the best reference: dca, paper, batch 32, float32, forward: 0.64x" in text
 
     machine = results / "a-machine"
     pictures = {path: path.read_bytes() for path in machine.glob("*.png")}
@@ -357,14 +435,15 @@ def test_times_of_the_host_are_named() -> None:
         row("reference", 0.5, host_ms=0.4),
     ]
     text = " ".join(report.module(found).split())
-    assert f"| 2 ±2 % {report.HOST} |" in text and "| 0.05 ±2 % |" in text and "| 0.5 ±2 % |" in text
+    assert f"| 2.00 ms ±2 % {report.HOST} |" in text and "| 50.0 µs ±2 % |" in text and "| 500 µs ±2 % |" in text
     assert f"{report.HOST}: Python" in text
     assert report.HOST not in report.module([dataclasses.replace(one, host_ms=None) for one in found])
 
 
 def test_a_table_without_tabulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tabulate", None)
-    assert console.table([["a", None], [1, 2.5]], ["x", "y"]) == "| x | y |\n| --- | --- |\n| a |  |\n| 1 | 2.5 |"
+    lines = [["a", None, None], [1, 2.5, None]]
+    assert console.table(lines, ["x", "y", "empty"]) == "| x | y |\n| --- | --- |\n| a |  |\n| 1 | 2.5 |"
 
 
 # Bits
