@@ -1,9 +1,11 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test train gpu newest third-party regression lint wheel clean
+.PHONY: help bench test check slow newest third-party regression lint package train gpu clean
+.NOTPARALLEL:
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -11,8 +13,10 @@ help:  ## Show this list
 bench: .venv/bench  ## Run the main job: reference and fused module on a real image (ARGS="--help": its options)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-test: .venv/test  ## Run the tests, a process for each core (ARGS="-k NAME": some of them)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
+test: .venv/test  ## Run the tests: parity with the official module, gradients, errors (ARGS="-k NAME": some of them)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+check: test slow newest regression lint package  ## Run all that there is: `make test` and what takes longer
 
 train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": its options, your own data)
 	$(BIN)/python -m examples.train $(ARGS)
@@ -20,14 +24,17 @@ train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": it
 gpu:  ## On a machine with a GPU: right or wrong, times, a report, in 8 minutes (ARGS="--help": its steps; "--dry-run": on a CPU)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(ARGS)
 
+slow: .venv/third-party  ## Run the tests that take longer; compilers, training, segmentation_models_pytorch, MONAI, nnU-Net
+	$(PYTEST) -m slow $(ARGS)
+
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
-	PYTHONPATH=.venv/newest $(BIN)/python -m pytest --numprocesses auto tests/test_interpreter.py tests/test_triton.py \
+	PYTHONPATH=.venv/newest $(PYTEST) tests/test_interpreter.py tests/test_triton.py \
 		tests/test_launch.py -k "test_interpreter or test_shapes or test_number_of_launches or triton_ir or tiny" $(ARGS)
 
 third-party: .venv/third-party  ## Run the tests with segmentation_models_pytorch, MONAI and nnU-Net's networks
-	$(BIN)/python -m pytest --numprocesses auto tests/test_third_party.py $(ARGS)
+	$(PYTEST) tests/test_third_party.py $(ARGS)
 
-regression: .venv/test  ## Check speed and memory against the committed ratios, README's tables, and make gpu's steps
+regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks report --check
 	$(BIN)/python -m benchmarks gpu --dry-run
@@ -37,9 +44,12 @@ lint: .venv/test  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: .venv/test  ## Build the wheel and check that it holds dca_kernels only
+package: .venv/test  ## Build the source archive, of it the wheel, and check what they hold
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --outdir dist > /dev/null
+	tar -tzf dist/*.tar.gz | sed -e 's|^[^/]*/||' | sort > dist/files
+	git ls-files | grep -vE '^(\.ci/|\.gitignore)' | sort | comm -23 - dist/files | sed -e 's|^|not in the archive: |' | tee dist/missing
+	! test -s dist/missing
 	$(BIN)/python -m zipfile --list dist/*.whl
 	! $(BIN)/python -m zipfile --list dist/*.whl | tail -n +2 | grep -vE '^dca_kernels(-[0-9.]+\.dist-info)?/'
 

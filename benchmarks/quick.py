@@ -121,7 +121,7 @@ def table(found: Sequence[Row]) -> str:
             ]
         )
     headers = ["case", "provider", "max error", "RMS error", "time", "speed-up", "peak MB", "memory ratio"]
-    return f"{console.table(lines, headers)}\n\n{console.legend(COLUMNS)}"
+    return console.table(lines, headers)
 
 
 def baseline(found: Sequence[Row], row: Row) -> Row:
@@ -157,9 +157,14 @@ def main(arguments: Sequence[str]) -> int:
     if not found:
         return STOPPED
     module = [row for row in found if row.case == "dca"]
-    for text in (table(module) if module else "", report.stages(found), report.hosts(found)):
+    tables = (
+        (table(module), COLUMNS),
+        (report.stages(found), report.COLUMNS["stages"]),
+        (report.hosts(found), report.COLUMNS["hosts"]),
+    )
+    for text, columns in tables:
         if text:
-            print(f"\n{text}")
+            print(f"\n{text}\n\n{console.legend(columns)}")
     print(f"\nrows: {chosen.json}")
     if module:
         print(plots.draw(plots.bars, module, chosen.plot))

@@ -9,29 +9,35 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import cases, console, journal, plots, rows
+from benchmarks.environment import ROOT
 from benchmarks.rows import RESULTS, Row
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 FUSED = ("torch", "triton")
 HOST = "(host)"  # marks a time in which the GPU waits for the host
 EAGER = ("reference", *FUSED)
+SUMMARY_BATCHES = (1, 32)
+BAR = 50  # characters of the longest bar
 TIMES = "the median of a call (± half of what lies between the 20th and the 80th percentile)"
-MODULE = {
-    "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by torch.compile; "
-    "graph: replayed as a CUDA graph",
-    "speed-up": "the fastest reference's time over our fastest one's, compiled and graphs included",
-    "peak MB": "memory at the peak above the inputs, called eagerly; ours: the backend that takes less",
+COLUMNS = {
+    "module": {
+        "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by "
+        "torch.compile; graph: replayed as a CUDA graph",
+        "speed-up": "the fastest reference's time over our fastest one's, compiled and graphs included",
+        "peak MB": "memory at the peak above the inputs, called eagerly; ours: of the backend that takes less",
+    },
+    "stages": {
+        "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
+        "reference, torch, triton": "the median of the fastest of eager, compiled and graph (the floor's share of it)",
+        "speed-up": "the reference's time over our fastest one's",
+    },
+    "hosts": {
+        "without DCA, reference, torch, triton": f"a training step of the network: {TIMES}",
+        "reference adds, ours adds": "that step's time over the one without DCA: a small difference of large times",
+        "speed-up": "the step's time with the reference over the one with our fastest",
+    },
 }
-STAGES = {
-    "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
-    "reference, torch, triton": "the median of the fastest of eager, compiled and graph (the floor's share of it)",
-    "speed-up": "the reference's time over our fastest one's",
-}
-HOSTS = {
-    "without DCA, reference, torch, triton": f"a training step of the network, {TIMES}",
-    "reference adds, ours adds": "that step's time over the one without DCA: a small difference of large times",
-    "speed-up": "the step's time with the reference over the one with our fastest",
-}
-WHOLE = ("forward", "training step")
+
 Group = tuple[str | int, ...]
 
 
@@ -66,7 +72,7 @@ def _rank(group: Group) -> tuple[int, ...]:
 
 def module(found: Sequence[Row]) -> str:
     """Evaluation's forward and training's forward and backward: every provider, and ours against the best reference."""
-    groups = grouped(found, lambda r: r.case == "dca" and r.step in WHOLE)
+    groups = grouped(found, lambda r: r.case == "dca" and r.step in plots.STEPS)
     names = plots.order([row for group in groups.values() for row in group])
     lines = []
     for group in groups.values():
@@ -86,7 +92,7 @@ def module(found: Sequence[Row]) -> str:
             ]
         )
     headers = ["case", *names, "speed-up", "reference, peak MB", "ours, peak MB"]
-    return _host_bound(_explained(lines, headers, MODULE)) + _lost(groups)
+    return _host_bound(console.table(lines, headers)) + _lost(groups)
 
 
 def stages(found: Sequence[Row]) -> str:
@@ -107,7 +113,7 @@ def stages(found: Sequence[Row]) -> str:
                 console.times(of["reference"] and of["reference"].p50_ms, ours and ours.p50_ms),
             ]
         )
-    return _explained(lines, ["stage", "floor", *EAGER, "speed-up"], STAGES) + _lost(groups)
+    return console.table(lines, ["stage", "floor", *EAGER, "speed-up"]) + _lost(groups)
 
 
 def hosts(found: Sequence[Row]) -> str:
@@ -130,7 +136,7 @@ def hosts(found: Sequence[Row]) -> str:
             ]
         )
     headers = ["network", "without DCA", *EAGER, "reference adds", "ours adds", "speed-up"]
-    return _host_bound(_explained(lines, headers, HOSTS))
+    return _host_bound(console.table(lines, headers))
 
 
 def not_run(found: Sequence[Row]) -> str:
@@ -148,7 +154,10 @@ def not_run(found: Sequence[Row]) -> str:
 def summary(found: Sequence[Row]) -> str:
     """The module at the paper's size in few columns: called eagerly, and ours against the best reference."""
     lines = []
-    for group in grouped(found, lambda r: (r.case, r.size) == ("dca", "paper") and r.step in WHOLE).values():
+    module = grouped(
+        found, lambda r: (r.case, r.size) == ("dca", "paper") and r.step in plots.STEPS and r.batch in SUMMARY_BATCHES
+    )
+    for group in module.values():
         eager = {row.provider: row for row in group if row.p50_ms is not None}
         reference, ours = eager.get("reference"), best([eager[name] for name in FUSED if name in eager], *FUSED)
         if reference is None or ours is None:
@@ -166,7 +175,28 @@ def summary(found: Sequence[Row]) -> str:
     return console.table(lines, ["", "official", "fused", "speed-up", "both at their best", "memory"])
 
 
+def where_the_time_goes(found: Sequence[Row]) -> str:
+    """A forward of one image at the paper's size, stage by stage, in bars of text: they show in any reader."""
+    groups = grouped(
+        found,
+        lambda r: (
+            r.case in cases.STAGES and (r.size, r.batch, r.dtype, r.step) == ("paper", 1, "float32", plots.STEPS[0])
+        ),
+    )
+    pairs = [(best(group, "reference"), best(group, *FUSED)) for group in groups.values()]
+    pairs = [pair for pair in pairs if None not in pair]
+    longest = max((row.p50_ms for pair in pairs for row in pair), default=0.0)
+    lines = []
+    for pair in pairs:
+        for name, row in zip(("official", "fused"), pair, strict=True):
+            stage = row.case if name == "official" else ""
+            bar = "█" * max(1, round(BAR * row.p50_ms / longest))
+            lines.append(f"{stage:18} {name:8} {console.duration(row.p50_ms):>8}  {bar}")
+    return "\n".join(["```text", *lines, "```"]) if lines else ""
+
+
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "time": where_the_time_goes,
     "summary": summary,
     "module": module,
     "stages": stages,
@@ -189,11 +219,6 @@ def _of_floor(row: Row | None) -> str:
     if row is None or not row.floor_ms:
         return ""
     return f"{console.duration(row.p50_ms)} ({100 * row.floor_ms / row.p50_ms:.0f} %)"
-
-
-def _explained(lines: Sequence[Sequence[object]], headers: Sequence[str], columns: dict[str, str]) -> str:
-    """A table, and what its columns are."""
-    return f"{console.table(lines, headers)}\n\n{console.legend(columns)}" if lines else ""
 
 
 def _host_bound(cells: str) -> str:
@@ -253,11 +278,13 @@ def block(name: str, results: Path, document: Path, figures: bool = True) -> str
             continue
         environment = found[0].environment
         where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
-        parts.append(f"{where}, torch {environment.get('torch')}, medians (± half of 20th to 80th percentile):")
+        parts.append(f"{where}, torch {environment.get('torch')}:")
         parts.append(table)
         for picture in (p for p in plots.figures(found) if figures and p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
             parts.append(f"![{picture.replace('_', ' ')}]({link})")
+    if parts and name in COLUMNS:
+        parts.append(console.legend(COLUMNS[name]))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
@@ -279,12 +306,12 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks report",
-        description="Writes tables of committed rows between the document's markers, `<!-- begin: NAME -->` and "
+        description="Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
         f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
         "does not exist is made, with every block.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--document", type=Path, default=RESULTS.parents[1] / "README.md", help="what is written")
+    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, metavar="FILE", help="what is written")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="a folder a machine")
     parser.add_argument(
         "--journal", type=Path, metavar="FILE", help="of a machine with a GPU: its kernels and failures too"
@@ -292,25 +319,27 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
     chosen = parser.parse_args(arguments)
-    document = chosen.document
-    blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
-    if chosen.journal is not None:
-        entries = journal.read(chosen.journal)
-        blocks |= {"checks": checks(entries), "kernels": kernels(entries)}
-    empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in blocks) + "\n"
-    before = document.read_text() if document.exists() else empty
-    try:
-        after = filled(before, blocks)
-    except ValueError as error:
-        print(f"{document}: {error}", file=sys.stderr)
-        return 2
-    for name in blocks:
-        if f"<!-- begin: {name} -->" not in before:
-            print(f"{document}: has no block {name!r}")
+    entries = journal.read(chosen.journal)
+    written: dict[Path, str] = {}
+    missing = set(BLOCKS)
+    for document in chosen.document:
+        blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
+        if chosen.journal is not None:
+            blocks |= {"checks": checks(entries), "kernels": kernels(entries)}
+        empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in blocks) + "\n"
+        before = document.read_text() if document.exists() else empty
+        try:
+            written[document] = filled(before, blocks)
+        except ValueError as error:
+            print(f"{document}: {error}", file=sys.stderr)
+            return 2
+        missing -= {name for name in blocks if f"<!-- begin: {name} -->" in before}
+    for name in sorted(missing):
+        print(f"no document has a block {name!r}")
 
-    stale = [] if document.exists() and after == before else [document]
-    if not chosen.check:
-        document.write_text(after)
+    stale = [document for document, text in written.items() if not document.exists() or document.read_text() != text]
+    for document, text in () if chosen.check else written.items():
+        document.write_text(text)
     with tempfile.TemporaryDirectory() as scratch:
         for folder, found in machines(chosen.results).items():
             for name in () if chosen.no_figures else plots.figures(found):

@@ -3,8 +3,12 @@
 An element that is never written cannot pass for a value then.
 """
 
-import importlib.util
 import os
+
+# Before NumPy is imported: shapes are small, and on busy cores threads that wait for each other take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-torch.set_num_threads(1)  # the shapes are small: on busy cores, threads that wait for each other take 100 times as long
+torch.set_num_threads(1)  # where PyTorch was imported before
 torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:

@@ -25,6 +25,8 @@ from tests.oracle import (
     random_maps,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(patch=(2, 4), sizes=((8, 16), (4, 8)))
 MAPS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 each_map_dtype = pytest.mark.parametrize("dtype", MAPS.values(), ids=[f"{name}_maps" for name in MAPS])

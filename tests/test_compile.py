@@ -30,7 +30,8 @@ from tests.test_autocast import under
 
 # PyTorch's compilers do what PyTorch itself warns of.
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
+    pytest.mark.slow,
+    *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")),
 ]
 
 # No two sizes are equal: dynamic sizes that are equal at first would be taken for one.

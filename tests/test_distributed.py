@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 import reference
 from dca_kernels import DCA
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 BATCH = 2  # of a process
 STEPS = 3

@@ -127,6 +127,7 @@ def test_channels_last_stays_channels_last(train: bool, backend: str) -> None:
 TINY = Config((2, 4), 2, channel_head=(1, 2), spatial_head=(2, 1), sizes=((4, 4), (3, 2)))
 
 
+@pytest.mark.slow
 @both_modes
 @each_trainable
 def test_gradcheck_of_the_maps(train: bool, backend: str) -> None:
@@ -136,6 +137,7 @@ def test_gradcheck_of_the_maps(train: bool, backend: str) -> None:
     assert torch.autograd.gradgradcheck(lambda *maps: module(maps), maps)
 
 
+@pytest.mark.slow
 @both_modes
 @each_trainable
 def test_gradcheck_of_parameters(train: bool, backend: str) -> None:

@@ -68,6 +68,7 @@ def test_results(name: str, implementation: str) -> None:
     assert_same(run(golden, implementation, torch.float64, backward), golden.expected(backward))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 @each(BACKENDS)
 def test_error_budget_in_float32(name: str, implementation: str) -> None:

@@ -30,7 +30,7 @@ TINY = cases.SIZES["tiny"]
 CPU = torch.device("cpu")
 ROWS = json.loads(tune.TABLE.read_text())
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="made for the interpreter")
+pytestmark = [pytest.mark.skipif(not INTERPRETED, reason="made for the interpreter"), pytest.mark.slow]
 
 
 # Steps

@@ -10,6 +10,8 @@ from benchmarks import stand_in
 from dca_kernels import upsample
 from tests.compiled import output_of
 
+pytestmark = pytest.mark.slow
+
 FORWARD = ["patch_embed", "centre", "covariance", "mixing", "mix", "spatial_attention", "conv", "upsample"]
 TRAINING = [*FORWARD[:-1], "batch_statistics", "upsample"]
 BACKWARD = [

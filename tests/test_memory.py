@@ -59,6 +59,7 @@ def largest_tensor(implementation: str, train: bool) -> int:
     return largest.nbytes
 
 
+@pytest.mark.slow
 @both_modes
 @each_backend
 def test_scores_are_never_all_in_memory(train: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +131,7 @@ def test_nothing_is_saved_without_gradients(train: bool, backend: str) -> None:
 PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=1)
 
 
+@pytest.mark.slow
 def test_a_training_step_takes_a_third_of_the_memory() -> None:
     gradients = 4 * sum(x.numel() for x in random_maps(PAPER, torch.float32)) / 1e6  # of the maps, in MB
 

@@ -10,6 +10,8 @@ from dca_kernels import launch, spatial_attention
 from dca_kernels.tokens import Tokens
 from tests.compiled import ROOT, output_of
 
+pytestmark = pytest.mark.slow
+
 OFFLINE = ROOT / "benchmarks" / "results" / "offline"
 
 CODE = json.loads((OFFLINE / "machine_code.json").read_text())

@@ -33,6 +33,8 @@ from tests.test_compile import SMALL
 from tests.test_memory import saved_tensors
 from tests.test_precision import CASES, runs
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), batch=3)  # heads of 10 and 5 channels
 SCALES = len(CONFIG.features)
 DRAWS = range(16)

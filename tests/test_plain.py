@@ -339,6 +339,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @of_pytorch
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @each_backend
@@ -362,6 +363,7 @@ def test_plain_operations_are_the_references(config: Config, train: bool, said: 
     assert len(said()) == 1
 
 
+@pytest.mark.slow
 @of_pytorch
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_it_is_said_once(compiled: bool, said: Callable) -> None:

@@ -149,6 +149,7 @@ CASES: dict[str, Callable[[list[Tensor], nn.Module], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
 @both_modes
 @each_dtype
@@ -203,6 +204,7 @@ GRADIENT_CASES = [
 ]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("case, magnitude", GRADIENT_CASES)
 def test_adversarial_gradients_of_the_kernels(case: str, magnitude: float) -> None:

@@ -25,6 +25,8 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
+
 MOST = int(os.environ.get("DCA_TEST_EXAMPLES", "1000"))  # each is compiled anew on a GPU
 
 forward = functools.partial(evaluate, backward=False)

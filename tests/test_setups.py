@@ -38,6 +38,8 @@ from tests.oracle import (
 )
 from tests.test_module import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)))  # interpreted kernels are slow
 
 

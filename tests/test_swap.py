@@ -228,6 +228,7 @@ def test_parametrized_weights() -> None:
     assert_same(evaluate(fused, random_maps(VENDORED)), expected)
 
 
+@pytest.mark.slow
 @tracing
 @torch.no_grad()
 def test_replaced_inside_a_compiled_model() -> None:
@@ -882,6 +883,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.slow
 @tracing
 @torch.no_grad()
 def test_added_and_compiled_without_graph_breaks() -> None:

@@ -22,6 +22,8 @@ from dca_kernels import DCA, add_dca
 from tests.oracle import Config, assert_identical, assert_same, both_modes, pair, random_maps, randomise
 from tests.readme import snippet
 
+pytestmark = pytest.mark.slow
+
 
 def _library(name: str) -> ModuleType:
     package = name.partition(".")[0]

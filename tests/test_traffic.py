@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dca_kernels
 from benchmarks import cases, traffic
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 

@@ -245,6 +245,7 @@ def configurations_of(kernel: str) -> list[dict[str, int]]:
     return list(distinct.values())
 
 
+@pytest.mark.slow
 def test_every_configuration_gives_the_same() -> None:
     # To rounding: sums over other blocks are in another order.
     dtype, rtol = (torch.float64, 1e-11) if INTERPRETED else (torch.float32, 1e-4)

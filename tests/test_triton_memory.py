@@ -31,6 +31,8 @@ import triton.language as tl
 
 from dca_kernels import launch
 
+pytestmark = pytest.mark.slow
+
 MARGIN = 5000  # elements of NaN on either side
 
 

@@ -13,7 +13,7 @@ import dca_kernels
 import dca_kernels.flops
 from tests.oracle import DEVICE, Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)), spatial_head=(2, 4))
 CONFIGS = {

@@ -13,6 +13,8 @@ from benchmarks.cases import cut_tiles, load_image
 from reference import unets
 from tests.oracle import Results, assert_same, randomise
 
+pytestmark = pytest.mark.slow
+
 # Parameters of the official networks for three colours and one class, without and with DCA. That of DoubleUNet cannot
 # run: its numbers are those of the layers that its code lists.
 PARAMETERS = {

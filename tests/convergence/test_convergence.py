@@ -20,6 +20,8 @@ from reference import unets
 from tests.convergence.data import nuclei
 from tests.oracle import INTERPRETED, device_of, needs_triton
 
+pytestmark = pytest.mark.slow
+
 TRAINING_COLUMNS = 288  # of the image's 512; the others are for validation
 DICE = 0.03  # between two runs of one seed; those of one implementation in float32 and bfloat16 differ by 0.01
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16_autocast": torch.float32}

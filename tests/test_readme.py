@@ -1,0 +1,39 @@
+"""What the documents say holds: links lead somewhere, commands are there. Snippets run with what they show."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.readme import README
+
+ROOT = README.parent
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    links = [link for link, _ in LINK.findall(document.read_text()) if link and not link.startswith("https://")]
+    assert [link for link in links if not (document.parent / link).resolve().exists()] == []
+
+
+@each_document
+def test_targets_of_make_are_there(document: Path) -> None:
+    named = set(re.findall(r"`?make ([a-z-]+)`?", " ".join(code_of(document))))
+    makefile = (ROOT / "Makefile").read_text()
+    assert [name for name in sorted(named) if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+def test_a_package_index_shows_all_of_it() -> None:
+    """It has no files beside the README, and draws no diagrams."""
+    text = README.read_text()
+    assert len(text.splitlines()) <= 200
+    assert "![" not in text and "<img" not in text and "```mermaid" not in text
+
+
+def code_of(document: Path) -> list[str]:
+    """Blocks of commands, and code in lines."""
+    text = document.read_text()
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`(make [^`]+)`", text)
