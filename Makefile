@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check slow newest third-party regression lint package train gpu clean
+.PHONY: help bench test check slow newest regression lint package train gpu clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -24,15 +24,12 @@ train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": it
 gpu:  ## On a machine with a GPU: right or wrong, times, a report, in 8 minutes (ARGS="--help": its steps; "--dry-run": on a CPU)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(ARGS)
 
-slow: .venv/third-party  ## Run the tests that take longer; compilers, training, segmentation_models_pytorch, MONAI, nnU-Net
+slow: .venv/third-party  ## Run the tests that take longer: compilers, training, segmentation_models_pytorch, MONAI, nnU-Net
 	$(PYTEST) -m slow $(ARGS)
 
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
 	PYTHONPATH=.venv/newest $(PYTEST) tests/test_interpreter.py tests/test_triton.py \
 		tests/test_launch.py -k "test_interpreter or test_shapes or test_number_of_launches or triton_ir or tiny" $(ARGS)
-
-third-party: .venv/third-party  ## Run the tests with segmentation_models_pytorch, MONAI and nnU-Net's networks
-	$(PYTEST) tests/test_third_party.py $(ARGS)
 
 regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
 	$(BIN)/python -m pytest benchmarks
