@@ -1,0 +1,91 @@
+"""Reads every sample once, before any is used: what is wrong with the files, and how their masks are read."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from examples.data import Data
+from examples.files import DataError, Mask, Sample, read_image, read_mask, size_of
+
+SHOWN = 10  # problems that are named one by one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Of one sample."""
+
+    problem: str = ""
+    pixels: int = 0
+    marked: int = 0  # pixels of the foreground
+    mask: Mask | None = None  # without its classes
+
+
+def check(data: Data, side: int = 0) -> list[str]:
+    """Read every sample, and say in lines for the user how their masks are read, where that is not plain.
+
+    Args:
+        side: of the crops, which no sample to train or validate on may be smaller than.
+
+    Raises:
+        DataError: names each file that cannot be used, what was expected of it and what it is (up to SHOWN).
+    """
+    samples = [*data.train, *data.validation]
+    sides = [side] * len(samples)
+    for test in data.tests.values():
+        samples, sides = samples + test, sides + [0] * len(test)
+    with ThreadPoolExecutor() as pool:
+        examined = pool.map(_examine, samples, sides, [len(data.classes) + 1] * len(samples))
+        findings = list(tqdm(examined, "checking", len(samples), leave=False))
+    problems = [finding.problem for finding in findings if finding.problem]
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise DataError("\n".join(problems[:SHOWN] + more))
+    for everywhere, count in (("background", 0), ("foreground", sum(finding.pixels for finding in findings))):
+        if sum(finding.marked for finding in findings) == count:
+            folder = samples[0].mask.parent
+            raise DataError(f"{folder}: expected masks, got only {everywhere} in all {len(samples)}")
+    return _grey_levels(findings) + _foreground_values(findings)
+
+
+def _examine(sample: Sample, side: int, classes: int) -> Finding:
+    try:
+        image = read_image(sample)
+        mask = read_mask(sample, image)
+    except DataError as error:
+        return Finding(str(error))
+    found = mask.classes
+    if min(found.shape) < side:
+        return Finding(f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {size_of(image)}")
+    if found.max() >= classes:
+        return Finding(
+            f"{sample.mask}: expected class indices 0 .. {classes - 1} ({classes} classes), got up to {found.max()}"
+        )
+    facts = Mask(found[:0], mask.foreground, mask.white, mask.grey)
+    return Finding(pixels=found.size, marked=int((found > 0).sum()), mask=facts)
+
+
+def _grey_levels(findings: Sequence[Finding]) -> list[str]:
+    """A line for each range of grey levels."""
+    pixels = sum(finding.pixels for finding in findings)
+    grey = [finding.mask for finding in findings if finding.mask.grey]
+    lines = []
+    for white in sorted({mask.white for mask in grey}):
+        some = [mask.grey for mask in grey if mask.white == white]
+        lines.append(
+            f"masks: {len(some)} of {len(findings)} have grey values between 0 and {white} "
+            f"({sum(some) / pixels:.1%} of the pixels); at least half, {white // 2 + 1}, is foreground"
+        )
+    return lines
+
+
+def _foreground_values(findings: Sequence[Finding]) -> list[str]:
+    """A line where masks of one value each have different ones: they may be class indices."""
+    counts = Counter(finding.mask.foreground for finding in findings if finding.mask.foreground is not None)
+    if len(counts) < 2:
+        return []
+    several = ", ".join(f"{value} in {count}" for value, count in sorted(counts.items())[:6])
+    more = f" and {len(counts) - 6} other values" if len(counts) > 6 else ""
+    return [f"masks: the foreground is {several}{more} of them: one class here, --classes N tells class indices apart"]
