@@ -78,8 +78,8 @@ def find(root: Path) -> Data:
     if not inner:
         raise DataError(
             f"{root}: expected NAME.bmp with NAME_anno.bmp, NAME.tif with NAME.xml, the folders images/ and masks/ "
-            f'or Original/ and "Ground Truth"/, or train_npz/*.npz, or other folders by --images and --masks (images are '
-            f"{', '.join(sorted(IMAGES))}); {_found(root)}"
+            'or Original/ and "Ground Truth"/, or train_npz/*.npz, or other folders by --images and --masks '
+            f"(images are {', '.join(sorted(IMAGES))}); {_found(root)}"
         )
     return next(iter(inner.values()))
 
@@ -158,6 +158,11 @@ def with_classes(data: Data, count: int) -> Data:
         tests={name: indexed(samples) for name, samples in data.tests.items()},
         classes=tuple(f"class {i}" for i in range(1, count)),
     )
+
+
+def counted(sets: dict[str, list[Sample]]) -> str:
+    """The names of sets, each with the number of its samples."""
+    return ", ".join(f"{name} ({len(samples)})" for name, samples in sets.items())
 
 
 def _indexed(sample: Sample, count: int) -> Sample:

@@ -21,21 +21,20 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tabulate import tabulate
 from tqdm import tqdm
 
 from examples import picture
 from examples.arguments import LAYOUTS, add_folders, folders, read_folders
 from examples.check import check
-from examples.data import Data, images_alone, with_classes
+from examples.data import Data, counted, images_alone, with_classes
 from examples.files import DataError, Sample, read_image, read_mask, resize_classes, resize_image
 from examples.network import Plan, Predictor, read_network, write
 from examples.processes import device
 from examples.run import require_writable
-from examples.scores import count, hd95, mean, overlap
+from examples.scores import DECIMALS, count, hd95, mean, overlap, table
 
 SHOWN = 20  # images of a set in the table on the screen
-MEASURES = ("Dice", "IoU", "HD95")
+MEASURES = tuple(DECIMALS)
 EXAMPLES = """\
 examples:
   python -m examples.predict runs/Kvasir-SEG-UNet-fused/best.pt new_images
@@ -76,8 +75,12 @@ def read_sets(chosen: argparse.Namespace, plan: Plan) -> dict[str, list[Sample]]
         print(f"data: {len(alone)} images without masks")
         return {"": alone}
     found = with_classes(read_folders(chosen, chosen.folder), len(plan.classes) + 1)
-    sets = found.tests or ({"val": found.validation} if found.validation else {"": found.train})
-    print(f"data: {found.layout}: " + ", ".join(f"{len(samples)} {name}".rstrip() for name, samples in sets.items()))
+    sets = found.tests or ({"val": found.validation} if found.validation else {})
+    if sets:
+        print(f"data: {found.layout}: {counted(sets)}; what is there to train on is left out")
+    else:
+        print(f"data: {found.layout}: {len(found.train)}")
+        sets = {"": found.train}
     for line in found.left_out:
         print(f"data: {line}")
     for line in check(Data(found.layout, [], found.classes, tests=sets)):
@@ -130,11 +133,12 @@ def report(scores: dict[str, np.ndarray], classes: Sequence[str], path: Path) ->
     lines = [(name, *mean(of_classes, axis=0)) for name, of_classes in scores.items()]
     total = ("mean", *mean([line[1:] for line in lines], axis=0))
     hidden = len(lines) - SHOWN
-    shown = [*lines[:SHOWN], *([(f"... {hidden} more, in {path.name}",)] if hidden > 0 else []), total]
-    print("\n" + formatted(shown, "image"))
+    note = [(f"... {hidden} more, in {path.name}",)] if hidden > 0 else []
+    print("\n" + table([*lines[:SHOWN], *note, total], "image", *MEASURES))
     if len(classes) > 1:
         means = mean(np.stack(list(scores.values())), axis=0)
-        print("\n" + formatted([(name, *of_class) for name, of_class in zip(classes, means, strict=True)], "class"))
+        of_each = [(name, *of_class) for name, of_class in zip(classes, means, strict=True)]
+        print("\n" + table(of_each, "class", *MEASURES))
 
     def content(unfinished: Path) -> None:
         with open(unfinished, "w", newline="") as file:
@@ -145,12 +149,6 @@ def report(scores: dict[str, np.ndarray], classes: Sequence[str], path: Path) ->
                     writer.writerow((image, name, *("" if np.isnan(score) else score for score in of_class)))
 
     write(path, content)
-
-
-def formatted(lines: Sequence[tuple], first: str) -> str:
-    """A table; a score that there is not is empty."""
-    lines = [[None if value != value else value for value in line] for line in lines]
-    return tabulate(lines, (first, *MEASURES), tablefmt="github", floatfmt=("", ".4f", ".4f", ".2f"))
 
 
 def run(chosen: argparse.Namespace) -> None:

@@ -5,12 +5,15 @@ MONAI's do: to count it as 1 would make rare classes look good. Where only one o
 HD95 is the image's diagonal, the largest distance there can be, as in the BraTS challenges.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
+from tabulate import tabulate
 
 Row = dict[str, Any]
+DECIMALS = {"Dice": ".4f", "IoU": ".4f", "HD95": ".2f"}
 
 
 def count(found: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
@@ -62,3 +65,10 @@ def summary(pixels: np.ndarray, names: tuple[str, ...]) -> Row:
         "dice of": dict(zip(names, dice.tolist(), strict=True)),
         "iou of": dict(zip(names, iou.tolist(), strict=True)),
     }
+
+
+def table(lines: Iterable[Sequence[Any]], *headers: str) -> str:
+    """Lines of a name and scores as a table; a score that there is not (NaN) is empty."""
+    lines = [[None if value != value else value for value in line] for line in lines]
+    formats = [DECIMALS.get(header, "") for header in headers]
+    return tabulate(lines, headers, tablefmt="github", floatfmt=formats, disable_numparse=[0])

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -32,12 +31,12 @@ from tqdm import tqdm
 from examples import picture
 from examples.arguments import arguments, read_folders
 from examples.check import check
-from examples.data import Data, nuclei, split, with_classes
+from examples.data import Data, counted, nuclei, split, with_classes
 from examples.files import DataError, Sample, load
 from examples.network import Plan, Predictor, build, read_network, to_input, write
 from examples.processes import Process, average_statistics, distribute, gathered, join, together, wait
 from examples.run import Run, event_writer
-from examples.scores import Row, count, mean, overlap, summary
+from examples.scores import Row, count, mean, overlap, summary, table
 
 
 class Crops(Dataset):
@@ -76,8 +75,7 @@ def read_data(chosen: argparse.Namespace, process: Process) -> Data:
 
     data = together(process, search)
     if process.first:
-        tests = ", ".join(f"{name} ({len(samples)})" for name, samples in data.tests.items())
-        tests = f"; test sets: {tests}" if tests else ""
+        tests = f"; test sets: {counted(data.tests)}" if data.tests else ""
         print(f"data: {data.layout}: {len(data.train)} to train on, {len(data.validation)} to validate on{tests}")
         for line in data.left_out:
             print(f"data: {line}")
@@ -173,10 +171,10 @@ def validate(network: nn.Module, data: Data, plan: Plan, chosen: argparse.Namesp
     return summary(pixels, plan.classes)
 
 
-def table(row: Row) -> str:
+def of_classes(row: Row) -> str:
     lines = [(name, row["dice of"][name], row["iou of"][name]) for name in row["dice of"]]
     lines += [("mean", row["dice"], row["iou"])] if len(lines) > 1 else []
-    return tabulate(lines, ("class", "Dice", "IoU"), tablefmt="github", floatfmt=".4f")
+    return table(lines, "class", "Dice", "IoU")
 
 
 def score_tests(predict: Predictor, data: Data, run: Run, process: Process) -> None:
@@ -187,13 +185,12 @@ def score_tests(predict: Predictor, data: Data, run: Run, process: Process) -> N
         cases = list(dict.fromkeys(sample.group for sample in samples)) if volumes else [""]
         pixels = tally(predict, samples, cases, process)
         rows[name] = summary(pixels, predict.plan.classes)
-        if not process.first:
-            continue
-        print(f"\ntest set {name}, {len(samples)} samples" + f", means over {len(cases)} cases" * volumes + ":")
-        print(table(rows[name]))
-        if volumes:
-            of_cases = zip(cases, *(mean(score, axis=1) for score in overlap(pixels)), strict=True)
-            print("\n" + tabulate(of_cases, ("case", "Dice", "IoU"), tablefmt="github", floatfmt=".4f"))
+        if process.first:
+            counted = f"{len(samples)} slices, means over {len(cases)} cases" if volumes else f"{len(samples)}"
+            print(f"\ntest set {name} ({counted}):\n{of_classes(rows[name])}")
+            if volumes:
+                dice, iou = (mean(score, axis=1) for score in overlap(pixels))
+                print("\n" + table(zip(cases, dice, iou, strict=True), "case", "Dice", "IoU"))
     if rows and process.first:
         write(run.folder / "tests.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
 
@@ -214,8 +211,7 @@ def finish(data: Data, run: Run, chosen: argparse.Namespace, process: Process) -
     wait(process)  # for the first one, which has written it
     best = run.best_row
     if process.first:
-        print(f"\nbest epoch, {best['epoch']}, on the {len(data.validation)} validation samples:")
-        print(table(best))
+        print(f"\nbest epoch: {best['epoch']}, validation ({len(data.validation)}):\n{of_classes(best)}")
     plan, network = read_network(run.best)
     predict = predictor(network.to(process.device), plan, chosen, process)
     score_tests(predict, data, run, process)

@@ -335,10 +335,10 @@ def with_volumes(root: Path) -> None:
 @pytest.mark.parametrize(
     "make, said",
     [
-        (glas, ["2 to train on, 1 to validate on; test sets: testA (1)", "test set testA, 1 samples:"]),
+        (glas, ["2 to train on, 1 to validate on; test sets: testA (1)", "test set testA (1):"]),
         (
             beside_train,
-            ["train/ and test/", "3 to train on, 1 to validate on; test sets: test (4)", "test set test, 4 sam"],
+            ["train/ and test/", "3 to train on, 1 to validate on; test sets: test (4)", "test set test (4):"],
         ),
         (
             lambda root: [split(root), kvasir(root / "test")],
@@ -349,7 +349,7 @@ def with_volumes(root: Path) -> None:
             with_volumes,
             [
                 "4 to train on, 2 to validate on; test sets: test_vol_h5 (6)",
-                "6 samples, means over 2 cases",
+                "test_vol_h5 (6 slices, means over 2 cases)",
                 "case0008",
             ],
         ),
