@@ -26,6 +26,8 @@ class Finding:
 def check(data: Data, side: int = 0) -> list[str]:
     """Read every sample, and say in lines for the user how their masks are read, where that is not plain.
 
+    Masks to train on have to have both background and foreground somewhere.
+
     Args:
         side: of the crops, which no sample to train or validate on may be smaller than.
 
@@ -43,22 +45,25 @@ def check(data: Data, side: int = 0) -> list[str]:
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise DataError("\n".join(problems[:SHOWN] + more))
-    for everywhere, count in (("background", 0), ("foreground", sum(finding.pixels for finding in findings))):
-        if sum(finding.marked for finding in findings) == count:
-            folder = samples[0].mask.parent
-            raise DataError(f"{folder}: expected masks, got only {everywhere} in all {len(samples)}")
+    marked, pixels = (sum(getattr(finding, name) for finding in findings) for name in ("marked", "pixels"))
+    if data.train and marked in (0, pixels):
+        everywhere = "foreground" if marked else "background"
+        raise DataError(f"{samples[0].mask.parent}: expected masks, got only {everywhere} in all {len(samples)}")
+    findings = [finding for finding in findings if finding.mask]
     return _grey_levels(findings) + _foreground_values(findings)
 
 
 def _examine(sample: Sample, side: int, classes: int) -> Finding:
     try:
         image = read_image(sample)
-        mask = read_mask(sample, image)
+        mask = read_mask(sample, image) if sample.mask else None
     except DataError as error:
         return Finding(str(error))
-    found = mask.classes
-    if min(found.shape) < side:
+    if min(image.shape[:2]) < side:
         return Finding(f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {size_of(image)}")
+    if mask is None:
+        return Finding()
+    found = mask.classes
     if found.max() >= classes:
         return Finding(
             f"{sample.mask}: expected class indices 0 .. {classes - 1} ({classes} classes), got up to {found.max()}"

@@ -187,7 +187,7 @@ def _data_in(root: Path) -> Data | None:
     tests, left_out = data.tests, data.left_out
     if "test" in folders:
         if images_alone(folders["test"]):
-            left_out += (f"{folders['test'].name}/ is not scored: it has no masks",)
+            left_out += (f"data: {folders['test'].name}/ is not scored: it has no masks",)
         else:
             tests = tests | {"test": find(folders["test"]).train}
     layout = " and ".join(f"{folders[name].name}/" for name in ("train", *beside))
@@ -256,7 +256,7 @@ def _synapse(root: Path, folder: Path) -> Data:
     if not volumes:
         return data
     if importlib.util.find_spec("h5py") is None:
-        return replace(data, left_out=("test_vol_h5/ is not scored: its volumes need h5py, pip install h5py",))
+        return replace(data, left_out=("data: test_vol_h5/ is not scored: its volumes need h5py, pip install h5py",))
     tests = [
         Sample(path, path, path.name.split(".")[0], Values.CLASSES, slice=i)
         for path in volumes

@@ -17,6 +17,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,18 +73,13 @@ def read_sets(chosen: argparse.Namespace, plan: Plan) -> dict[str, list[Sample]]
     """The samples to predict, by the name of their set; "" where it has none."""
     alone = images_alone(chosen.folder) if chosen.folder else []
     if alone:
-        print(f"data: {len(alone)} images without masks")
-        return {"": alone}
-    found = with_classes(read_folders(chosen, chosen.folder), len(plan.classes) + 1)
-    sets = found.tests or ({"val": found.validation} if found.validation else {})
-    if sets:
-        print(f"data: {found.layout}: {counted(sets)}; what is there to train on is left out")
+        found = Data("images without masks", alone, plan.classes)
     else:
-        print(f"data: {found.layout}: {len(found.train)}")
-        sets = {"": found.train}
-    for line in found.left_out:
-        print(f"data: {line}")
-    for line in check(Data(found.layout, [], found.classes, tests=sets)):
+        found = with_classes(read_folders(chosen, chosen.folder), len(plan.classes) + 1)
+    sets = found.tests or ({"val": found.validation} if found.validation else {"": found.train})
+    chosen_sets = f"{len(found.train)}" if "" in sets else f"{counted(sets)}; what is there to train on is left out"
+    print(f"data: {found.layout}: {chosen_sets}")
+    for line in (*found.left_out, *check(replace(found, train=[], validation=[], tests=sets))):
         print(line)
     return sets
 

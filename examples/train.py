@@ -78,7 +78,7 @@ def read_data(chosen: argparse.Namespace, process: Process) -> Data:
         tests = f"; test sets: {counted(data.tests)}" if data.tests else ""
         print(f"data: {data.layout}: {len(data.train)} to train on, {len(data.validation)} to validate on{tests}")
         for line in data.left_out:
-            print(f"data: {line}")
+            print(line)
         print(f"classes: background, {', '.join(data.classes)}")
     side = chosen.crop if chosen.resize is None else 0
     for line in together(process, lambda: check(data, side) if process.first else []):
