@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from examples.data import Data
-from examples.files import DataError, Mask, Sample, read_image, read_mask, size_of
+from examples.files import DataError, Reading, Sample, read_image, read_mask, size_of
 
 SHOWN = 10  # problems that are named one by one
 
@@ -20,7 +20,7 @@ class Finding:
     problem: str = ""
     pixels: int = 0
     marked: int = 0  # pixels of the foreground
-    mask: Mask | None = None  # without its classes
+    reading: Reading | None = None  # of its mask, if it has one
 
 
 def check(data: Data, side: int = 0) -> list[str]:
@@ -49,7 +49,7 @@ def check(data: Data, side: int = 0) -> list[str]:
     if data.train and marked in (0, pixels):
         everywhere = "foreground" if marked else "background"
         raise DataError(f"{samples[0].mask.parent}: expected masks, got only {everywhere} in all {len(samples)}")
-    findings = [finding for finding in findings if finding.mask]
+    findings = [finding for finding in findings if finding.reading]
     return _grey_levels(findings) + _foreground_values(findings)
 
 
@@ -68,17 +68,16 @@ def _examine(sample: Sample, side: int, classes: int) -> Finding:
         return Finding(
             f"{sample.mask}: expected class indices 0 .. {classes - 1} ({classes} classes), got up to {found.max()}"
         )
-    facts = Mask(found[:0], mask.foreground, mask.white, mask.grey)
-    return Finding(pixels=found.size, marked=int((found > 0).sum()), mask=facts)
+    return Finding(pixels=found.size, marked=int((found > 0).sum()), reading=mask.reading)
 
 
 def _grey_levels(findings: Sequence[Finding]) -> list[str]:
     """A line for each range of grey levels."""
     pixels = sum(finding.pixels for finding in findings)
-    grey = [finding.mask for finding in findings if finding.mask.grey]
+    grey = [finding.reading for finding in findings if finding.reading.grey]
     lines = []
-    for white in sorted({mask.white for mask in grey}):
-        some = [mask.grey for mask in grey if mask.white == white]
+    for white in sorted({reading.white for reading in grey}):
+        some = [reading.grey for reading in grey if reading.white == white]
         lines.append(
             f"masks: {len(some)} of {len(findings)} have grey values between 0 and {white} "
             f"({sum(some) / pixels:.1%} of the pixels); at least half, {white // 2 + 1}, is foreground"
@@ -88,7 +87,8 @@ def _grey_levels(findings: Sequence[Finding]) -> list[str]:
 
 def _foreground_values(findings: Sequence[Finding]) -> list[str]:
     """A line where masks of one value each have different ones: they may be class indices."""
-    counts = Counter(finding.mask.foreground for finding in findings if finding.mask.foreground is not None)
+    values = (finding.reading.foreground for finding in findings)
+    counts = Counter(value for value in values if value is not None)
     if len(counts) < 2:
         return []
     several = ", ".join(f"{value} in {count}" for value, count in sorted(counts.items())[:6])

@@ -107,7 +107,8 @@ def paired(images: Path, masks: Path, suffix: str | None = None) -> Data:
     pictures = _files(images, IMAGES)
     if together:
         pictures = [path for path in pictures if path not in found]
-    layout = f"{images.name}/ and {masks.name}/" if images != masks else f"images and masks of {images.name}/"
+    names = [folder.resolve().name for folder in (images, masks)]
+    layout = f"images and masks of {names[0]}/" if together else f"{names[0]}/ and {names[1]}/"
     return _matched(layout + (", polygons" if outlines else ""), pictures, found, images, masks, suffix)
 
 

@@ -59,13 +59,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A mask, and what was found in its file."""
+class Reading:
+    """What `Values.FOREGROUND` found in a file."""
 
-    classes: np.ndarray  # (H, W) int64
-    foreground: int | None = None  # the only value beside 0, where Values.FOREGROUND found one
+    foreground: int | None = None  # the only value beside 0
     white: int | None = None  # the largest value of the dtype, where grey levels were parted at its half
     grey: int = 0  # pixels between 0 and white
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask, and how it was read."""
+
+    classes: np.ndarray  # (H, W) int64
+    reading: Reading = Reading()
 
 
 def load(sample: Sample, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -188,16 +195,16 @@ def _foreground(path: Path, levels: np.ndarray, whole: np.ndarray) -> Mask:
     blurred = path.suffix.lower() in JPEG
     others = whole[whole != 0]
     if not blurred and (others == others[:1]).all():
-        return Mask((whole != 0).astype(np.int64), foreground=int(others[0]) if others.size else None)
+        return Mask((whole != 0).astype(np.int64), Reading(foreground=int(others[0]) if others.size else None))
     white = np.iinfo(levels.dtype).max if levels.dtype.kind == "u" else None
     if white is None or (whole.max() <= white // 2 and not blurred):
         grey = f", or grey levels up to {white}" if white else f" in a mask of {levels.dtype}"
         raise DataError(
             f"{path}: expected 0 and one other value{grey}, got several in {whole.min()} .. {whole.max()}: "
-            f"if they are class indices, --classes {whole.max() + 1}"
+            f"if they are class indices, train with --classes {whole.max() + 1}; if numbered objects, save 1 for each"
         )
     between = int(((whole > 0) & (whole < white)).sum())
-    return Mask((whole > white // 2).astype(np.int64), white=white, grey=between)
+    return Mask((whole > white // 2).astype(np.int64), Reading(white=white, grey=between))
 
 
 def _polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:

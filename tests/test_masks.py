@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         lambda root: masked(root, lambda i: i),
         [],
         "0.png: expected 0 and one other value, or grey levels up to 255, got several in 0 .. 2: if they are class "
-        "indices, --classes 3",
+        "indices, train with --classes 3; if numbered objects, save 1 for each",
     ),
     "low values, 16 bits": (lambda root: masked(root, lambda i: i.astype(np.uint16), ".tif"), [], "--classes 3"),
     "low values, float": (

@@ -1,5 +1,6 @@
 """The training example: its arguments, its scores, and that a killed run ends as if it had not been killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -233,11 +234,14 @@ runs = [
     ("resumed", ["--fsdp"], 130, stop),
     ("resumed", ["--fsdp"], 0, validate),
     ("resumed", [], 2, validate),
+    ("file of the second process", [], 2, validate),
 ]
 for i, (name, options, status, train.validate) in enumerate(runs):
     if i:  # torchrun has processes meet once
         meet = f"file://{folder}/meet{i}"
         dist.init_process_group = partial(init, init_method=meet, rank=int(os.environ["RANK"]), world_size=2)
+    if name.startswith("file") and os.environ["RANK"] == "1":
+        open(f"{folder}/{name}", "w").close()
     sys.argv = ["train", *given, *options, "--out", f"{folder}/{name}"]
     assert train.main() == status
 """
@@ -246,9 +250,11 @@ for i, (name, options, status, train.validate) in enumerate(runs):
 def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel and FSDP2 train alike, and FSDP2 goes on from its checkpoint as if it had not stopped.
 
-    One validation image: the second process has none to predict, and must not wait for the first.
+    One validation image: the second process has none to predict, and must not wait for the first. What only one of them
+    finds wrong, both leave for.
     """
-    kvasir(tmp_path / "data")
+    kvasir(tmp_path / "data" / "train")
+    kvasir(tmp_path / "data" / "test")
     (tmp_path / "several.py").write_text(NARROW + SEVERAL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "several.py"), str(tmp_path), "--data", str(tmp_path / "data"), *TINY, "--epochs", "2"]
@@ -259,3 +265,6 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [row["loss"] for row in replicated] == pytest.approx([row["loss"] for row in sharded], rel=1e-4)
     assert resumed == sharded and len(sharded) == 2
     assert result.stdout.count("epoch 2: ") == 3 and "after the 1 epochs of" in result.stdout
+    assert result.stderr.count("error: ") == 2 and "second process: expected a folder, got a file" in result.stderr
+    tests = [json.loads((tmp_path / name / "tests.json").read_text()) for name in ("sharded", "resumed")]
+    assert tests[0] == tests[1] and list(tests[0]) == ["test"]
