@@ -18,7 +18,7 @@ from PIL import Image
 import dca_kernels
 from examples import data, files, network, train
 from reference import unets
-from tests.datasets import NARROW, ROOT, TINY, history, kvasir, script, synapse, truncate
+from tests.datasets import NARROW, ROOT, SHORT, TINY, history, kvasir, script, synapse, truncate
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_tiles_cover_the_image() -> None:
 
 def test_tiles_have_no_seams() -> None:
     """A network that is wrong along the edges of its tiles is right inside the image, where tiles overlap."""
-    image = np.random.default_rng(0).random((80, 75, 3), np.float32)
+    image = np.random.default_rng(0).random((96, 64, 3), np.float32)  # of tiles side by side
     outside = torch.ones(32, 32)
     outside[2:-2, 2:-2] = 0
 
@@ -179,8 +179,23 @@ def test_more_epochs_of_a_finished_run_learn(run, tmp_path: Path) -> None:
     assert run(*given, "--epochs", 3) == 0
     rates = [row["rate"] for row in history(tmp_path / "run")]
     assert rates == pytest.approx([0.01, 0.005, 0.0025])
-    after = torch.load(tmp_path / "run" / "last.pt")["model"]
+    state = torch.load(tmp_path / "run" / "last.pt")
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == rates[-1:]
+    after = state["model"]
     assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
+def test_restart(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kvasir(tmp_path / "data")
+    given = ["--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT]
+    assert run(*given) == 0
+    capsys.readouterr()
+    assert run(*given, "--lr", 0.01, "--restart") == 0
+    assert "from the beginning" in capsys.readouterr().out
+    assert [row["rate"] for row in history(tmp_path / "run")] == [0.01]
+    truncate("data/masks/cju0b.jpg")(tmp_path)
+    assert run(*given, "--lr", 0.02, "--restart") == 2
+    assert (tmp_path / "run" / "last.pt").exists()  # lost only where another run begins
 
 
 def other_run(folder: Path) -> None:
@@ -234,14 +249,14 @@ runs = [
     ("resumed", ["--fsdp"], 130, stop),
     ("resumed", ["--fsdp"], 0, validate),
     ("resumed", [], 2, validate),
-    ("file of the second process", [], 2, validate),
+    ("wrong in one", [], 2, validate),
 ]
 for i, (name, options, status, train.validate) in enumerate(runs):
     if i:  # torchrun has processes meet once
         meet = f"file://{folder}/meet{i}"
         dist.init_process_group = partial(init, init_method=meet, rank=int(os.environ["RANK"]), world_size=2)
-    if name.startswith("file") and os.environ["RANK"] == "1":
-        open(f"{folder}/{name}", "w").close()
+    if name == "wrong in one" and os.environ["RANK"] == "1":
+        name = "several.py"
     sys.argv = ["train", *given, *options, "--out", f"{folder}/{name}"]
     assert train.main() == status
 """
@@ -265,6 +280,6 @@ def test_two_processes(tmp_path: Path) -> None:
     assert [row["loss"] for row in replicated] == pytest.approx([row["loss"] for row in sharded], rel=1e-4)
     assert resumed == sharded and len(sharded) == 2
     assert result.stdout.count("epoch 2: ") == 3 and "after the 1 epochs of" in result.stdout
-    assert result.stderr.count("error: ") == 2 and "second process: expected a folder, got a file" in result.stderr
+    assert result.stderr.count("error: ") == 2 and "several.py: expected a folder, got a file" in result.stderr
     tests = [json.loads((tmp_path / name / "tests.json").read_text()) for name in ("sharded", "resumed")]
     assert tests[0] == tests[1] and list(tests[0]) == ["test"]
