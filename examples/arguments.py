@@ -116,8 +116,8 @@ def arguments() -> argparse.Namespace:
         "--classes",
         type=int,
         metavar="N",
-        help="with background. 2: what is not background is one class. More: a mask's pixels are class indices, "
-        "0 .. N-1, of images with one channel or a palette. nothing: Synapse's 9, and 2 elsewhere",
+        help="with background. 2: background and foreground. More: a mask's pixels are class indices, 0 .. N-1, in one "
+        "channel or in a palette. nothing: Synapse's 9, and 2 elsewhere",
     )
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--fsdp", action="store_true", help="shard gradients and optimizer over the processes (torchrun)")

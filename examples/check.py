@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from examples.data import Data
-from examples.files import DataError, Reading, Sample, read_image, read_mask, size_of
+from examples.files import DataError, LowValuesError, Reading, Sample, read_image, read_mask, size_of
 
 SHOWN = 10  # problems that are named one by one
 
@@ -17,7 +17,7 @@ SHOWN = 10  # problems that are named one by one
 class Finding:
     """Of one sample."""
 
-    problem: str = ""
+    problem: DataError | None = None
     pixels: int = 0
     marked: int = 0  # pixels of the foreground
     reading: Reading | None = None  # of its mask, if it has one
@@ -41,10 +41,7 @@ def check(data: Data, side: int = 0) -> list[str]:
     with ThreadPoolExecutor() as pool:
         examined = pool.map(_examine, samples, sides, [len(data.classes) + 1] * len(samples))
         findings = list(tqdm(examined, "checking", len(samples), leave=False))
-    problems = [finding.problem for finding in findings if finding.problem]
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise DataError("\n".join(problems[:SHOWN] + more))
+    _raise([finding.problem for finding in findings if finding.problem])
     marked, pixels = (sum(getattr(finding, name) for finding in findings) for name in ("marked", "pixels"))
     if data.train and marked in (0, pixels):
         everywhere = "foreground" if marked else "background"
@@ -58,17 +55,36 @@ def _examine(sample: Sample, side: int, classes: int) -> Finding:
         image = read_image(sample)
         mask = read_mask(sample, image) if sample.mask else None
     except DataError as error:
-        return Finding(str(error))
+        return Finding(error)
     if min(image.shape[:2]) < side:
-        return Finding(f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {size_of(image)}")
+        return Finding(
+            DataError(f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {size_of(image)}")
+        )
     if mask is None:
         return Finding()
     found = mask.classes
     if found.max() >= classes:
         return Finding(
-            f"{sample.mask}: expected class indices 0 .. {classes - 1} ({classes} classes), got up to {found.max()}"
+            DataError(
+                f"{sample.mask}: expected class indices below {classes}, the number of classes, got {found.max()}"
+            )
         )
     return Finding(pixels=found.size, marked=int((found > 0).sum()), reading=mask.reading)
+
+
+def _raise(problems: Sequence[DataError]) -> None:
+    """Raise what is wrong, if anything is. Masks of low values are one problem of the data set."""
+    low = [problem for problem in problems if isinstance(problem, LowValuesError)]
+    lines = [str(problem) for problem in problems if problem not in low]
+    if low:
+        classes = max(problem.highest for problem in low) + 1
+        more = f" (and {len(low) - 1} masks like it)" if len(low) > 1 else ""
+        cure = f"if they are class indices, train with --classes {classes}; if numbered objects, save 1 for each"
+        lines.insert(0, f"{low[0]}{more}: {cure}")
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"]
+    if lines:
+        raise DataError("\n".join(lines))
 
 
 def _grey_levels(findings: Sequence[Finding]) -> list[str]:

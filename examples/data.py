@@ -19,7 +19,7 @@ image is, or that and one of SUFFIXES.
 
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -121,7 +121,8 @@ def images_alone(root: Path) -> list[Sample]:
     inner = next((folders[name] for name in IMAGE_FOLDERS if name in folders), None)
     if inner is None and _data_in(root) is not None:
         return []
-    return [Sample(path, None, path.stem) for path in _distinct(_files(inner or root, IMAGES)).values()]
+    images = _distinct({path: path.stem for path in _files(inner or root, IMAGES)})
+    return [Sample(path, None, name) for name, path in images.items()]
 
 
 def split(data: Data, share: float, seed: int) -> Data:
@@ -167,14 +168,15 @@ def counted(sets: dict[str, list[Sample]]) -> str:
 
 
 def _indexed(sample: Sample, count: int) -> Sample:
-    reason = {
-        sample.mask.suffix.lower() in JPEG: "a JPEG, whose values are blurred: save it as PNG",
-        sample.mask.suffix == ".xml": "polygons, which have no classes",
-        sample.values is Values.INSTANCES: "instances, each of its own value",
-    }.get(True)
-    if reason:
-        raise DataError(f"{sample.mask}: expected class indices 0 .. {count - 1} for {count} classes, got {reason}")
-    return replace(sample, values=Values.CLASSES)
+    if sample.mask.suffix == ".xml":
+        got = "polygons, which have no classes"
+    elif sample.values is Values.INSTANCES:
+        got = "instances, each of its own value"
+    elif sample.mask.suffix.lower() in JPEG:
+        got = "a JPEG, whose values are blurred: save masks as PNG"
+    else:
+        return replace(sample, values=Values.CLASSES)
+    raise DataError(f"{sample.mask}: expected class indices 0 .. {count - 1} for {count} classes, got {got}")
 
 
 def _data_in(root: Path) -> Data | None:
@@ -272,8 +274,8 @@ def _matched(
     """Pairs by name; every image needs a mask and every mask an image."""
     if not images:
         raise DataError(f"{image_folder}: expected images ({', '.join(sorted(IMAGES))}), {_found(image_folder)}")
-    by_name = _distinct(images)
-    truths = _distinct(masks, lambda stem: stem.removesuffix(suffix) if suffix else _without_known(stem, by_name))
+    by_name = _distinct({path: path.stem for path in images})
+    truths = _distinct({path: _image_name(path.stem, by_name, suffix) for path in masks})
     if masks and not by_name.keys() & truths.keys():
         raise DataError(
             f"{image_folder}: expected masks of the images' names in {mask_folder}, found images like {images[0].name} "
@@ -290,18 +292,20 @@ def _matched(
     return Data(layout, [Sample(path, truths[name], name) for name, path in by_name.items()], ("foreground",))
 
 
-def _without_known(stem: str, names: Iterable[str]) -> str:
-    return stem if stem in names else KNOWN_SUFFIX.sub("", stem)
+def _image_name(stem: str, images: Iterable[str], suffix: str | None) -> str:
+    """Of a mask's name, the part that is its image's."""
+    if suffix is not None:
+        return stem.removesuffix(suffix)
+    return stem if stem in images else KNOWN_SUFFIX.sub("", stem)
 
 
-def _distinct(paths: Sequence[Path], name_of=lambda stem: stem) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for path in paths:
-        name = name_of(path.stem)
-        if name in names:
-            raise DataError(f"{path}: expected one file of this name, found {names[name].name} too")
-        names[name] = path
-    return names
+def _distinct(names: dict[Path, str]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for path, name in names.items():
+        if name in paths:
+            raise DataError(f"{path}: expected one file of this name, found {paths[name].name} too")
+        paths[name] = path
+    return paths
 
 
 def _require_folder(root: Path) -> None:

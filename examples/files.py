@@ -25,6 +25,15 @@ class DataError(ValueError):
     """The data are not what was expected; the message names the file."""
 
 
+class LowValuesError(DataError):
+    """A mask that should be foreground and background has several values, all too low for grey levels."""
+
+    def __init__(self, path: Path, levels: np.ndarray, white: int | None) -> None:
+        self.highest = int(levels.max())
+        grey = f", or grey levels up to {white}" if white else f" in a mask of {levels.dtype}"
+        super().__init__(f"{path}: expected 0 and one other value{grey}, got several up to {self.highest}")
+
+
 class Values(Enum):
     """What the pixels of a mask image mean.
 
@@ -198,11 +207,7 @@ def _foreground(path: Path, levels: np.ndarray, whole: np.ndarray) -> Mask:
         return Mask((whole != 0).astype(np.int64), Reading(foreground=int(others[0]) if others.size else None))
     white = np.iinfo(levels.dtype).max if levels.dtype.kind == "u" else None
     if white is None or (whole.max() <= white // 2 and not blurred):
-        grey = f", or grey levels up to {white}" if white else f" in a mask of {levels.dtype}"
-        raise DataError(
-            f"{path}: expected 0 and one other value{grey}, got several in {whole.min()} .. {whole.max()}: "
-            f"if they are class indices, train with --classes {whole.max() + 1}; if numbered objects, save 1 for each"
-        )
+        raise LowValuesError(path, levels, white)
     between = int(((whole > 0) & (whole < white)).sum())
     return Mask((whole > white // 2).astype(np.int64), Reading(white=white, grey=between))
 

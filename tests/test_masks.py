@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from examples import data, files, train
-from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse
+from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse, write_image
 
 COLOURS = np.array([[0, 0, 0], [10, 200, 30], [240, 20, 90], [9, 9, 250]], np.uint8)
 
@@ -133,25 +133,31 @@ def labelled(name: str, label: np.ndarray) -> Callable[[Path], None]:
 
 WHOLE = "expected whole numbers from 0 in a mask"
 FLAT = np.zeros((40, 48), np.float32)
+THREE = np.repeat(np.arange(4, dtype=np.uint8), 480).reshape(40, 48)
 REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
     # the data set, the options, and what is said
     "low values": (
         lambda root: masked(root, lambda i: i),
         [],
-        "0.png: expected 0 and one other value, or grey levels up to 255, got several in 0 .. 2: if they are class "
-        "indices, train with --classes 3; if numbered objects, save 1 for each",
+        "0.png: expected 0 and one other value, or grey levels up to 255, got several up to 2 (and 3 masks like it): "
+        "if they are class indices, train with --classes 3; if numbered objects, save 1 for each\n",
+    ),
+    "low values that differ": (
+        lambda root: masked(root, lambda i: i) or write_image(root / "masks/3.png", THREE),
+        [],
+        "train with --classes 4;",
     ),
     "low values, 16 bits": (lambda root: masked(root, lambda i: i.astype(np.uint16), ".tif"), [], "--classes 3"),
     "low values, float": (
         lambda root: masked(root, lambda i: i.astype(np.float32), ".tif"),
         [],
-        "expected 0 and one other value in a mask of float32, got several in 0 .. 2",
+        "expected 0 and one other value in a mask of float32, got several up to 2",
     ),
     "low values, palette": (lambda root: masked(root, palette), [], "--classes 3"),
     "out of range": (
         lambda root: masked(root, lambda i: i * np.uint8(2)),
         ["--classes", 4],
-        "0.png: expected class indices 0 .. 3 (4 classes), got up to 4",
+        "0.png: expected class indices below 4, the number of classes, got 4",
     ),
     "colours": (
         lambda root: masked(root, lambda i: COLOURS[i]),
