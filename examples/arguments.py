@@ -129,7 +129,12 @@ def arguments() -> argparse.Namespace:
         help="processes that read images; 4 or more on a GPU (%(default)s)",
     )
     add("--seed", type=int, default=0, help="of weights, split, crops (%(default)s)")
-    add("--out", type=Path, metavar="FOLDER", help="where everything goes; nothing: runs/DATA-HOST-DCA")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where everything goes, and all processes look; nothing: runs/DATA-HOST-DCA",
+    )
     add("--restart", action="store_true", help="begin anew where --out holds a run")
     chosen = parser.parse_args()
     folders(chosen, parser, chosen.data, "--data")

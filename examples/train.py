@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from examples import picture
+from examples import picture, scores
 from examples.arguments import arguments, read_folders
 from examples.check import check
 from examples.data import Data, counted, nuclei, split, with_classes
@@ -36,7 +36,7 @@ from examples.files import DataError, Sample, load
 from examples.network import Plan, Predictor, build, read_network, to_input, write
 from examples.processes import Process, average_statistics, distribute, gathered, join, together, wait
 from examples.run import Run, event_writer
-from examples.scores import Row, count, mean, overlap, summary, table
+from examples.scores import Row
 
 
 class Crops(Dataset):
@@ -157,7 +157,7 @@ def tally(predict: Predictor, samples: Sequence[Sample], groups: Sequence[str], 
     for sample in tqdm(mine, "scoring", leave=False, disable=not process.first):
         image, mask = load(sample, predict.plan.resize)
         group = groups.index(sample.group) if len(groups) > 1 else 0
-        pixels[group] += torch.from_numpy(count(predict(image), mask, classes))
+        pixels[group] += torch.from_numpy(scores.count(predict(image), mask, classes))
     pixels = pixels.to(process.device)
     if process.count > 1:
         dist.all_reduce(pixels)
@@ -168,13 +168,13 @@ def validate(network: nn.Module, data: Data, plan: Plan, chosen: argparse.Namesp
     """Dice and IoU of each foreground class over all pixels of the validation samples, and their means."""
     with gathered(network) as whole:
         pixels = tally(predictor(whole, plan, chosen, process), data.validation, [""], process)
-    return summary(pixels, plan.classes)
+    return scores.summary(pixels, plan.classes)
 
 
 def of_classes(row: Row) -> str:
     lines = [(name, row["dice of"][name], row["iou of"][name]) for name in row["dice of"]]
     lines += [("mean", row["dice"], row["iou"])] if len(lines) > 1 else []
-    return table(lines, "class", "Dice", "IoU")
+    return scores.table(lines, "class", "Dice", "IoU")
 
 
 def score_tests(predict: Predictor, data: Data, run: Run, process: Process) -> None:
@@ -184,13 +184,13 @@ def score_tests(predict: Predictor, data: Data, run: Run, process: Process) -> N
         volumes = samples[0].slice is not None
         cases = list(dict.fromkeys(sample.group for sample in samples)) if volumes else [""]
         pixels = tally(predict, samples, cases, process)
-        rows[name] = summary(pixels, predict.plan.classes)
+        rows[name] = scores.summary(pixels, predict.plan.classes)
         if process.first:
             counted = f"{len(samples)} slices, means over {len(cases)} cases" if volumes else f"{len(samples)}"
             print(f"\ntest set {name} ({counted}):\n{of_classes(rows[name])}")
             if volumes:
-                dice, iou = (mean(score, axis=1) for score in overlap(pixels))
-                print("\n" + table(zip(cases, dice, iou, strict=True), "case", "Dice", "IoU"))
+                dice, iou = (scores.mean(score, axis=1) for score in scores.overlap(pixels))
+                print("\n" + scores.table(zip(cases, dice, iou, strict=True), "case", "Dice", "IoU"))
     if rows and process.first:
         write(run.folder / "tests.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
 
@@ -201,8 +201,8 @@ def draw(predict: Predictor, data: Data, run: Run) -> None:
     for sample in data.validation[:: max(len(data.validation) // 3, 1)][:3]:
         image, true = load(sample, predict.plan.resize)
         found = predict(image)
-        dice, _ = overlap(count(found, true, len(predict.plan.classes)))
-        scenes.append(picture.Scene(sample.name, image, true, found, float(mean(dice))))
+        dice, _ = scores.overlap(scores.count(found, true, len(predict.plan.classes)))
+        scenes.append(picture.Scene(sample.name, image, true, found, float(scores.mean(dice))))
     write(run.folder / "prediction.png", functools.partial(picture.draw, scenes, predict.plan.classes))
 
 
@@ -212,7 +212,7 @@ def finish(data: Data, run: Run, chosen: argparse.Namespace, process: Process) -
     best = run.best_row
     if process.first:
         print(f"\nbest epoch: {best['epoch']}, validation ({len(data.validation)}):\n{of_classes(best)}")
-    plan, network = read_network(run.best)
+    plan, network = together(process, lambda: read_network(run.best))
     predict = predictor(network.to(process.device), plan, chosen, process)
     score_tests(predict, data, run, process)
     if process.first:

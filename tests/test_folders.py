@@ -164,7 +164,7 @@ def test_a_test_set_is_checked_before_training(run, tmp_path: Path, capsys: pyte
     [
         (
             truncate("test_vol_h5/case0008.npy.h5"),
-            "case0008.npy.h5: expected a volume with `image` and `label`, got OSE",
+            "case0008.npy.h5: expected a volume with `image` and `label`",
         ),
         (overwrite("test_vol_h5/case0001.npy.h5", "x"), "case0001.npy.h5: expected a volume with `image` and `label`"),
     ],
