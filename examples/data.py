@@ -1,72 +1,50 @@
-"""Finds image and mask pairs in the folders that segmentation data sets come in, checks them and reads them.
+"""Finds the images and masks in the folders that segmentation data sets come in.
 
 Recognised by their structure, in the folder that is named or in the only one inside it that has such a structure:
 
-- GlaS: one folder with NAME.bmp and NAME_anno.bmp (instances, 0 is background). train_* are used where there are any:
-  testA_* and testB_* stay unseen.
+- GlaS: one folder with NAME.bmp and NAME_anno.bmp (instances, 0 is background). Where there are train_* they are
+  trained on, and testA_* and testB_* are test sets.
 - MoNuSeg: "Tissue Images"/NAME.tif and Annotations/NAME.xml, or both in one folder (polygons in pixels, as ImageScope
   writes them).
 - Kvasir-SEG, CVC-ClinicDB and most prepared sets: images/NAME.* and masks/NAME.*, or Original/ and "Ground Truth"/.
+- NAME.* and NAME_mask.* in one folder.
 - Synapse as TransUNet's authors prepared it: train_npz/caseNNNN_sliceNNN.npz with `image` (H, W) in 0 .. 1 and `label`
-  (H, W) of 9 classes, and where it is there a train.txt that lists the slices.
-- Any of these twice, in train/ and val/.
+  (H, W) of 9 classes, and where it is there a train.txt that lists the slices. The volumes beside it,
+  test_vol_h5/caseNNNN.npy.h5 with `image` and `label` (slices, H, W), are a test set.
+- Any of these in train/ beside val/ or test/ or both.
+
+Two folders that are named, one of images and one of masks, may have any layout (`paired`). A mask is called as its
+image is, or that and one of SUFFIXES.
 """
 
 import importlib.util
 import re
-import zipfile
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from torch.nn import functional as F
-from tqdm import tqdm
+
+from examples.files import IMAGES, JPEG, DataError, Sample, Values, slices_in
 
 ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
-JPEG = {".jpg", ".jpeg"}
-IMAGES = {".bmp", ".png", ".tif", ".tiff"} | JPEG
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "original", "tissue images")
 MASK_FOLDERS = ("masks", "mask", "ground truth", "groundtruth", "gt", "labels", "label", "annotations")
-
-
-class DataError(ValueError):
-    """The data are not what was expected; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image and its mask: two files, or one .npz that holds both."""
-
-    image: Path
-    mask: Path
-    group: str  # samples of one group are not split between training and validation
-    columns: tuple[int, int | None] = (0, None)  # those of the image that belong to the sample
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What was found in a folder."""
-
-    layout: str
-    samples: list[Sample]
-    classes: tuple[str, ...]  # without the background, which is class 0
-    in_order: bool = False  # neighbours resemble each other, as frames of a video do
+SUFFIXES = ("_anno", "_annotation", "_groundtruth", "_gt", "_label", "_mask", "_seg", "_segmentation")
+KNOWN_SUFFIX = re.compile(f"({'|'.join(SUFFIXES)})$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Samples to train on and samples to validate on."""
+    """What was found: samples to train on, to validate on, and the sets that neither is done on."""
 
     layout: str
     train: list[Sample]
-    validation: list[Sample]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # without the background, which is class 0
+    validation: list[Sample] = field(default_factory=list)  # empty where the folder does not set them apart
+    tests: dict[str, list[Sample]] = field(default_factory=dict)
+    in_order: bool = False  # neighbours resemble each other, as frames of a video do
+    left_out: tuple[str, ...] = ()  # what else is there, and why it is not used
 
 
 def nuclei() -> Data:
@@ -77,255 +55,262 @@ def nuclei() -> Data:
     spec = importlib.util.find_spec("stardist")
     if spec is None or spec.origin is None:
         raise DataError("stardist: expected the package, which brings the image: pip install --no-deps stardist==0.9.2")
-    files = [Path(spec.origin).parent / "data" / "images" / name for name in ("img2d.tif", "mask2d.tif")]
-    train, validation = (Sample(*files, "nuclei", columns) for columns in ((0, 384), (384, None)))
-    return Data("nuclei, the image that comes with stardist", [train], [validation], ("nucleus",))
+    image, mask = (Path(spec.origin).parent / "data" / "images" / name for name in ("img2d.tif", "mask2d.tif"))
+    train, validation = (
+        Sample(image, mask, "nuclei", Values.INSTANCES, columns) for columns in ((0, 384), (384, None))
+    )
+    return Data("nuclei, the image that comes with stardist", [train], ("nucleus",), [validation])
 
 
-def find(root: Path, share: float, seed: int) -> Data:
-    """The data set in a folder; where it has no val/ of its own, `share` of the samples validate.
+def find(root: Path) -> Data:
+    """The data set in a folder.
 
     Raises:
         DataError: the folder holds none of the layouts above, or one that is not complete.
     """
-    if not root.is_dir():
-        raise DataError(
-            f"{root}: expected a folder with a data set, " + ("got a file" if root.exists() else "found none")
-        )
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        train, validation = (_detect(root / name) for name in ("train", "val"))
-        return Data(f"train/ and val/, {train.layout}", train.samples, validation.samples, train.classes)
-    pairs = _detect(root)
-    groups = list(dict.fromkeys(sample.group for sample in pairs.samples))
-    if len(groups) < 2:
-        raise DataError(
-            f"{root}: expected at least 2 {_unit(pairs)}, to train on and to validate on, got {len(groups)}"
-        )
-    if not pairs.in_order:
-        np.random.default_rng(seed).shuffle(groups)
-    held_out = set(groups[-min(max(round(share * len(groups)), 1), len(groups) - 1) :])
-    train, validation = ([s for s in pairs.samples if (s.group in held_out) is out] for out in (False, True))
-    return Data(pairs.layout, train, validation, pairs.classes)
-
-
-def check(samples: Sequence[Sample], classes: int, side: int, size: int | None) -> None:
-    """Read every sample once, before anything is trained on the first.
-
-    Args:
-        classes: the number of them, with the background.
-        side: of the crops, which no sample may be smaller than.
-        size: as for `load`.
-
-    Raises:
-        DataError: names each file that cannot be used, what was expected of it and what it is (up to ten).
-    """
-    examine = partial(_examine, classes=classes, side=side, size=size)
-    with ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(examine, samples), "checking", len(samples), leave=False))
-    problems = [problem for problem, _ in results if problem]
-    if problems:
-        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise DataError("\n".join(problems[:10] + more))
-    if not any(foreground for _, foreground in results):
-        raise DataError(f"{samples[0].mask.parent}: expected masks, got only background in all {len(samples)}")
-
-
-def load(sample: Sample, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """An image (H, W, 3), float32 in 0 .. 1, and its mask (H, W), int64 classes; both size x size if that is given."""
-    if sample.image.suffix == ".npz":
-        image, mask = _read_slice(sample.image)
-    else:
-        image = _read_image(sample.image)
-        if sample.mask.suffix == ".xml":
-            mask = _read_polygons(sample.mask, image.shape[:2])
-        else:
-            mask = _read_mask(sample.mask)
-    if image.shape[:2] != mask.shape:
-        raise DataError(
-            f"{sample.mask}: expected the size of {sample.image}, {_size(image)} (height x width), got {_size(mask)}"
-        )
-    columns = slice(*sample.columns)
-    image, mask = image[:, columns], mask[:, columns]
-    if size is not None:
-        pixels, labels = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None].double()
-        pixels = F.interpolate(pixels[None], (size, size), mode="bilinear", antialias=True)[0]
-        image = pixels.permute(1, 2, 0).numpy()
-        mask = F.interpolate(labels[None], (size, size), mode="nearest-exact")[0, 0].long().numpy()
-    return image, mask
-
-
-def _examine(sample: Sample, classes: int, side: int, size: int | None) -> tuple[str, bool]:
-    """What is wrong with a sample, if anything, and whether it has any foreground."""
-    try:
-        _, mask = load(sample, size)
-    except DataError as error:
-        return str(error), False
-    if min(mask.shape) < side:
-        return f"{sample.image}: expected at least {side} x {side}, the size of a crop, got {_size(mask)}", False
-    if mask.min() < 0 or mask.max() >= classes:
-        return (
-            f"{sample.mask}: expected --classes {classes}, 0 .. {classes - 1}, got {mask.min()} .. {mask.max()}",
-            False,
-        )
-    return "", bool(mask.any())
-
-
-def _detect(root: Path) -> Pairs:
-    pairs = _pairs_in(root)
-    if pairs is not None:
-        return pairs
-    inner = {folder: found for folder in _folders(root) if (found := _pairs_in(folder)) is not None}
+    _require_folder(root)
+    found = _data_in(root)
+    if found is not None:
+        return found
+    inner = {folder: data for folder in _folders(root) if (data := _data_in(folder)) is not None}
     if len(inner) > 1:
         raise DataError(f"{root}: expected one data set, found one in each of {_names(inner)}: name the one to use")
     if not inner:
-        entries = _names(path for path in root.iterdir() if not path.name.startswith("."))
         raise DataError(
             f"{root}: expected NAME.bmp with NAME_anno.bmp, NAME.tif with NAME.xml, the folders images/ and masks/ "
-            f'or Original/ and "Ground Truth"/, or train_npz/*.npz; found {entries or "nothing"}'
+            'or Original/ and "Ground Truth"/, or train_npz/*.npz, or other folders by --images and --masks '
+            f"(images are {', '.join(sorted(IMAGES))}); {_found(root)}"
         )
     return next(iter(inner.values()))
 
 
-def _pairs_in(root: Path) -> Pairs | None:
+def paired(images: Path, masks: Path, suffix: str | None = None) -> Data:
+    """The images of one folder with the masks of another, or of the same one.
+
+    Args:
+        suffix: what follows the image's name in the mask's; where it is None, nothing or one of SUFFIXES.
+
+    Raises:
+        DataError: there are none, or an image has no mask, or a mask no image.
+    """
+    for folder in (images, masks):
+        _require_folder(folder)
+    outlines = _files(masks, {".xml"})
+    candidates = outlines or _files(masks, IMAGES)
+    together = images.resolve() == masks.resolve() and not outlines
+    if suffix is not None:
+        found = [path for path in candidates if path.stem.endswith(suffix)]
+        if not found:
+            raise DataError(f"{masks}: expected masks NAME{suffix}.*, {_found(masks)}")
+    else:
+        found = [path for path in candidates if KNOWN_SUFFIX.search(path.stem)] if together else candidates
+    pictures = _files(images, IMAGES)
+    if together:
+        pictures = [path for path in pictures if path not in found]
+    names = [folder.resolve().name for folder in (images, masks)]
+    layout = f"images and masks of {names[0]}/" if together else f"{names[0]}/ and {names[1]}/"
+    return _matched(layout + (", polygons" if outlines else ""), pictures, found, images, masks, suffix)
+
+
+def images_alone(root: Path) -> list[Sample]:
+    """The images of a folder, or of images/ in it, where there are no masks; nothing where there are."""
+    _require_folder(root)
+    folders = _by_name(root)
+    if any(name in folders for name in (*MASK_FOLDERS, "train", "train_npz")):
+        return []
+    inner = next((folders[name] for name in IMAGE_FOLDERS if name in folders), None)
+    if inner is None and _data_in(root) is not None:
+        return []
+    images = _distinct({path: path.stem for path in _files(inner or root, IMAGES)})
+    return [Sample(path, None, name) for name, path in images.items()]
+
+
+def split(data: Data, share: float, seed: int) -> Data:
+    """`data`, where `share` of its samples validate if it has none of its own for that."""
+    if data.validation:
+        return data
+    groups = list(dict.fromkeys(sample.group for sample in data.train))
+    if len(groups) < 2:
+        unit = "cases" if data.classes == ORGANS else "images"
+        folder = data.train[0].image.parent
+        raise DataError(f"{folder}: expected at least 2 {unit}, to train on and to validate on, got {len(groups)}")
+    if not data.in_order:
+        np.random.default_rng(seed).shuffle(groups)
+    held_out = set(groups[-min(max(round(share * len(groups)), 1), len(groups) - 1) :])
+    train, validation = ([s for s in data.train if (s.group in held_out) is out] for out in (False, True))
+    return replace(data, train=train, validation=validation)
+
+
+def with_classes(data: Data, count: int) -> Data:
+    """`data` with `count` classes, the background among them; mask images are read as indices if that is more than 2.
+
+    Raises:
+        DataError: its masks cannot hold class indices.
+    """
+    if count - 1 == len(data.classes):
+        return data
+
+    def indexed(samples: list[Sample]) -> list[Sample]:
+        return [_indexed(sample, count) for sample in samples] if count > 2 else samples
+
+    return replace(
+        data,
+        train=indexed(data.train),
+        validation=indexed(data.validation),
+        tests={name: indexed(samples) for name, samples in data.tests.items()},
+        classes=tuple(f"class {i}" for i in range(1, count)),
+    )
+
+
+def counted(sets: dict[str, list[Sample]]) -> str:
+    """The names of sets, each with the number of its samples."""
+    return ", ".join(f"{name} ({len(samples)})" for name, samples in sets.items())
+
+
+def _indexed(sample: Sample, count: int) -> Sample:
+    if sample.mask.suffix == ".xml":
+        got = "polygons, which have no classes"
+    elif sample.values is Values.INSTANCES:
+        got = "instances, each of its own value"
+    elif sample.mask.suffix.lower() in JPEG:
+        got = "a JPEG, whose values are blurred: save masks as PNG"
+    else:
+        return replace(sample, values=Values.CLASSES)
+    raise DataError(f"{sample.mask}: expected class indices 0 .. {count - 1} for {count} classes, got {got}")
+
+
+def _data_in(root: Path) -> Data | None:
+    """What the folder itself holds, in train/ and what is beside it or in the first layout that it has."""
+    folders = _by_name(root)
+    beside = [name for name in ("val", "test") if name in folders]
+    if "train" not in folders or not beside:
+        return _pairs_in(root)
+    data = find(folders["train"])
+    validation = find(folders["val"]).train if "val" in folders else []
+    tests, left_out = data.tests, data.left_out
+    if "test" in folders:
+        if images_alone(folders["test"]):
+            left_out += (f"data: {folders['test'].name}/ is not scored: it has no masks",)
+        else:
+            tests = tests | {"test": find(folders["test"]).train}
+    layout = " and ".join(f"{folders[name].name}/" for name in ("train", *beside))
+    return replace(data, layout=f"{layout}, {data.layout}", validation=validation, tests=tests, left_out=left_out)
+
+
+def _pairs_in(root: Path) -> Data | None:
     """The samples of the first layout that the folder itself has."""
-    folders = {folder.name.lower(): folder for folder in _folders(root)}
-    slices = folders.get("train_npz", root)
+    folders = _by_name(root)
     if folders.get("train_npz") or _files(root, {".npz"}):
-        return _synapse(root, slices)
+        return _synapse(root, folders.get("train_npz", root))
     images = next((folders[name] for name in IMAGE_FOLDERS if name in folders), None)
     masks = next((folders[name] for name in MASK_FOLDERS if name in folders), None)
     if images and masks:
-        polygons = _files(masks, {".xml"})
-        layout = f"{images.name}/ and {masks.name}/, the same names" + (", polygons" if polygons else "")
-        in_order = images.name.lower() == "original"  # CVC-ClinicDB numbers the frames of its videos
-        return _matched(layout, _files(images, IMAGES), polygons or _files(masks, IMAGES), images, masks, in_order)
+        data = paired(images, masks)
+        return replace(data, in_order=images.name.lower() == "original")  # CVC-ClinicDB: frames of its videos
     if images or masks:
-        wanted = (
-            "masks/ (or one of " + ", ".join(MASK_FOLDERS[1:])
-            if images
-            else "images/ (or one of " + ", ".join(IMAGE_FOLDERS[1:])
-        )
+        kind, names = ("masks", MASK_FOLDERS) if images else ("images", IMAGE_FOLDERS)
         raise DataError(
-            f"{root}: expected {wanted}) beside {(images or masks).name}/, found {_names(folders.values())}"
+            f"{root}: expected {kind}/ (or one of {', '.join(names[1:])}) beside {(images or masks).name}/, "
+            f"found {_names(folders.values())}"
         )
-    bitmaps, outlines = _files(root, {".bmp"}), _files(root, {".xml"})
-    annotated = [path for path in bitmaps if path.stem.endswith("_anno")]
-    if annotated:
-        plain = [path for path in bitmaps if not path.stem.endswith("_anno")]
-        training = any(path.name.startswith("train_") for path in plain)
-        plain, annotated = ([p for p in c if p.name.startswith("train_") or not training] for c in (plain, annotated))
-        return _matched(
-            "GlaS, NAME.bmp and NAME_anno.bmp" + ", train_* of them" * training, plain, annotated, root, root
-        )
-    if outlines:
-        return _matched("MoNuSeg, NAME.tif and NAME.xml, polygons", _files(root, IMAGES), outlines, root, root)
+    if any(path.stem.endswith("_anno") for path in _files(root, {".bmp"})):
+        return _glas(root)
+    if _files(root, {".xml"}):
+        return replace(paired(root, root), layout="MoNuSeg, NAME.tif and NAME.xml, polygons")
+    pictures = _files(root, IMAGES)
+    stems = {path.stem for path in pictures}
+    if any(KNOWN_SUFFIX.sub("", stem) in stems for stem in stems if KNOWN_SUFFIX.search(stem)):
+        return paired(root, root)
     return None
 
 
-def _matched(
-    layout: str, images: list[Path], masks: list[Path], image_folder: Path, mask_folder: Path, in_order: bool = False
-) -> Pairs:
-    """Pairs by name; every image needs a mask and every mask an image."""
-    if not images:
-        raise DataError(f"{image_folder}: expected images ({', '.join(sorted(IMAGES))}), found none")
-    by_name: list[dict[str, Path]] = []
-    for paths in (images, masks):
-        names: dict[str, Path] = {}
-        for path in paths:
-            name = re.sub(r"_(anno|mask|segmentation)$", "", path.stem)
-            if name in names:
-                raise DataError(f"{path}: expected one file of this name, found {names[name].name} too")
-            names[name] = path
-        by_name.append(names)
-    alone = sorted(by_name[0].keys() - by_name[1].keys())
-    if alone:
-        raise DataError(
-            f"{by_name[0][alone[0]]}: expected a mask of this name in {mask_folder}, found none{_more(alone)}"
-        )
-    alone = sorted(by_name[1].keys() - by_name[0].keys())
-    if alone:
-        raise DataError(
-            f"{by_name[1][alone[0]]}: expected an image of this name in {image_folder}, found none{_more(alone)}"
-        )
-    return Pairs(layout, [Sample(by_name[0][n], by_name[1][n], n) for n in by_name[0]], ("foreground",), in_order)
+def _glas(root: Path) -> Data:
+    bitmaps = _files(root, {".bmp"})
+    masks = [path for path in bitmaps if path.stem.endswith("_anno")]
+    images = [path for path in bitmaps if path not in masks]
+    data = _matched("GlaS, NAME.bmp and NAME_anno.bmp", images, masks, root, root)
+    samples = [replace(sample, values=Values.INSTANCES) for sample in data.train]
+    training = [sample for sample in samples if sample.name.startswith("train_")]
+    if not training:
+        return replace(data, train=samples)
+    tests: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample not in training:
+            tests.setdefault(sample.name.split("_")[0], []).append(sample)
+    return replace(data, layout=f"{data.layout}, train_* of them", train=training, tests=tests)
 
 
-def _synapse(root: Path, folder: Path) -> Pairs:
+def _synapse(root: Path, folder: Path) -> Data:
     slices = {path.stem: path for path in _files(folder, {".npz"})}
     if not slices:
         raise DataError(f"{folder}: expected slices, caseNNNN_sliceNNN.npz, found none")
     lists = [path for path in (root / "train.txt", *sorted(root.glob("lists*/**/train.txt"))) if path.is_file()]
-    names = lists[0].read_text().split() if lists else list(slices)
+    names = lists[0].read_text(errors="replace").split() if lists else list(slices)
+    if not names:
+        raise DataError(f"{lists[0]}: expected names of slices, caseNNNN_sliceNNN, found none")
     for name in names:
         if name not in slices:
             raise DataError(f"{folder / name}.npz: expected this slice, which {lists[0]} lists, found none")
-    samples = [Sample(slices[n], slices[n], n.split("_slice")[0]) for n in names]
-    layout = f"Synapse, slices of {len({s.group for s in samples})} cases" + f" listed in {lists[0].name}" * bool(lists)
-    return Pairs(layout, samples, ORGANS)
+    samples = [Sample(slices[n], slices[n], n.split("_slice")[0], Values.CLASSES) for n in names]
+    listed = f"listed in {lists[0].name}" if lists else "all of them, there is no train.txt"
+    layout = f"Synapse, slices of {len({s.group for s in samples})} cases, {listed}"
+    data = Data(layout, samples, ORGANS)
+    volumes = _files(root / "test_vol_h5", {".h5"}) if (root / "test_vol_h5").is_dir() else []
+    if not volumes:
+        return data
+    if importlib.util.find_spec("h5py") is None:
+        return replace(data, left_out=("data: test_vol_h5/ is not scored: its volumes need h5py, pip install h5py",))
+    tests = [
+        Sample(path, path, path.name.split(".")[0], Values.CLASSES, slice=i)
+        for path in volumes
+        for i in range(slices_in(path))
+    ]
+    return replace(data, tests={"test_vol_h5": tests})
 
 
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: expected an image that can be read, got {type(error).__name__}: {error}") from error
-    return image
-
-
-def _read_image(path: Path) -> np.ndarray:
-    image = _read(path)
-    if image.mode not in ("F", "I", "I;16", "I;16B"):
-        return np.asarray(image.convert("RGB"), np.float32) / 255
-    grey = np.asarray(image, np.float32)  # of more than 8 bits, of which a camera uses some
-    white = np.percentile(grey, 99.8)
-    if not (np.isfinite(grey).all() and white > 0):
+def _matched(
+    layout: str, images: list[Path], masks: list[Path], image_folder: Path, mask_folder: Path, suffix: str | None = None
+) -> Data:
+    """Pairs by name; every image needs a mask and every mask an image."""
+    if not images:
+        raise DataError(f"{image_folder}: expected images ({', '.join(sorted(IMAGES))}), {_found(image_folder)}")
+    by_name = _distinct({path: path.stem for path in images})
+    truths = _distinct({path: _image_name(path.stem, by_name, suffix) for path in masks})
+    if masks and not by_name.keys() & truths.keys():
         raise DataError(
-            f"{path}: expected finite values, at least 0.2% of them above 0, got {grey.min()} .. {grey.max()}"
+            f"{image_folder}: expected masks of the images' names in {mask_folder}, found images like {images[0].name} "
+            f"and masks like {masks[0].name}: what follows the name is said by --images, --masks and --mask-suffix"
         )
-    return np.repeat(np.clip(grey / white, 0, 1, dtype=np.float32)[..., None], 3, axis=2)
+    for some, others, kind, folder in (
+        (by_name, truths, "a mask", mask_folder),
+        (truths, by_name, "an image", image_folder),
+    ):
+        alone = sorted(some.keys() - others.keys())
+        if alone:
+            more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
+            raise DataError(f"{some[alone[0]]}: expected {kind} of this name in {folder}, found none{more}")
+    return Data(layout, [Sample(path, truths[name], name) for name, path in by_name.items()], ("foreground",))
 
 
-def _read_mask(path: Path) -> np.ndarray:
-    """Everything that is not 0 is foreground; in a JPEG, which blurs edges, everything above half."""
-    image = _read(path)
-    values = np.asarray(image if image.mode in ("1", "F", "I", "I;16", "I;16B", "L", "P") else image.convert("RGB"))
-    if values.ndim == 3:
-        values = values.max(axis=2)
-    return (values > (127 if path.suffix.lower() in JPEG else 0)).astype(np.int64)
+def _image_name(stem: str, images: Iterable[str], suffix: str | None) -> str:
+    """Of a mask's name, the part that is its image's."""
+    if suffix is not None:
+        return stem.removesuffix(suffix)
+    return stem if stem in images else KNOWN_SUFFIX.sub("", stem)
 
 
-def _read_polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        regions = list(ElementTree.parse(path).iter("Region"))
-        outlines = [[(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")] for region in regions]
-    except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{path}: expected XML with Region and Vertex X, Y, got {type(error).__name__}: {error}"
-        ) from error
-    if not any(outlines):
-        raise DataError(f"{path}: expected Region elements with Vertex elements, found none")
-    mask = Image.new("1", (shape[1], shape[0]))
-    for outline in outlines:
-        if len(outline) > 2:  # MoNuSeg has a few slips of the pen
-            ImageDraw.Draw(mask).polygon(outline, fill=1)
-    return np.asarray(mask, np.int64)
+def _distinct(names: dict[Path, str]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for path, name in names.items():
+        if name in paths:
+            raise DataError(f"{path}: expected one file of this name, found {paths[name].name} too")
+        paths[name] = path
+    return paths
 
 
-def _read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            image, label = (arrays[name] for name in ("image", "label"))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: expected arrays `image` and `label`, got {type(error).__name__}: {error}") from error
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or label.ndim != 2:
-        raise DataError(f"{path}: expected image (H, W) or (H, W, 3), label (H, W), got {image.shape}, {label.shape}")
-    if image.dtype == np.uint8:
-        image = image / np.float32(255)
-    if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # NaN is neither
-        raise DataError(f"{path}: expected image values in 0 .. 1, got {image.min()} .. {image.max()}")
-    image = image.astype(np.float32)
-    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image, label.astype(np.int64)
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root}: expected a folder with data, " + ("got a file" if root.exists() else "found none"))
 
 
 def _files(folder: Path, suffixes: set[str]) -> list[Path]:
@@ -338,18 +323,15 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
+def _by_name(root: Path) -> dict[str, Path]:
+    return {folder.name.lower(): folder for folder in _folders(root)}
+
+
 def _names(paths: Iterable[Path]) -> str:
     names = sorted(path.name + "/" * path.is_dir() for path in paths)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _more(alone: list[str]) -> str:
-    return f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
-
-
-def _unit(pairs: Pairs) -> str:
-    return "cases" if pairs.classes == ORGANS else "images"
-
-
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[0]} x {array.shape[1]}"
+def _found(root: Path) -> str:
+    entries = _names(path for path in root.iterdir() if not path.name.startswith("."))
+    return f"found {entries or 'nothing'}"

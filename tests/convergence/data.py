@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from examples import data
+from examples import data, files
 
 
 def nuclei() -> tuple[Tensor, Tensor]:
@@ -14,8 +14,8 @@ def nuclei() -> tuple[Tensor, Tensor]:
     The image is of the 2018 Data Science Bowl; it and the outlines come with the stardist package.
 
     Raises:
-        examples.data.DataError: stardist is not installed.
+        examples.files.DataError: stardist is not installed.
     """
     whole = replace(data.nuclei().train[0], columns=(0, None))
-    image, mask = data.load(whole)
+    image, mask = files.load(whole)
     return torch.from_numpy(image[..., 0].copy())[None], torch.from_numpy(mask)[None].float()

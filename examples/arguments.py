@@ -1,0 +1,164 @@
+"""The arguments that both commands take, and those of `python -m examples.train`."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from examples.data import Data, find, paired
+from examples.network import ATTENTIONS
+from reference import unets
+
+LAYOUTS = "GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or any folder with images/ and masks/"
+EXAMPLES = """\
+examples:
+  python -m examples.train
+      a microscope image of nuclei, in under two minutes on a laptop
+  python -m examples.train --data Kvasir-SEG --resize 256 --crop 256 --batch 16 --epochs 100
+      colour images of any size with one class
+  python -m examples.train --images ISIC/images --masks ISIC/truth --mask-suffix _segmentation --resize 256 --crop 256
+      two folders of any names
+  python -m examples.train --data Synapse --crop 224 --classes 9 --epochs 150
+      several classes: pixels of a mask are class indices, 0 is background
+  torchrun --nproc-per-node 4 -m examples.train --data MoNuSeg --crop 256 --epochs 200
+      four GPUs
+then: python -m examples.predict runs/.../best.pt FOLDER
+"""
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """The two folders of any other layout."""
+    add = parser.add_argument
+    add("--images", type=Path, metavar="FOLDER", help="images in any other layout; --masks says where their masks are")
+    add("--masks", type=Path, metavar="FOLDER", help="masks of --images, which are called as their images are")
+    add(
+        "--mask-suffix",
+        metavar="TEXT",
+        help="what follows the image's name in the mask's: _seg, for a.jpg and a_seg.png; nothing: the usual ones",
+    )
+
+
+def folders(chosen: argparse.Namespace, parser: argparse.ArgumentParser, other: str, name: str) -> None:
+    """Check what `add_folders` added; `other`, which was called `name`, is the folder in a known layout."""
+    if (chosen.images is None) != (chosen.masks is None):
+        there, missing = ("--images", "--masks") if chosen.masks is None else ("--masks", "--images")
+        parser.error(f"{missing}: expected a folder beside {there}, got none")
+    if chosen.images is not None and other is not None:
+        parser.error(f"--images, --masks: expected instead of {name}, got both")
+    if chosen.mask_suffix is not None and chosen.images is None:
+        parser.error("--mask-suffix: expected beside --images and --masks, got it alone")
+    if chosen.mask_suffix == "":
+        parser.error("--mask-suffix: expected a text such as _seg, got nothing; leave it out for the usual ones")
+
+
+def read_folders(chosen: argparse.Namespace, folder: Path) -> Data:
+    """The data in --images and --masks, or else in `folder`."""
+    return find(folder) if chosen.images is None else paired(chosen.images, chosen.masks, chosen.mask_suffix)
+
+
+def arguments() -> argparse.Namespace:
+    """Of `python -m examples.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train",
+        description="Trains a segmentation network with Dual Cross-Attention (DCA) on its skip connections. Without\n"
+        "--data or --images, on a real microscope image. Run it under torchrun for several GPUs. The same command\n"
+        "resumes a run that was stopped; with more --epochs, also one that is finished.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, metavar="FOLDER", help=f"{LAYOUTS}; nothing: the nuclei image of the stardist package")
+    add_folders(parser)
+    add("--host", choices=unets.__all__, default="UNet", help="the network, one of the paper's six (%(default)s)")
+    add(
+        "--dca",
+        choices=ATTENTIONS,
+        default="fused",
+        help="attention on its skip connections: none; reference, the official operations in plain PyTorch; fused, "
+        "the same numbers in less time and memory (%(default)s)",
+    )
+    add(
+        "--patch",
+        type=int,
+        metavar="P",
+        help="side of the token grid; nothing: as in the paper, --crop / 8 (ResUNetPP: / 4)",
+    )
+    add("--resize", type=int, metavar="N", help="resize images to N x N first (polyps: 256 or 352); nothing: do not")
+    add(
+        "--crop",
+        type=int,
+        default=64,
+        metavar="N",
+        help="side of the crops to train on, and of the tiles to predict (%(default)s)",
+    )
+    add("--batch", type=int, default=4, metavar="B", help="crops in a batch, a process (%(default)s)")
+    add(
+        "--epochs",
+        type=int,
+        default=8,
+        help="how often to train, validate and save; each image is seen once in an epoch (%(default)s)",
+    )
+    add("--steps", type=int, metavar="N", help="batches an epoch; nothing: one crop of each image, at least 10 batches")
+    add(
+        "--lr",
+        type=float,
+        default=1e-3,
+        help="learning rate of AdamW at the start; it falls to 0 along a cosine (%(default)s)",
+    )
+    add(
+        "--val",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share to validate on, where the data have no val/ (%(default)s)",
+    )
+    add(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="with background. 2: background and foreground. More: a mask's pixels are class indices, 0 .. N-1, in one "
+        "channel or in a palette. nothing: Synapse's 9, and 2 elsewhere",
+    )
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--fsdp", action="store_true", help="shard gradients and optimizer over the processes (torchrun)")
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images; 4 or more on a GPU (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of weights, split, crops (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where everything goes, and all processes look; nothing: runs/DATA-HOST-DCA",
+    )
+    add("--restart", action="store_true", help="begin anew where --out holds a run")
+    chosen = parser.parse_args()
+    folders(chosen, parser, chosen.data, "--data")
+    for name in ("patch", "resize", "crop", "batch", "epochs", "steps"):
+        value = getattr(chosen, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected an integer of at least 1, got {value}")
+    if chosen.crop % 16:
+        parser.error(f"--crop: expected a multiple of 16, which the networks halve four times, got {chosen.crop}")
+    if chosen.resize is not None and chosen.resize < chosen.crop:
+        parser.error(f"--resize: expected at least --crop {chosen.crop}, got {chosen.resize}")
+    if chosen.classes is not None and chosen.classes < 2:
+        parser.error(f"--classes: expected at least 2, background and one more, got {chosen.classes}")
+    if not 0 < chosen.val < 1:
+        parser.error(f"--val: expected a share between 0 and 1, got {chosen.val}")
+    if not 0 < chosen.lr < math.inf:
+        parser.error(f"--lr: expected a positive number, got {chosen.lr}")
+    for name in ("workers", "seed"):
+        if getattr(chosen, name) < 0:
+            parser.error(f"--{name}: expected an integer of at least 0, got {getattr(chosen, name)}")
+    if chosen.fsdp and "RANK" not in os.environ:
+        parser.error("--fsdp: expected several processes: torchrun --nproc-per-node N -m examples.train ...")
+    chosen.patch = chosen.patch or chosen.crop // (4 if chosen.host == "ResUNetPP" else 8)
+    folder = chosen.data or chosen.images
+    source = folder.resolve().name if folder else "nuclei"
+    chosen.out = chosen.out or Path("runs") / f"{source}-{chosen.host}-{chosen.dca}"
+    return chosen

@@ -1,0 +1,276 @@
+"""Files to arrays: reads images and masks, and says in one line why one cannot be read.
+
+Images are .bmp, .jpg, .png and .tif of 8 or 16 bits, slices in .npz, volumes in .h5. Masks are images, polygons in
+.xml, or lie in the .npz or .h5 beside the image. What the pixels of a mask image mean is said by its sample (`Values`).
+"""
+
+import zipfile
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+JPEG = {".jpg", ".jpeg"}
+IMAGES = {".bmp", ".png", ".tif", ".tiff"} | JPEG
+ONE_CHANNEL = ("1", "F", "I", "I;16", "I;16B", "L", "P")
+DEEP = ("F", "I", "I;16", "I;16B")  # more than 8 bits a channel
+
+
+class DataError(ValueError):
+    """The data are not what was expected; the message names the file."""
+
+
+class LowValuesError(DataError):
+    """A mask that should be foreground and background has several values, all too low for grey levels."""
+
+    def __init__(self, path: Path, levels: np.ndarray, white: int | None) -> None:
+        self.highest = int(levels.max())
+        grey = f", or grey levels up to {white}" if white else f" in a mask of {levels.dtype}"
+        super().__init__(f"{path}: expected 0 and one other value{grey}, got several up to {self.highest}")
+
+
+class Values(Enum):
+    """What the pixels of a mask image mean.
+
+    FOREGROUND: 0 is background, the one other value foreground. Where there are more values they are grey levels, and
+        the upper half of the dtype's range is foreground. Colours are as bright as their brightest channel. Where alpha
+        varies and the colours do not, alpha is the mask; else it lies over black. Indices of a coloured palette are
+        values, a grey palette is its grey levels.
+    INSTANCES: 0 is background, every other value an object, and foreground.
+    CLASSES: indices of classes, 0 is background; of a palette image its indices, whatever their colours.
+    """
+
+    FOREGROUND = "foreground"
+    INSTANCES = "instances"
+    CLASSES = "classes"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its mask, if it has one: two files, or one .npz or .h5 that holds both."""
+
+    image: Path
+    mask: Path | None
+    group: str  # samples of one group are not split between training and validation
+    values: Values = Values.FOREGROUND
+    columns: tuple[int, int | None] = (0, None)  # those of the image that belong to the sample
+    slice: int | None = None  # its index in a volume
+
+    @property
+    def name(self) -> str:
+        """Of the image's file without its ending, and of the slice."""
+        return self.image.stem if self.slice is None else f"{self.group}_slice{self.slice:03}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `Values.FOREGROUND` found in a file."""
+
+    foreground: int | None = None  # the only value beside 0
+    white: int | None = None  # the largest value of the dtype, where grey levels were parted at its half
+    grey: int = 0  # pixels between 0 and white
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask, and how it was read."""
+
+    classes: np.ndarray  # (H, W) int64
+    reading: Reading = Reading()
+
+
+def load(sample: Sample, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3), float32 in 0 .. 1, and its mask (H, W), int64 classes; both size x size if that is given.
+
+    Raises:
+        DataError: a file cannot be read, or holds something else.
+    """
+    image = read_image(sample)
+    classes = read_mask(sample, image).classes
+    return (image, classes) if size is None else (resize_image(image, size), resize_classes(classes, (size, size)))
+
+
+def read_image(sample: Sample) -> np.ndarray:
+    """(H, W, 3), float32 in 0 .. 1."""
+    stored = sample.image.suffix in (".npz", ".h5")
+    image = _stored_image(sample) if stored else _image(sample.image)
+    return image[:, slice(*sample.columns)]
+
+
+def read_mask(sample: Sample, image: np.ndarray) -> Mask:
+    """The mask of a sample that has one, and whose image has been read."""
+    path, shape = sample.mask, image.shape[:2]
+    if path.suffix in (".npz", ".h5"):
+        mask = Mask(_stored_labels(sample))
+    elif path.suffix == ".xml":
+        mask = Mask(_polygons(path, shape))
+    else:
+        mask = _mask_image(path, sample.values, slice(*sample.columns))
+    if mask.classes.shape != shape:
+        raise DataError(
+            f"{path}: expected the size of {sample.image}, {size_of(image)} (height x width), "
+            f"got {size_of(mask.classes)}"
+        )
+    return mask
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) -> (size, size, 3), bilinear."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def resize_classes(classes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) int64 -> `shape`, the nearest pixel's."""
+    labels = torch.from_numpy(classes)[None, None].double()
+    return F.interpolate(labels, shape, mode="nearest-exact")[0, 0].long().numpy()
+
+
+def size_of(array: np.ndarray) -> str:
+    return f"{array.shape[0]} x {array.shape[1]}"
+
+
+def slices_in(path: Path) -> int:
+    """The number of slices of a volume, a .h5 with `image` and `label` (slices, H, W); h5py must be there."""
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            shapes = [file[name].shape for name in ("image", "label")]
+    except (OSError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: expected a volume with `image` and `label`, got {_said(error)}") from error
+    if len(shapes[0]) != 3 or shapes[0] != shapes[1]:
+        raise DataError(f"{path}: expected image and label (slices, H, W), got {shapes[0]}, {shapes[1]}")
+    return shapes[0][0]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: expected an image that can be read, got {_said(error)}") from error
+    return image
+
+
+def _image(path: Path) -> np.ndarray:
+    image = _open(path)
+    if image.mode not in DEEP:
+        return np.asarray(image.convert("RGB"), np.float32) / 255
+    grey = np.asarray(image, np.float32)  # a camera of more than 8 bits uses some of them
+    white = np.percentile(grey, 99.8)
+    if not (np.isfinite(grey).all() and white > 0):
+        raise DataError(
+            f"{path}: expected finite values, at least 0.2% of them above 0, got {grey.min()} .. {grey.max()}"
+        )
+    return np.repeat(np.clip(grey / white, 0, 1, dtype=np.float32)[..., None], 3, axis=2)
+
+
+def _mask_image(path: Path, meaning: Values, columns: slice) -> Mask:
+    image = _open(path)
+    if meaning is Values.CLASSES:
+        if image.mode not in ONE_CHANNEL:
+            raise DataError(f"{path}: expected class indices in one channel or in a palette, got {image.mode}")
+        return Mask(_whole(path, np.asarray(image)[:, columns]))
+    levels = _levels(image)[:, columns]
+    whole = _whole(path, levels)
+    return Mask((whole != 0).astype(np.int64)) if meaning is Values.INSTANCES else _foreground(path, levels, whole)
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """One value a pixel (H, W), in the file's dtype; `Values.FOREGROUND` says what becomes of colours and alpha."""
+    if image.mode == "P":
+        palette = np.reshape(image.getpalette(), (-1, 3))
+        grey = (palette == palette[:, :1]).all()
+        return np.asarray(image.convert("L") if grey else image)
+    if image.mode in ONE_CHANNEL:
+        return np.asarray(image)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB")).max(axis=2)
+    pixels = np.asarray(image.convert("RGBA"))
+    colours, alpha = pixels[..., :3], pixels[..., 3]
+    if (alpha != alpha[0, 0]).any() and (colours == colours[0, 0]).all():
+        return alpha
+    return np.round(colours.max(axis=2) * (alpha / 255)).astype(np.uint8)
+
+
+def _foreground(path: Path, levels: np.ndarray, whole: np.ndarray) -> Mask:
+    """`Values.FOREGROUND`: levels (H, W) of the file's dtype, and as int64."""
+    blurred = path.suffix.lower() in JPEG
+    others = whole[whole != 0]
+    if not blurred and (others == others[:1]).all():
+        return Mask((whole != 0).astype(np.int64), Reading(foreground=int(others[0]) if others.size else None))
+    white = np.iinfo(levels.dtype).max if levels.dtype.kind == "u" else None
+    if white is None or (whole.max() <= white // 2 and not blurred):
+        raise LowValuesError(path, levels, white)
+    between = int(((whole > 0) & (whole < white)).sum())
+    return Mask((whole > white // 2).astype(np.int64), Reading(white=white, grey=between))
+
+
+def _polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        regions = list(ElementTree.parse(path).iter("Region"))
+        outlines = [[(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")] for region in regions]
+    except (ElementTree.ParseError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: expected XML with Region and Vertex X, Y, got {_said(error)}") from error
+    if not any(outlines):
+        raise DataError(f"{path}: expected Region elements with Vertex elements, found none")
+    mask = Image.new("1", (shape[1], shape[0]))
+    for outline in outlines:
+        if len(outline) > 2:  # MoNuSeg has a few slips of the pen
+            ImageDraw.Draw(mask).polygon(outline, fill=1)
+    return np.asarray(mask, np.int64)
+
+
+def _stored(path: Path, name: str, index: int | None) -> np.ndarray:
+    """An array of an .npz, or a slice of one of a .h5."""
+    try:
+        if path.suffix == ".h5":
+            import h5py
+
+            with h5py.File(path) as file:
+                array = file[name][index]
+        else:
+            with open(path, "rb") as file, np.load(file) as arrays:
+                array = arrays[name]
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected arrays `image` and `label`, got {_said(error)}") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected numbers in `{name}`, got {array.dtype}")
+    return array
+
+
+def _stored_image(sample: Sample) -> np.ndarray:
+    path, image = sample.image, _stored(sample.image, "image", sample.slice)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise DataError(f"{path}: expected image (H, W) or (H, W, 3), got {image.shape}")
+    if image.dtype == np.uint8:
+        image = image / np.float32(255)
+    if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # NaN is neither
+        raise DataError(f"{path}: expected image values in 0 .. 1, got {image.min()} .. {image.max()}")
+    image = image.astype(np.float32)
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+
+def _stored_labels(sample: Sample) -> np.ndarray:
+    labels = _stored(sample.mask, "label", sample.slice)
+    if labels.ndim != 2:
+        raise DataError(f"{sample.mask}: expected label (H, W), got {labels.shape}")
+    return _whole(sample.mask, labels)
+
+
+def _whole(path: Path, values: np.ndarray) -> np.ndarray:
+    """The same values as int64."""
+    whole = (values >= 0) & (values < 2**31) & (np.floor(values) == values)  # NaN is none of it
+    if not whole.all():
+        raise DataError(f"{path}: expected whole numbers from 0 in a mask, got {values[~whole][0]}")
+    return values.astype(np.int64)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

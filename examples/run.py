@@ -1,0 +1,101 @@
+"""A training run in its folder: claimed, saved after each epoch, and gone on with."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from examples.files import DataError
+from examples.network import Plan, load_checkpoint, save_network, write
+from examples.processes import Process, together
+from examples.scores import Row
+
+FREE = ("epochs", "out", "restart", "workers")  # arguments that a resumed run may change
+
+
+class Run:
+    """The history so far, the best score, and the files."""
+
+    def __init__(self, chosen: argparse.Namespace, process: Process) -> None:
+        """Look at the folder and read what it holds, before anything else takes time. Nothing is written.
+
+        Raises:
+            DataError: it cannot be written to, or holds another run; in every process.
+        """
+        self.folder, self.process = chosen.out, process
+        self.arguments = {k: str(v) for k, v in vars(chosen).items() if k not in FREE} | {
+            "processes": str(process.count)
+        }
+        self.history: list[Row] = []
+        self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
+        together(process, lambda: require_writable(self.folder))
+        self.state = together(process, lambda: None if chosen.restart else self._read())
+
+    def _read(self) -> dict[str, Any] | None:
+        """The state at the end of the last epoch that was saved, if any was."""
+        if not self.last.exists():
+            return None
+        state = load_checkpoint(self.last, ("arguments", "history", "model", "optimizer"))
+        for name, value in self.arguments.items():
+            if value != state["arguments"].get(name):
+                raise DataError(
+                    f"{self.last}: expected a run with {name} {value}, got {state['arguments'].get(name, 'no such')}: "
+                    "choose another --out, or --restart to lose it"
+                )
+        return state
+
+    @property
+    def best_row(self) -> Row:
+        return max(self.history, key=lambda row: row["dice"] if row["dice"] == row["dice"] else -1)
+
+    def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the folder, and go back to what was read of it. A run that is begun anew loses the old one here."""
+        if self.process.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.state is None:
+                self.last.unlink(missing_ok=True)
+        if self.state is None:
+            return
+        states = {"model_state_dict": self.state["model"], "optim_state_dict": self.state["optimizer"]}
+        set_state_dict(network, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+        self.history, self.state = self.state["history"], None
+
+    def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, row: Row, plan: Plan) -> None:
+        """Write the state at the end of an epoch; every process takes part, the first writes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer_state = get_state_dict(network, optimizer, options=options)
+        self.history.append(row)
+        if not self.process.first:
+            return
+        if self.best_row is row:
+            save_network(self.best, plan, model)
+        state = {"arguments": self.arguments, "history": self.history, "model": model, "optimizer": optimizer_state}
+        write(self.last, lambda path: torch.save(state, path))
+        write(self.folder / "history.json", lambda path: path.write_text(json.dumps(self.history, indent=1) + "\n"))
+
+
+def require_writable(folder: Path) -> None:
+    """Raise DataError if a folder could not be made or written to; nothing stays behind."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise DataError(f"--out {folder}: expected a folder, got a file{'' if there == folder else f', {there}'}")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(f"--out {folder}: expected a folder that can be written to, got {error.strerror}") from error
+
+
+def event_writer(folder: Path, epoch: int) -> Any:
+    """TensorBoard's writer, without the events of epochs that are done again; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard: no events are written, the package is not there (pip install tensorboard)")
+        return None
+    return SummaryWriter(folder, purge_step=epoch)

@@ -1,0 +1,228 @@
+"""The folders that the training example reads, what it makes of them, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import check, data, files
+from tests.datasets import (
+    arrays_of,
+    clinic,
+    glas,
+    image_of,
+    kvasir,
+    monuseg,
+    monuseg_test,
+    one_folder,
+    overwrite,
+    picture,
+    remove,
+    rename,
+    split,
+    synapse,
+    truncate,
+    write_image,
+)
+
+
+def find(root: Path, seed: int = 0) -> data.Data:
+    return data.split(data.find(root), 0.3, seed)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
+    # how it is made, what is said of it, how many train and validate at a share of 0.3
+    "glas": (glas, "GlaS", 2, 1),
+    "monuseg": (monuseg, "Tissue Images/ and Annotations/, polygons", 2, 1),
+    "monuseg_test": (monuseg_test, "MoNuSeg", 2, 1),
+    "kvasir": (kvasir, "images/ and masks/", 3, 1),
+    "clinic": (clinic, "Original/ and Ground Truth/", 8, 3),
+    "synapse": (synapse, "Synapse, slices of 3 cases, listed in train.txt", 4, 2),
+    "split": (split, "train/ and val/", 4, 3),
+    "one folder": (one_folder, "images and masks of", 3, 1),
+}
+
+
+@pytest.mark.parametrize("name, inside", [(name, "") for name in LAYOUTS] + [(name, "download") for name in LAYOUTS])
+def test_layouts(name: str, inside: str, tmp_path: Path) -> None:
+    make, layout, training, validation = LAYOUTS[name]
+    make(tmp_path / inside)
+    found = find(tmp_path)
+    assert layout in found.layout
+    assert (len(found.train), len(found.validation)) == (training, validation)
+    assert len({*found.train, *found.validation}) == training + validation
+    check.check(found, side=32)
+    for sample in found.train:
+        image, mask = files.load(sample)
+        assert image.shape == (*mask.shape, 3) and image.dtype == np.float32 and mask.dtype == np.int64
+        assert 0 <= image.min() < 0.2 and 0.8 < image.max() <= 1
+        # boxes are brighter than what is around them: image and mask belong together, and no axis is swapped
+        if "monuseg" not in name:
+            assert image[mask > 0].mean() > image[mask == 0].mean() + 0.4
+
+
+def test_split_is_seeded_and_keeps_neighbours_together(tmp_path: Path) -> None:
+    synapse(tmp_path / "synapse")
+    splits = [find(tmp_path / "synapse", seed) for seed in range(8)]
+    assert splits[0] == find(tmp_path / "synapse")
+    held_out = {found.validation[0].group for found in splits}
+    assert len(held_out) > 1
+    for found in splits:
+        assert not {s.group for s in found.train} & {s.group for s in found.validation}
+    clinic(tmp_path / "clinic")
+    frames = [int(s.image.stem) for s in find(tmp_path / "clinic").validation]
+    assert frames == [9, 10, 11]
+
+
+def test_masks(tmp_path: Path) -> None:
+    glas(tmp_path / "glas")
+    found = find(tmp_path / "glas")
+    assert all(s.image.name.startswith("train_") for s in found.train + found.validation)
+    for sample in found.train:
+        np.testing.assert_array_equal(files.load(sample)[1], np.asarray(Image.open(sample.mask)) > 0)
+    monuseg(tmp_path / "monuseg")
+    expected = np.zeros((40, 48))
+    expected[4:21, 6:31] = expected[24:31, 2:10] = 1
+    np.testing.assert_array_equal(files.load(find(tmp_path / "monuseg").train[0])[1], expected)
+    kvasir(tmp_path / "kvasir")
+    sample = next(s for s in find(tmp_path / "kvasir").train if s.group == "cju0b")
+    np.testing.assert_array_equal(files.load(sample)[1], picture(1, 41)[1] > 0)  # a JPEG's ringing is not foreground
+    synapse(tmp_path / "synapse")
+    sample = find(tmp_path / "synapse").train[0]
+    with np.load(sample.image) as arrays:
+        np.testing.assert_array_equal(files.load(sample)[1], arrays["label"])
+
+
+def test_resize(tmp_path: Path) -> None:
+    synapse(tmp_path)
+    for sample in find(tmp_path).train:
+        image, mask = files.load(sample, size=64)
+        assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
+        assert set(np.unique(mask)) <= {0, 4, 8} and mask.any()
+
+
+def no_foreground(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        write_image(path, np.zeros((40 + ord(path.stem[-1]) - ord("a"), 48), np.uint8))
+
+
+SMALL, GREY = np.zeros((20, 30), np.uint8), np.zeros((40, 48), np.float32)
+SLICE = "train_npz/case0005_slice001.npz"
+
+FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
+    # the data set, what happens to it, what is said of it
+    "glas without a mask": (glas, remove("train_2_anno.bmp"), r"train_2\.bmp: expected a mask of this name in"),
+    "glas without an image": (glas, remove("train_2.bmp"), r"train_2_anno\.bmp: expected an image of this name in"),
+    "glas unreadable": (
+        glas,
+        truncate("train_2.bmp"),
+        r"train_2\.bmp: expected an image that can be read, got OSError",
+    ),
+    "glas not an image": (glas, overwrite("train_1_anno.bmp", "<html>"), r"train_1_anno\.bmp: expected an image that"),
+    "glas wrong size": (
+        glas,
+        image_of("train_1_anno.bmp", SMALL),
+        r"train_1_anno\.bmp: expected the size of .*train_1\.bmp, 40 x 48 \(height x width\), got 20 x 30",
+    ),
+    "monuseg without polygons": (
+        monuseg,
+        overwrite("Annotations/TCGA-21-01.xml", "<Annotations/>"),
+        r"TCGA-21-01\.xml: expected Region elements with Vertex elements, found none",
+    ),
+    "monuseg broken": (monuseg, truncate("Annotations/TCGA-21-01.xml"), r"TCGA-21-01\.xml: expected XML with Region"),
+    "monuseg without a mask": (monuseg, remove("Annotations/TCGA-21-01.xml"), r"TCGA-21-01\.tif: expected a mask"),
+    "monuseg unreadable": (monuseg_test, truncate("TCGA-21-01.tif"), r"TCGA-21-01\.tif: expected an image that can be"),
+    "kvasir without masks/": (
+        kvasir,
+        rename("masks", "truth"),
+        r"expected masks/ .* beside images/, found images/, truth/",
+    ),
+    "kvasir without images/": (kvasir, rename("images", "x"), r"expected images/ .* beside masks/, found masks/, x/"),
+    "kvasir other name": (
+        kvasir,
+        rename("masks/cju0b.jpg", "masks/b.jpg"),
+        r"cju0b\.jpg: expected a mask of this name",
+    ),
+    "kvasir twice": (
+        kvasir,
+        image_of("images/cju0b.png", SMALL),
+        r"cju0b\.png: expected one file of this name, found cju0b\.jpg too",
+    ),
+    "kvasir unreadable": (kvasir, truncate("images/cju0c.jpg"), r"cju0c\.jpg: expected an image that can be read"),
+    "kvasir empty file": (kvasir, overwrite("masks/cju0c.jpg", b""), r"cju0c\.jpg: expected an image that can be read"),
+    "kvasir no foreground": (kvasir, no_foreground, r"masks: expected masks, got only background in all 4"),
+    "clinic wrong size": (clinic, image_of("Ground Truth/3.tif", SMALL), r"Ground Truth.3\.tif: expected the size of"),
+    "clinic small": (
+        clinic,
+        lambda root: [image_of(f"{d}/3.tif", SMALL)(root) for d in ("Original", "Ground Truth")] and None,
+        r"Original.3\.tif: expected at least 32 x 32, the size of a crop, got 20 x 30",
+    ),
+    "synapse without a slice": (
+        synapse,
+        remove(SLICE),
+        r"case0005_slice001\.npz: expected this slice, which .*train\.txt",
+    ),
+    "synapse broken": (
+        synapse,
+        truncate(SLICE),
+        r"case0005_slice001\.npz: expected arrays `image` and `label`, got BadZip",
+    ),
+    "synapse without labels": (
+        synapse,
+        arrays_of(SLICE, image=GREY),
+        r"expected arrays `image` and `label`, got KeyError",
+    ),
+    "synapse wrong shape": (synapse, arrays_of(SLICE, image=GREY[None], label=GREY), r"expected image \(H, W\) or"),
+    "synapse wrong size": (synapse, arrays_of(SLICE, image=GREY, label=GREY[:9]), r"expected the size of"),
+    "synapse not prepared": (synapse, arrays_of(SLICE, image=GREY - 125, label=GREY), r"values in 0 \.\. 1, got -125"),
+    "synapse not a number": (
+        synapse,
+        arrays_of(SLICE, image=GREY * np.nan, label=GREY),
+        r"values in 0 \.\. 1, got nan",
+    ),
+    "synapse other classes": (
+        synapse,
+        arrays_of(SLICE, image=GREY, label=GREY + 9),
+        r"expected class indices below 9, the number of classes, got 9",
+    ),
+    "nothing": (lambda root: None, lambda root: None, r"expected NAME\.bmp .* found nothing"),
+    "something else": (lambda root: None, overwrite("notes.doc", "x"), r"expected NAME\.bmp .* found notes\.doc"),
+    "empty folders": (
+        lambda root: [(root / name).mkdir() for name in ("images", "masks")] and None,
+        lambda root: None,
+        r"images: expected images .*found nothing",
+    ),
+    "empty train_npz": (lambda root: (root / "train_npz").mkdir(), lambda root: None, r"train_npz: expected slices"),
+    "two data sets": (
+        lambda root: [kvasir(root / name) for name in ("TIF", "PNG")] and None,
+        lambda root: None,
+        r"expected one data set, found one in each of PNG/, TIF/: name the one to use",
+    ),
+    "one image": (
+        lambda root: [write_image(root / name / "a.png", picture(0)[0]) for name in ("images", "masks")] and None,
+        lambda root: None,
+        r"expected at least 2 images, to train on and to validate on, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_named(name: str, tmp_path: Path) -> None:
+    make, damage, message = FAULTS[name]
+    make(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(files.DataError, match=f"(?s){message}") as raised:
+        found = find(tmp_path)
+        check.check(found, side=32)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:
+    kvasir(tmp_path)
+    for name in ("images/cju0a.jpg", "masks/cju0d.jpg"):
+        truncate(name)(tmp_path)
+    found = find(tmp_path)
+    with pytest.raises(files.DataError, match=r"(?s)cju0a.*cju0d|cju0d.*cju0a"):
+        check.check(found, side=32)

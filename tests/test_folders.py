@@ -1,0 +1,184 @@
+"""Data sets that the training example finds by itself or in two folders, their test sets, and what it says of them."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from examples import train
+from tests.datasets import (
+    SHORT,
+    glas,
+    isic,
+    kvasir,
+    overwrite,
+    picture,
+    script,
+    split,
+    synapse,
+    truncate,
+    volumes,
+    write_image,
+)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return script(train, monkeypatch)
+
+
+def test_synapse_without_its_list(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synapse(tmp_path / "data")
+    (tmp_path / "data" / "lists" / "lists_Synapse" / "train.txt").unlink()
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    assert "slices of 3 cases, all of them, there is no train.txt: 4 to train on, 2 to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (isic, []),
+        (isic, ["--mask-suffix", "_segmentation"]),
+        (lambda root: [rename_masks(isic, root, "_lesion")], ["--mask-suffix", "_lesion"]),
+        (lambda root: [merge(root)], []),
+    ],
+)
+def test_two_folders(make, options: list[str], run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "data")
+    inputs, truths = (tmp_path / "data" / name for name in ("Input", "Truth"))
+    given = ["--images", inputs, "--masks", truths if truths.is_dir() else inputs, *options]
+    assert run(*given, "--out", tmp_path / "run", *SHORT) == 0
+    assert "3 to train on, 1 to validate on" in capsys.readouterr().out
+
+
+def rename_masks(make: Callable[[Path], None], root: Path, suffix: str) -> None:
+    make(root)
+    for path in (root / "Truth").iterdir():
+        path.rename(path.with_name(path.name.replace("_segmentation", suffix)))
+
+
+def merge(root: Path) -> None:
+    """Images and masks in one folder."""
+    isic(root)
+    for path in (root / "Truth").iterdir():
+        path.rename(root / "Input" / path.name)
+    (root / "Truth").rmdir()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--images", "Input"], "--masks: expected a folder beside --images, got none"),
+        (["--masks", "Truth"], "--images: expected a folder beside --masks, got none"),
+        (["--images", "Input", "--masks", "Truth", "--data", "."], "--images, --masks: expected instead of --data"),
+        (["--mask-suffix", "_seg"], "--mask-suffix: expected beside --images and --masks, got it alone"),
+        (["--images", "Input", "--masks", "none"], "none: expected a folder with data, found none"),
+        (
+            ["--images", "Input", "--masks", "Truth", "--mask-suffix", "_seg"],
+            "Truth: expected masks NAME_seg.*, found ISIC_0000_segmentation.png",
+        ),
+        (
+            ["--images", "Input", "--masks", "Other"],
+            "found images like ISIC_0000.jpg and masks like lesion0.png: what follows the name is said by",
+        ),
+        (["--images", "Input", "--masks", "Few"], "Input/ISIC_0001.jpg: expected a mask of this name in"),
+    ],
+)
+def test_two_folders_that_do_not_match(
+    given: list[str], message: str, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    isic(tmp_path)
+    for folder, name in (("Other", "lesion0"), ("Few", "ISIC_0000")):
+        write_image(tmp_path / folder / f"{name}.png", picture(0)[1])
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = run(*given, "--out", tmp_path / "run", *SHORT)
+    except SystemExit as left:
+        status = left.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
+
+
+def test_files_that_are_not_read(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overwrite("scan1.dcm", "DICM")(tmp_path)
+    assert run("--data", tmp_path, "--out", tmp_path / "run", *SHORT) == 2
+    error = capsys.readouterr().err
+    assert "found scan1.dcm" in error and ".png" in error and error.count("\n") == 1
+
+
+def beside_train(root: Path) -> None:
+    kvasir(root / "train")
+    kvasir(root / "test")
+
+
+def with_unmasked_test(root: Path) -> None:
+    kvasir(root / "train")
+    write_image(root / "test" / "1.png", picture(0)[0])
+
+
+def with_volumes(root: Path) -> None:
+    synapse(root)
+    volumes(root)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (glas, ["2 to train on, 1 to validate on; test sets: testA (1)", "test set testA (1):"]),
+        (
+            beside_train,
+            ["train/ and test/", "3 to train on, 1 to validate on; test sets: test (4)", "test set test (4):"],
+        ),
+        (
+            lambda root: [split(root), kvasir(root / "test")],
+            ["train/ and val/ and test/", "4 to train on, 3 to validate on; test sets: test (4)"],
+        ),
+        (with_unmasked_test, ["3 to train on, 1 to validate on\n", "data: test/ is not scored: it has no masks"]),
+        (
+            with_volumes,
+            [
+                "4 to train on, 2 to validate on; test sets: test_vol_h5 (6)",
+                "test_vol_h5 (6 slices, means over 2 cases)",
+                "case0008",
+            ],
+        ),
+    ],
+)
+def test_test_sets(make, said: list[str], run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "data")
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert [text for text in said if text not in out] == []
+
+
+def test_a_test_set_is_checked_before_training(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside_train(tmp_path / "data")
+    truncate("test/masks/cju0b.jpg")(tmp_path / "data")
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 2
+    assert "test/masks/cju0b.jpg: expected an image that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            truncate("test_vol_h5/case0008.npy.h5"),
+            "case0008.npy.h5: expected a volume with `image` and `label`",
+        ),
+        (overwrite("test_vol_h5/case0001.npy.h5", "x"), "case0001.npy.h5: expected a volume with `image` and `label`"),
+    ],
+)
+def test_volumes_that_cannot_be_read(damage, message: str, run, tmp_path: Path, capsys) -> None:
+    with_volumes(tmp_path / "data")
+    damage(tmp_path / "data")
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_volumes_without_h5py(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    with_volumes(tmp_path / "data")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "h5py" else found(name))
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    assert "data: test_vol_h5/ is not scored: its volumes need h5py, pip install h5py" in capsys.readouterr().out

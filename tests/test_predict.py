@@ -1,0 +1,244 @@
+"""Prediction from a saved network: what is written, how it is scored, and what is refused."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples import network, predict, scores, train
+from tests.datasets import (
+    SHORT,
+    glas,
+    isic,
+    kvasir,
+    masked,
+    overwrite,
+    picture,
+    script,
+    split,
+    synapse,
+    volumes,
+    write_image,
+)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return script(predict, monkeypatch)
+
+
+@pytest.fixture
+def best(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Trains on four pictures for a moment, with the options given, and gives the saved network."""
+    run = script(train, monkeypatch)
+
+    def best(make: Callable[[Path], None] = kvasir, *options: object) -> Path:
+        make(tmp_path / "training")
+        assert run("--data", tmp_path / "training", "--out", tmp_path / "run", *SHORT, *options) == 0
+        return tmp_path / "run" / "best.pt"
+
+    return best
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_of_images(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = best()
+    sizes = [(40, 48), (70, 33), (20, 90)]  # the last is lower than a tile
+    for i, (height, width) in enumerate(sizes):
+        write_image(tmp_path / "new" / f"{i}.png", picture(i, height, width)[0])
+    capsys.readouterr()
+    assert run(weights, tmp_path / "new") == 0
+    out = capsys.readouterr().out
+    assert "data: images without masks: 3\n" in out and "Dice" not in out
+    folder = tmp_path / "run" / "new-predicted"
+    for i, (height, width) in enumerate(sizes):
+        mask = np.asarray(Image.open(folder / "masks" / f"{i}.png"))
+        assert mask.shape == (height, width) and mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255}
+        assert np.asarray(Image.open(folder / "overlays" / f"{i}.png")).shape == (height, width, 3)
+    assert not list(folder.rglob("*.csv")) and not list(folder.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("resize", [[], ["--resize", 32]])
+def test_scores_are_of_the_written_masks(resize, run, best, tmp_path: Path, capsys) -> None:
+    """At the images' own size, also where the network sees them resized."""
+    weights = best(lambda root: masked(root, lambda i: i), "--classes", 3, *resize)
+    capsys.readouterr()
+    assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    lines = rows(tmp_path / "out" / "scores.csv")
+    assert [(line["image"], line["class"]) for line in lines] == [
+        (str(i), f"class {c}") for i in range(4) for c in (1, 2)
+    ]
+    for line in lines:
+        i, c = int(line["image"]), int(line["class"][-1])
+        found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{i}.png"))
+        true = picture(i)[1]
+        assert found.shape == true.shape and found.max() <= 2
+        here, there = found == c, true == c
+        assert float(line["Dice"]) == pytest.approx(2 * (here & there).sum() / (here.sum() + there.sum()))
+        assert float(line["IoU"]) == pytest.approx((here & there).sum() / (here | there).sum())
+        assert float(line["HD95"]) == pytest.approx(hd95_by_pairs(here, there))
+    mean = np.mean([float(line["Dice"]) for line in lines])
+    assert f"| mean    | {mean:.4f} |" in out and "| class 2 |" in out
+
+
+def test_long_tables_are_shortened(run, best, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(predict, "SHOWN", 3)
+    weights = best()
+    capsys.readouterr()
+    assert run(weights, tmp_path / "training") == 0
+    out = capsys.readouterr().out
+    assert "| ... 1 more, in scores.csv |" in out and "cju0d" not in out
+    assert len(rows(tmp_path / "run" / "training-predicted" / "scores.csv")) == 4
+
+
+def synapse_with_volumes(root: Path) -> None:
+    synapse(root)
+    volumes(root)
+
+
+@pytest.mark.parametrize(
+    "make, said, names",
+    [
+        (glas, "train_* of them: testA (1); what is there to train on is left out", {"testA/masks/testA_1.png"}),
+        (split, "val (3)", {f"val/masks/cju0{i}.png" for i in "bcd"}),
+        (
+            synapse_with_volumes,
+            "test_vol_h5 (6)",
+            {f"test_vol_h5/masks/case000{c}_slice00{i}.png" for c in (1, 8) for i in range(3)},
+        ),
+    ],
+)
+def test_sets_of_a_data_set(make, said: str, names: set[str], run, best, tmp_path: Path, capsys) -> None:
+    weights = best(make)
+    capsys.readouterr()
+    assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
+    assert said in capsys.readouterr().out
+    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("masks/*")} == names
+
+
+def test_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = best()
+    isic(tmp_path / "ISIC")
+    capsys.readouterr()
+    given = ["--images", tmp_path / "ISIC" / "Input", "--masks", tmp_path / "ISIC" / "Truth"]
+    assert run(weights, *given, "--mask-suffix", "_segmentation") == 0
+    assert "| ISIC_0003 |" in capsys.readouterr().out
+
+
+def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = best()
+    image = tmp_path / "new" / "images" / "a.png"
+    write_image(image, picture(0)[0])
+    write_image(tmp_path / "broken" / "a.png", picture(0)[0])
+    (tmp_path / "broken" / "b.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "scans").mkdir()
+    overwrite("scans/1.dcm", "DICM")(tmp_path)
+    torch.save(torch.load(weights)["weights"], tmp_path / "plain.pt")
+    state = torch.load(weights)
+    torch.save(state | {"plan": state["plan"] | {"dca": "none"}}, tmp_path / "other.pt")
+    torch.save(state | {"plan": {"host": "UNet"}}, tmp_path / "part.pt")
+    (tmp_path / "picture.pt").write_bytes(image.read_bytes())
+    for name in ("masks", "overlays"):
+        write_image(tmp_path / name / "a.png", picture(0)[0])
+    for given, message in [
+        ([tmp_path / "none.pt", tmp_path / "new"], "none.pt: expected a file of examples.train, got FileNotFoundError"),
+        ([tmp_path / "picture.pt", tmp_path / "new"], "picture.pt: expected a file of examples.train"),
+        ([tmp_path / "plain.pt", tmp_path / "new"], "plain.pt: expected a file of examples.train with plan, weights"),
+        (
+            [tmp_path / "run" / "last.pt", tmp_path / "new"],
+            "last.pt: expected a file of examples.train with",
+        ),
+        ([tmp_path / "other.pt", tmp_path / "new"], "other.pt: expected weights of UNet"),
+        ([tmp_path / "part.pt", tmp_path / "new"], "part.pt: expected the plan of a network"),
+        ([weights, tmp_path / "none"], "none: expected a folder with data, found none"),
+        ([weights, tmp_path / "empty"], "empty: expected NAME.bmp"),
+        ([weights, tmp_path / "scans"], "found 1.dcm"),
+        ([weights, tmp_path / "broken"], "broken/b.png: expected an image that can be read"),
+        ([weights, tmp_path / "masks", "--out", tmp_path], "expected another folder"),
+        ([weights, tmp_path / "new", "--out", image], "a.png: expected a folder, got a file"),
+    ]:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+        assert run(*given) == 2, message
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["best.pt"], "FOLDER: expected a folder of images, or --images and --masks, got none"),
+        (["best.pt", "a", "--images", "b", "--masks", "c"], "--images, --masks: expected instead of FOLDER, got both"),
+        (["best.pt", "--masks", "c"], "--images: expected a folder beside --masks, got none"),
+        (["best.pt", "a", "--batch", "0"], "--batch: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_arguments(given: list[str], message: str, run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*given)
+    assert message in capsys.readouterr().err
+
+
+def test_a_saved_network_is_plain_and_whole(best) -> None:
+    weights = best(kvasir, "--dca", "reference")
+    state = torch.load(weights, weights_only=True)
+    assert state["plan"] == {
+        "host": "UNet",
+        "dca": "reference",
+        "patch": 4,
+        "crop": 32,
+        "resize": None,
+        "classes": ("foreground",),
+    }
+    plan, built = network.read_network(weights)
+    assert plan.classes == ("foreground",)
+    for name, tensor in built.state_dict().items():
+        assert torch.equal(tensor, state["weights"][name])
+
+
+def hd95_by_pairs(found: np.ndarray, true: np.ndarray) -> float:
+    """By all pairs of surface pixels; NaN and the diagonal where there is nothing in both or in one."""
+    if not found.any() or not true.any():
+        return np.nan if not found.any() and not true.any() else np.hypot(*found.shape)
+
+    def surface(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask, 1)
+        inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        return np.argwhere(mask & ~inner)
+
+    away = np.linalg.norm(surface(found)[:, None] - surface(true)[None], axis=-1)
+    return np.percentile(np.concatenate([away.min(0), away.min(1)]), 95)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_hd95(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    found, true = (np.zeros((19, 23), bool) for _ in range(2))
+    for mask in (found, true):
+        top, left = generator.integers(10, size=2)
+        mask[top : top + generator.integers(1, 12), left : left + generator.integers(1, 12)] = True
+        mask |= generator.random(mask.shape) < 0.02
+    assert scores.hd95(found, true) == pytest.approx(hd95_by_pairs(found, true))
+    assert scores.hd95(found, found) == 0
+
+
+def test_classes_that_are_not_there() -> None:
+    """In neither: no score, and means leave it out. In one of both: 0, and the diagonal."""
+    nothing, something = np.zeros((3, 4), np.int64), np.eye(3, 4, dtype=np.int64)
+    assert np.isnan(scores.hd95(nothing > 0, nothing > 0))
+    assert scores.hd95(nothing > 0, something > 0) == scores.hd95(something > 0, nothing > 0) == 5
+    pixels = np.stack([scores.count(nothing, nothing, 1), scores.count(nothing, something, 1)])
+    dice, iou = scores.overlap(pixels)
+    np.testing.assert_array_equal(dice[:, 0], [np.nan, 0])
+    np.testing.assert_array_equal(iou[:, 0], [np.nan, 0])
+    assert scores.mean(dice) == 0 and np.isnan(scores.mean(dice[:1]))
