@@ -5,7 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from examples.data import Data, find, paired
+from examples.data import Data, as_instances, find, paired
 from examples.network import ATTENTIONS
 from reference import unets
 
@@ -36,6 +36,7 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what follows the image's name in the mask's: _seg, for a.jpg and a_seg.png; nothing: the usual ones",
     )
+    add("--instances", action="store_true", help="masks number their objects: all that is not 0 is foreground")
 
 
 def folders(chosen: argparse.Namespace, parser: argparse.ArgumentParser, other: str, name: str) -> None:
@@ -49,11 +50,14 @@ def folders(chosen: argparse.Namespace, parser: argparse.ArgumentParser, other: 
         parser.error("--mask-suffix: expected beside --images and --masks, got it alone")
     if chosen.mask_suffix == "":
         parser.error("--mask-suffix: expected a text such as _seg, got nothing; leave it out for the usual ones")
+    if chosen.instances and chosen.images is None and other is None:
+        parser.error(f"--instances: expected beside {name} or --images, got it alone")
 
 
 def read_folders(chosen: argparse.Namespace, folder: Path) -> Data:
     """The data in --images and --masks, or else in `folder`."""
-    return find(folder) if chosen.images is None else paired(chosen.images, chosen.masks, chosen.mask_suffix)
+    found = find(folder) if chosen.images is None else paired(chosen.images, chosen.masks, chosen.mask_suffix)
+    return as_instances(found) if chosen.instances else found
 
 
 def arguments() -> argparse.Namespace:

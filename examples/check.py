@@ -79,7 +79,7 @@ def _raise(problems: Sequence[DataError]) -> None:
     if low:
         classes = max(problem.highest for problem in low) + 1
         more = f" (and {len(low) - 1} masks like it)" if len(low) > 1 else ""
-        cure = f"if they are class indices, train with --classes {classes}; if numbered objects, save 1 for each"
+        cure = f"if they are class indices, train with --classes {classes}; if they number objects, --instances"
         lines.insert(0, f"{low[0]}{more}: {cure}")
     if len(lines) > SHOWN:
         lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"]

@@ -19,7 +19,7 @@ image is, or that and one of SUFFIXES.
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -150,16 +150,26 @@ def with_classes(data: Data, count: int) -> Data:
     if count - 1 == len(data.classes):
         return data
 
-    def indexed(samples: list[Sample]) -> list[Sample]:
-        return [_indexed(sample, count) for sample in samples] if count > 2 else samples
+    changed = _changed(data, lambda sample: _indexed(sample, count)) if count > 2 else data
+    return replace(changed, classes=tuple(f"class {i}" for i in range(1, count)))
 
-    return replace(
-        data,
-        train=indexed(data.train),
-        validation=indexed(data.validation),
-        tests={name: indexed(samples) for name, samples in data.tests.items()},
-        classes=tuple(f"class {i}" for i in range(1, count)),
-    )
+
+def as_instances(data: Data) -> Data:
+    """`data` with masks that number their objects: all that is not 0 is foreground.
+
+    Raises:
+        DataError: its masks are labels of classes.
+    """
+    if data.train[0].values is Values.CLASSES:
+        raise DataError(f"{data.train[0].mask}: expected mask images for --instances, got labels of classes")
+    return _changed(data, lambda sample: replace(sample, values=Values.INSTANCES))
+
+
+def _changed(data: Data, change: Callable[[Sample], Sample]) -> Data:
+    """`data` with another sample for each of all its sets."""
+    train, validation = (list(map(change, samples)) for samples in (data.train, data.validation))
+    tests = {name: list(map(change, samples)) for name, samples in data.tests.items()}
+    return replace(data, train=train, validation=validation, tests=tests)
 
 
 def counted(sets: dict[str, list[Sample]]) -> str:

@@ -66,6 +66,11 @@ class Sample:
         """Of the image's file without its ending, and of the slice."""
         return self.image.stem if self.slice is None else f"{self.group}_slice{self.slice:03}"
 
+    @property
+    def case(self) -> str:
+        """What is scored as one: the image, or the volume."""
+        return self.name if self.slice is None else self.group
+
 
 @dataclass(frozen=True)
 class Reading:

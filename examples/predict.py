@@ -9,12 +9,13 @@ val/ that, of any other all. --out gets (in a folder a test set):
 - masks/NAME.png, as large as the image. Several classes: the pixels are class indices. One class: 0 is background and
   255 foreground.
 - overlays/NAME.png, the image with the prediction's classes as colours and the mask's outlines as white lines.
-- scores.csv, where there are masks: Dice, IoU and HD95 in pixels of each class of each image, at the image's size
-  (`examples.scores` says how; a class that neither the prediction nor the mask has is left out).
+- scores.csv, where there are masks: Dice, IoU and HD95 in pixels of each class of each image, at the image's size, or
+  of each volume (`examples.scores` says how; a class that neither the prediction nor the mask has is left out).
 """
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,8 +96,8 @@ def require_other_folder(out: Path, sets: dict[str, list[Sample]]) -> None:
                 raise DataError(f"--out {out}: expected another folder, {out / name / folder} holds the data")
 
 
-def predict_one(predict: Predictor, sample: Sample, folder: Path) -> np.ndarray | None:
-    """Write the mask and the overlay; scores (classes, 3), of Dice, IoU and HD95, where the sample has a mask."""
+def predict_one(predict: Predictor, sample: Sample, folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Write the mask and the overlay; the predicted classes (H, W) uint8, and the mask's where the sample has one."""
     plan, image = predict.plan, read_image(sample)
     found = predict(image if plan.resize is None else resize_image(image, plan.resize))
     if plan.resize is not None:
@@ -105,22 +106,26 @@ def predict_one(predict: Predictor, sample: Sample, folder: Path) -> np.ndarray 
     pixels = (found * (255 if len(plan.classes) == 1 else 1)).astype(np.uint8)
     for kind, array in (("masks", pixels), ("overlays", picture.overlay(image, found, true))):
         write(folder / kind / f"{sample.name}.png", partial(Image.fromarray(array).save, format="PNG"))
-    if true is None:
-        return None
-    dice, iou = overlap(count(found, true, len(plan.classes)))
-    distances = [hd95(found == i, true == i) for i in range(1, len(plan.classes) + 1)]
+    return found.astype(np.uint8), None if true is None else true.astype(np.uint8)
+
+
+def score(found: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
+    """(classes, 3), of Dice, IoU and HD95, of an image's (H, W) or a volume's (slices, H, W) classes."""
+    dice, iou = overlap(count(found, true, classes))
+    distances = [hd95(found == i, true == i) for i in range(1, classes + 1)]
     return np.stack([dice, iou, distances], axis=1)
 
 
 def predict_set(predict: Predictor, samples: Sequence[Sample], folder: Path) -> None:
-    """Predict the samples of one set into a folder, and print their scores."""
+    """Predict the samples of one set into a folder, and print the scores of its images, or of its volumes."""
     for kind in ("masks", "overlays"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     scores = {}
-    for sample in tqdm(samples, "predicting", leave=False):
-        of_classes = predict_one(predict, sample, folder)
-        if of_classes is not None:
-            scores[sample.name] = of_classes
+    bar = tqdm(samples, "predicting", leave=False)
+    for case, of_case in itertools.groupby(bar, key=lambda sample: sample.case):  # slices of a volume are neighbours
+        found, true = zip(*(predict_one(predict, sample, folder) for sample in of_case), strict=True)
+        if true[0] is not None:
+            scores[case] = score(np.squeeze(found), np.squeeze(true), len(predict.plan.classes))
     if scores:
         report(scores, predict.plan.classes, folder / "scores.csv")
 

@@ -17,7 +17,7 @@ DECIMALS = {"Dice": ".4f", "IoU": ".4f", "HD95": ".2f"}
 
 
 def count(found: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels (classes, 3) of each class but the background: in both, in `found`, in `true` ((H, W) classes)."""
+    """Pixels (classes, 3) of each class but the background: in both, in `found`, in `true` (classes of any shape)."""
     pixels = np.zeros((classes, 3), np.int64)
     for i in range(classes):
         here, there = found == i + 1, true == i + 1
@@ -36,13 +36,13 @@ def hd95(found: np.ndarray, true: np.ndarray) -> float:
     """The 95th percentile of the distances from each surface's pixels to the other surface, in pixels, as medpy's hd95.
 
     Args:
-        found, true: (H, W) bool. The surface is the pixels with a neighbour, above, below or beside, that is not in it;
-            what is outside the image is not.
+        found, true: (H, W) or (slices, H, W) bool. The surface is the pixels with a neighbour along an axis that is not
+            in it; what is outside the image is not. Slices are as far apart as pixels.
     """
     if not found.any() and not true.any():
         return float("nan")
     if not found.any() or not true.any():
-        return float(np.hypot(*found.shape))
+        return float(np.linalg.norm(found.shape))
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (found, true)]
     away = [ndimage.distance_transform_edt(~surface) for surface in surfaces]
     return float(np.percentile(np.concatenate([away[1][surfaces[0]], away[0][surfaces[1]]]), 95))

@@ -104,6 +104,20 @@ def test_instances_are_foreground(run, tmp_path: Path, capsys: pytest.CaptureFix
         np.testing.assert_array_equal(files.load(sample)[1], np.asarray(Image.open(sample.mask)) > 0)
 
 
+def test_numbered_objects(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers such as 90 and 180 would be taken for grey levels."""
+    masked(tmp_path, lambda instances: instances * np.uint8(90))
+    assert trained(run, tmp_path) == 0
+    assert "grey values between 0 and 255" in capsys.readouterr().out
+    assert trained(run, tmp_path, "--instances", "--restart") == 0
+    assert "masks:" not in capsys.readouterr().out
+    for i, sample in enumerate(data.as_instances(data.find(tmp_path)).train):
+        np.testing.assert_array_equal(files.load(sample)[1], picture(i)[1] > 0)
+    synapse(tmp_path / "labels")
+    assert trained(run, tmp_path / "labels", "--instances") == 2
+    assert "expected mask images for --instances, got labels of classes" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "mask, suffix",
@@ -140,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         lambda root: masked(root, lambda i: i),
         [],
         "0.png: expected 0 and one other value, or grey levels up to 255, got several up to 2 (and 3 masks like it): "
-        "if they are class indices, train with --classes 3; if numbered objects, save 1 for each\n",
+        "if they are class indices, train with --classes 3; if they number objects, --instances\n",
     ),
     "low values that differ": (
         lambda root: masked(root, lambda i: i) or write_image(root / "masks/3.png", THREE),

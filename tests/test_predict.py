@@ -1,6 +1,7 @@
 """Prediction from a saved network: what is written, how it is scored, and what is refused."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import network, predict, scores, train
+from examples import data, network, predict, scores, train
 from tests.datasets import (
     SHORT,
     glas,
@@ -125,6 +126,30 @@ def test_sets_of_a_data_set(make, said: str, names: set[str], run, best, tmp_pat
     assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("masks/*")} == names
 
 
+def test_volumes_are_scored_whole(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the second one the last slice is empty: alone, it would have no score."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    weights = best(synapse_with_volumes)
+    capsys.readouterr()
+    assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
+    assert re.search(r"\| case0001 +\|", capsys.readouterr().out)
+    lines = rows(tmp_path / "out" / "test_vol_h5" / "scores.csv")
+    assert [(line["image"], line["class"]) for line in lines] == [
+        (case, organ) for case in ("case0001", "case0008") for organ in data.ORGANS
+    ]
+    for line in lines:
+        masks = sorted((tmp_path / "out" / "test_vol_h5" / "masks").glob(f"{line['image']}_*.png"))
+        with h5py.File(tmp_path / "training" / "test_vol_h5" / f"{line['image']}.npy.h5") as file:
+            true = file["label"][:] == 1 + data.ORGANS.index(line["class"])
+        found = np.stack([np.asarray(Image.open(path)) for path in masks]) == 1 + data.ORGANS.index(line["class"])
+        assert found.shape == true.shape == (3, 40, 48)
+        expected = hd95_by_pairs(found, true)
+        assert float(line["HD95"] or "nan") == pytest.approx(expected, nan_ok=True)
+        both = found.sum() + true.sum()
+        expected = 2 * (found & true).sum() / both if both else np.nan
+        assert float(line["Dice"] or "nan") == pytest.approx(expected, nan_ok=True)
+
+
 def test_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = best()
     isic(tmp_path / "ISIC")
@@ -180,6 +205,7 @@ def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["best.pt"], "FOLDER: expected a folder of images, or --images and --masks, got none"),
         (["best.pt", "a", "--images", "b", "--masks", "c"], "--images, --masks: expected instead of FOLDER, got both"),
         (["best.pt", "--masks", "c"], "--images: expected a folder beside --masks, got none"),
+        (["best.pt", "--instances"], "--instances: expected beside FOLDER or --images, got it alone"),
         (["best.pt", "a", "--batch", "0"], "--batch: expected an integer of at least 1, got 0"),
     ],
 )
@@ -209,12 +235,12 @@ def test_a_saved_network_is_plain_and_whole(best) -> None:
 def hd95_by_pairs(found: np.ndarray, true: np.ndarray) -> float:
     """By all pairs of surface pixels; NaN and the diagonal where there is nothing in both or in one."""
     if not found.any() or not true.any():
-        return np.nan if not found.any() and not true.any() else np.hypot(*found.shape)
+        return np.nan if not found.any() and not true.any() else np.linalg.norm(found.shape)
 
     def surface(mask: np.ndarray) -> np.ndarray:
         padded = np.pad(mask, 1)
-        inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        return np.argwhere(mask & ~inner)
+        neighbours = [np.roll(padded, step, axis) for axis in range(mask.ndim) for step in (-1, 1)]
+        return np.argwhere(padded & ~np.logical_and.reduce(neighbours))
 
     away = np.linalg.norm(surface(found)[:, None] - surface(true)[None], axis=-1)
     return np.percentile(np.concatenate([away.min(0), away.min(1)]), 95)

@@ -140,6 +140,7 @@ def test_tiles_have_no_seams() -> None:
     np.testing.assert_array_equal(predict(image)[inside], (image[..., 0] > 0.5)[inside])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_not_killed(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kvasir(tmp_path / "data")
     given = ["--data", str(tmp_path / "data"), "--crop", "32", "--batch", "2", "--steps", "8", "--epochs", "3"]
@@ -262,6 +263,7 @@ for i, (name, options, status, train.validate) in enumerate(runs):
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel and FSDP2 train alike, and FSDP2 goes on from its checkpoint as if it had not stopped.
 
