@@ -334,7 +334,7 @@ def help_of_steps() -> str:
     return (
         "Steps, and about what each one takes on 16 cores with empty caches:\n"
         + "\n".join(lines)
-        + "\n\nOf the time that is left a step may take its share by these numbers; alone, all of it."
+        + "\n\nOf the time that is left a step may take its share by these numbers; alone, or in a dry run, all of it."
     )
 
 
@@ -386,7 +386,8 @@ def main(arguments: Sequence[str]) -> int:
     waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
     failed = False
     while waiting:
-        seconds = shares(waiting, deadline - time.monotonic())
+        left = deadline - time.monotonic()
+        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
         step = STEPS[waiting.pop(0)]
         result = perform(step, seconds, out, dry, variables)
         failed |= bool(result["status"]) or "stopped" in result
