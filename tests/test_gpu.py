@@ -67,7 +67,7 @@ SLOW = "import time; print('begun', flush=True); time.sleep(60)"
 def test_the_minutes_bound_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step has its share of them."""
     steps(monkeypatch, slow=SLOW, next=SLOW, last="print('end')")
-    monkeypatch.setattr(gpu, "environment", lambda environment=environment(): environment)  # of no GPU
+    environment()  # of no GPU, and kept
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     begin = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
