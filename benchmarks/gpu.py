@@ -1,6 +1,5 @@
 """`python -m benchmarks gpu`: what a machine with a GPU can say, in steps of known length, each saved as it goes."""
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -17,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from benchmarks import cases, compile, journal, run
+from benchmarks import cases, command, compile, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
 from benchmarks.rows import LATEST
@@ -339,19 +338,30 @@ def help_of_steps() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
-        description="On a machine with a GPU: whether the kernels are right, how long each one takes, and the module "
-        "beside the reference, in at most the minutes given. All that is found is written at once, into five files. "
-        "Needs this repository, torch, triton, numpy, pytest, tabulate and tqdm; says what it leaves out for want of "
-        "others. Exit status 1: a step failed, or its time was over.",
-        epilog=help_of_steps(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command.parser(
+        "gpu",
+        "On a machine with a GPU: whether the kernels are right, how long each one takes, and the module beside the "
+        "reference, in at most the minutes given. All that is found is written at once, into five files. Needs this "
+        "repository, torch, triton, numpy, pytest, tabulate and tqdm; says what it leaves out for want of others. Exit "
+        "status 1: a step failed, or its time was over.",
+        "",
+        "--steps tune --minutes 8",
+        "--dry-run   # without a GPU",
+        more=help_of_steps(),
     )
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, metavar="NAME", help=f"which, in this order (default: {' '.join(DEFAULT)})"
+        "--steps",
+        nargs="+",
+        choices=STEPS,
+        metavar="NAME",
+        help=f"steps of the list below, in this order (default: {' '.join(DEFAULT)}; with --dry-run: all)",
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="for all of them (default: 8; with --dry-run: 20)")
+    parser.add_argument(
+        "--minutes",
+        type=command.positive_number,
+        metavar="M",
+        help="minutes for all steps together (default: 8; with --dry-run: 20)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -362,13 +372,14 @@ def main(arguments: Sequence[str]) -> int:
         type=Path,
         default=LATEST / "gpu",
         metavar="FOLDER",
-        help="where everything goes (default: %(default)s)",
+        help="folder that everything is written to",
     )
     chosen = parser.parse_args(arguments)
     dry = chosen.dry_run
     if not dry and not torch.cuda.is_available():
-        print("gpu: not run: no GPU; --dry-run does every step in the interpreter", file=sys.stderr)
-        return 2
+        return command.not_run(
+            "gpu", "no GPU", "`python -m benchmarks gpu --dry-run` runs it, tiny, in Triton's interpreter"
+        )
     deadline = time.monotonic() + 60 * (chosen.minutes or (20 if dry else 8))
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

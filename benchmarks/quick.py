@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, measure, plots, report, rows
+from benchmarks import cases, command, console, measure, plots, report, rows
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
@@ -26,13 +26,20 @@ def parser() -> argparse.ArgumentParser:
         "the paper's side and compiles the reference for evaluation only; `python -m benchmarks run` does neither. "
         "Exit status 1 means that a fused module is not within its error budget. `python -m benchmarks --help` lists "
         "the other commands.",
+        epilog="Example: python -m benchmarks quick --batch 1 --mode eval --image slide.png",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch")
+    parser.add_argument(
+        "--batch", type=command.positive_integer, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch"
+    )
     parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help="dtype of maps and weights")
     parser.add_argument("--image", type=Path, metavar="FILE", help="your own image instead of the bundled tissue slide")
     parser.add_argument(
-        "--patch", type=int, default=28, metavar="P", help="side of the token grid; a tile has 8 P pixels a side"
+        "--patch",
+        type=command.positive_integer,
+        default=28,
+        metavar="P",
+        help="side of the token grid; a tile has 8 P pixels a side",
     )
     parser.add_argument("--mode", nargs="+", choices=list(cases.MODES), default=list(cases.MODES), help="what to run")
     parser.add_argument(
@@ -103,8 +110,6 @@ def baseline(found: Sequence[Row], row: Row) -> Row:
 
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
-    if min(*chosen.batch, chosen.patch) < 1:
-        parser().error("--batch and --patch: expected integers of at least 1")
     try:
         image = cases.load_image(chosen.image)
     except (OSError, ValueError) as error:

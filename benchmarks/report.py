@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, journal, plots, rows
+from benchmarks import cases, command, console, journal, plots, rows
 from benchmarks.rows import RESULTS, Row
 
 FUSED = ("torch", "triton")
@@ -19,8 +19,9 @@ Group = tuple[str | int, ...]
 
 def machines(results: Path) -> dict[Path, list[Row]]:
     """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows."""
-    folders = [results] if any(results.glob("*.jsonl")) else sorted(p for p in results.iterdir() if p.is_dir())
-    found = {folder: rows.load(folder) for folder in folders if folder.name != rows.LATEST.name}
+    inner = [p for p in results.iterdir() if p.is_dir() and p.name != rows.LATEST.name]
+    folders = [results] if any(results.glob("*.jsonl")) else sorted(inner)
+    found = {folder: rows.load(folder) for folder in folders}
     return {folder: of_machine for folder, of_machine in found.items() if of_machine}
 
 
@@ -229,24 +230,60 @@ def filled(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
+def checked(chosen: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: what is to be reported is not there, or the document cannot be written.
+    """
+    if not chosen.results.is_dir():
+        raise ValueError(
+            f"--results: expected a folder of rows, or of folders of rows, found no folder {chosen.results}"
+        )
+    if chosen.journal is not None and not chosen.journal.is_file():
+        raise ValueError(f"--journal: expected a file, found no {chosen.journal}")
+    if chosen.document.is_dir() or not chosen.document.parent.is_dir():
+        raise ValueError(f"--document: expected a file in a folder that is there, got {chosen.document}")
+    if not machines(chosen.results) and not journal.read(chosen.journal):
+        raise ValueError(f"--results: expected rows (*.jsonl) in {chosen.results} or in its folders, found none")
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks report",
-        description="Writes tables of committed rows between the document's markers, `<!-- begin: NAME -->` and "
+    parser = command.parser(
+        "report",
+        "Writes tables of committed rows between the document's markers, `<!-- begin: NAME -->` and "
         f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
         "does not exist is made, with every block.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "",
+        "--check",
+        "--results benchmarks/results/latest --document report.md",
     )
-    parser.add_argument("--document", type=Path, default=RESULTS.parents[1] / "README.md", help="what is written")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="a folder a machine")
     parser.add_argument(
-        "--journal", type=Path, metavar="FILE", help="of a machine with a GPU: its kernels and failures too"
+        "--document",
+        type=Path,
+        default=RESULTS.parents[1] / "README.md",
+        metavar="FILE",
+        help="Markdown file whose blocks are written",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder of rows (*.jsonl) of one machine, or of such folders, one a machine",
+    )
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="journal of a machine with a GPU: its kernels and failures too"
     )
     parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
     chosen = parser.parse_args(arguments)
     document = chosen.document
-    blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
+    try:
+        checked(chosen)
+        blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
     if chosen.journal is not None:
         entries = journal.read(chosen.journal)
         blocks |= {"checks": checks(entries), "kernels": kernels(entries)}
@@ -264,18 +301,22 @@ def main(arguments: Sequence[str]) -> int:
     stale = [] if document.exists() and after == before else [document]
     if not chosen.check:
         document.write_text(after)
+        print(f"document: {document}")
     with tempfile.TemporaryDirectory() as scratch:
         for folder, found in machines(chosen.results).items():
             for name in () if chosen.no_figures else plots.figures(found):
                 path = folder / f"{name}.png"
                 drawn = Path(scratch) / f"{name}.png" if chosen.check else path
                 message = plots.draw(plots.FIGURES[name], found, drawn)
-                if not message.startswith("figure"):
+                if not chosen.check or not message.startswith("figure"):
                     print(message)
+                if not message.startswith("figure"):
                     break
                 if chosen.check and not (path.exists() and path.read_bytes() == drawn.read_bytes()):
                     stale.append(path)
     if chosen.check and stale:
         print("\n".join(f"{path}: differs from what the rows give" for path in stale))
         return 1
+    if chosen.check:
+        print(f"{document}: it and the figures are what the rows give")
     return 0
