@@ -63,9 +63,10 @@ def not_run(name: str, reason: str, instead: str) -> int:
     return NOT_RUN
 
 
-def interpreted(name: str) -> str:
-    """What can be done instead of a command that needs a GPU and is a step of `gpu`."""
-    return f"`python -m benchmarks gpu --dry-run --steps {name}` runs it, tiny, in Triton's interpreter"
+def interpreted(*steps: str) -> str:
+    """What can be done instead of a command that needs a GPU: these steps of `gpu`, or all."""
+    chosen = " ".join(["--dry-run", *(["--steps", *steps] if steps else [])])
+    return f"`python -m benchmarks gpu {chosen}` runs it, tiny, in Triton's interpreter"
 
 
 # What each choice is, for `--help`.

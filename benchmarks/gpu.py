@@ -377,9 +377,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     dry = chosen.dry_run
     if not dry and not torch.cuda.is_available():
-        return command.not_run(
-            "gpu", "no GPU", "`python -m benchmarks gpu --dry-run` runs it, tiny, in Triton's interpreter"
-        )
+        return command.not_run("gpu", "no GPU", command.interpreted())
     deadline = time.monotonic() + 60 * (chosen.minutes or (20 if dry else 8))
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

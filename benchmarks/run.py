@@ -39,15 +39,16 @@ def sizes_of(case: str, chosen: argparse.Namespace) -> list[str]:
 
 
 def why_nothing(chosen: argparse.Namespace) -> str:
-    """Of a selection without a group, the options that exclude each other."""
-    have = {name for case in chosen.case for name in providers.providers_of(case)}
-    if not have & set(chosen.provider):
-        return f"--provider {' '.join(chosen.provider)}: no --case {' '.join(chosen.case)} has it; a network has"
+    """Of a selection without a group, which options exclude each other: of each case, or of all."""
+    reasons = []
     for case in chosen.case:
-        if not sizes_of(case, chosen):
-            known = " ".join(cases.sizes_of(case))
-            return f"--size {' '.join(chosen.size)}: --case {case} has {known}"
-    return f"--mode {' '.join(chosen.mode)}: --phase {' '.join(chosen.phase)} has forward alone"
+        if not set(providers.providers_of(case)) & set(chosen.provider):
+            reasons.append(f"--case {case} has no --provider {' '.join(chosen.provider)}")
+        elif not sizes_of(case, chosen):
+            reasons.append(f"--case {case} has --size {' '.join(cases.sizes_of(case))} alone")
+        else:
+            reasons.append(f"--phase {' '.join(chosen.phase)} has --mode {' '.join(cases.MODES['eval'])} alone")
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def parser() -> argparse.ArgumentParser:

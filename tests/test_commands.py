@@ -139,11 +139,15 @@ def test_a_golden_vector_that_there_is_not(capsys: pytest.CaptureFixture[str], m
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ("--case UNet --size grid112", "--size grid112: --case UNet has paper"),
-        ("--case dca --provider without", "--provider without: no --case dca has it; a network has"),
-        ("--case dca --phase eval --mode backward", "--mode backward: --phase eval has forward alone"),
+        ("--case UNet --size grid112", "--case UNet has --size paper alone"),
+        ("--case dca --provider without", "--case dca has no --provider without"),
+        ("--case dca upsample --phase eval --mode backward", "--phase eval has --mode forward alone"),
+        (
+            "--case dca UNet --size grid112 --provider without",
+            "--case dca has no --provider without; --case UNet has --size paper alone",
+        ),
     ],
-    ids=["size", "provider", "mode"],
+    ids=["size", "provider", "mode", "several"],
 )
 def test_a_selection_of_nothing_says_why(
     arguments: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
