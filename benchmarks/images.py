@@ -125,9 +125,13 @@ def _of_tiff(path: Path) -> np.ndarray:
         if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
             if page.axes not in ("YX", "YXS", "SYX"):
                 raise ValueError(f"expected a grey, RGB or RGBA image, got an array of shape {page.shape}")
-            with contextlib.suppress(ValueError):  # a compression that tifffile knows by another package alone
-                values = page.asarray()
-                return np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+            with _decoding():
+                try:
+                    values = page.asarray()
+                    return np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+                except ValueError as error:
+                    if "imagecodecs" not in str(error):  # a package for compressions that Pillow knows itself
+                        raise
     return _by_pillow(path)
 
 

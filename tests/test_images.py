@@ -173,6 +173,15 @@ def test_an_image_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert not re.search(r" at 0x[0-9a-f]", line)
 
 
+def test_a_spoiled_tiff_file(tmp_path: Path) -> None:
+    path = tiff(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64), compression="zlib")(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-200:-100] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: expected an image: "):
+        cases.load_image(path)
+
+
 def test_an_image_without_pixels(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="zero-size"):
         path = tiff(np.zeros((0, 7), np.uint8))(tmp_path)
