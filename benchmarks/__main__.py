@@ -5,32 +5,38 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quick": "the main job: reference and fused module on a real image",
-    "run": "any selection of cases, sizes, modes and providers",
-    "compare": "two runs: what got faster, what slower",
-    "report": "tables and figures of committed results",
-    "gpu": "what a GPU can say, in steps that fit into the minutes given",
-    "smoke": "whether the kernels are right on this machine",
-    "kernels": "the time of every kernel, beside its floor",
-    "compile": "kernels ahead, in parallel and without a GPU",
-    "tune": "the kernels' configurations for this GPU",
-    "calibrate": "the machine's copy and product rates",
-    "determinism": "whether results are the same bits every time",
-    "offline": "what can be known of the kernels without a GPU",
-    "host": "what a call costs the host, without a GPU",
+    "quick": "compares reference and fused module on a real image, in minutes: the main job",
+    "run": "times any selection of cases, sizes, modes and providers",
+    "compare": "says what got faster and what slower between two runs",
+    "report": "writes tables and figures of rows that were measured",
+    "gpu": "needs a GPU: does the steps below, as many as fit into the minutes given",
+    "smoke": "needs a GPU: checks whether the kernels are right",
+    "kernels": "needs a GPU: times every kernel, beside its floor",
+    "tune": "needs a GPU: finds the kernels' fastest configurations",
+    "determinism": "checks whether results are the same bits every time",
+    "calibrate": "measures the machine's rates of copies and of products",
+    "compile": "compiles the kernels ahead, without a GPU",
+    "offline": "reads the kernels' machine code and counts their bytes, without a GPU",
+    "host": "times what a call costs the host, without a GPU",
 }
 
 
 def main(arguments: Sequence[str]) -> int:
     if list(arguments) in (["-h"], ["--help"]):
         width = max(map(len, COMMANDS))
-        print("python -m benchmarks COMMAND --help; without a command, quick:\n")
+        print("usage: python -m benchmarks [COMMAND] [OPTIONS]; without a command, quick\n")
         print("\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()))
+        print("\nexample: python -m benchmarks run --help")
         return 0
     command, rest = ("quick", list(arguments))
     if rest and rest[0] in COMMANDS:
         command, *rest = rest
-    return importlib.import_module(f"benchmarks.{command}").main(rest)  # what one needs, the others may lack
+    try:
+        module = importlib.import_module(f"benchmarks.{command}")  # what one needs, the others may lack
+    except ModuleNotFoundError as error:
+        print(f"{command}: not run: {error.name} is not installed; install it first", file=sys.stderr)
+        return 2
+    return module.main(rest)
 
 
 if __name__ == "__main__":

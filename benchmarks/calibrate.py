@@ -1,16 +1,14 @@
 """What the machine can do: rates of a copy and of large products, and what launches cost. Floors are made of these."""
 
-import argparse
 import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import cases, environment, measure
+from benchmarks import cases, command, environment, measure
 
 Rates = dict[str, float]
 
@@ -68,11 +66,16 @@ def _median_seconds(call: Callable[[], object]) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks calibrate",
-        description="Measures the machine's copy rate, its matrix product rates, and on a GPU what a launch costs.",
+    parser = command.parser(
+        "calibrate",
+        "Measures the machine's copy rate, its matrix product rates, and on a GPU what a launch costs. Runs on a CPU "
+        "too.",
+        "",
+        "--out rates.json",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the numbers go, as JSON")
+    parser.add_argument(
+        "--out", type=command.file, metavar="FILE", help="file that the numbers are written to, as JSON"
+    )
     parser.add_argument("--small", action="store_true", help="small arrays: for tests, the numbers mean nothing")
     chosen = parser.parse_args(arguments)
     found: dict[str, object] = {"environment": environment.environment()}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import dca_kernels
 import reference
+from benchmarks import images
 
 FEATURES = (32, 64, 128, 256)
 STRIDES = (8, 4, 2, 1)
@@ -86,31 +86,16 @@ def sizes_of(case: str) -> tuple[str, ...]:
 
 
 def load_image(path: Path | None) -> np.ndarray:
-    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's, or a tissue slide (256 x 256).
+    """An RGB image (H, W, 3), float32 in 0 .. 1: the file's (see `images.load`), or a tissue slide (256 x 256).
 
     The slide is rows and columns 128 .. 383 of scikit-image's `immunohistochemistry`, which has no known copyright.
 
     Raises:
-        ValueError: the file holds no image.
+        ValueError: the file holds no image that is read here.
     """
-    image = np.load(Path(__file__).parent / "slide.npy") if path is None else _read(path)
-    if image.ndim == 2:
-        image = np.repeat(image[:, :, None], 3, axis=2)
-    if image.ndim != 3 or image.shape[2] not in (3, 4):
-        raise ValueError(f"{path}: expected a grey, RGB or RGBA image, got an array of shape {image.shape}")
-    limit = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1.0
-    return np.asarray(image[..., :3], np.float32) / np.float32(limit)
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        from skimage import io  # here: the bundled slide needs no image library
-    except ImportError as error:
-        raise ValueError(f"{path}: scikit-image, which reads it, is not installed") from error
-    try:
-        return io.imread(BytesIO(path.read_bytes()))  # of a path, the readers that fail leave the file open
-    except OSError as error:
-        raise ValueError(f"{path}: expected an image: {error}") from error
+    if path is not None:
+        return images.load(path)
+    return np.load(Path(__file__).parent / "slide.npy").astype(np.float32) / np.float32(255)
 
 
 def cut_tiles(image: np.ndarray, count: int, side: int) -> Tensor:

@@ -1,11 +1,11 @@
 """`python -m benchmarks compare BEFORE AFTER`: what got faster, what slower, and what took more memory."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import console, rows
+from benchmarks import command, console, rows
 from benchmarks.rows import Row
 
 
@@ -29,26 +29,47 @@ def verdict(before: Row, after: Row, threshold: float) -> str:
     return "same"
 
 
+def by_key(name: str, path: Path) -> dict[tuple[Any, ...], Row]:
+    """The rows that an argument names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not path.exists():
+        raise ValueError(f"{name}: expected a file of rows, or a folder of such, found no {path}")
+    found = {row.key: row for row in rows.load(path)}
+    if not found:
+        raise ValueError(f"{name}: expected rows in {path}, found none")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare",
-        description="Compares two runs row by row. Times whose spans from the 20th to the 80th percentile overlap are "
-        "the same. Exit status 1 means that something got slower, or took more memory, by more than the threshold.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "compare",
+        "Compares two runs row by row. Times whose spans from the 20th to the 80th percentile overlap are the same. "
+        "Exit status 1 means that something got slower, or took more memory, by more than the threshold.",
+        "before.jsonl after.jsonl",
+        "benchmarks/results/amd-epyc-2-threads benchmarks/results/latest --threshold 1.2 --all",
     )
-    parser.add_argument("before", type=Path, help="a file of rows, or a folder of such")
-    parser.add_argument("after", type=Path, help="another")
-    parser.add_argument("--threshold", type=float, default=1.1, metavar="RATIO", help="what is allowed")
-    parser.add_argument("--all", action="store_true", help="also what stayed the same")
+    parser.add_argument("before", type=Path, metavar="BEFORE", help="a file of rows (*.jsonl), or a folder of such")
+    parser.add_argument("after", type=Path, metavar="AFTER", help="another file of rows, or a folder of such")
+    parser.add_argument(
+        "--threshold",
+        type=command.positive_number,
+        default=1.1,
+        metavar="RATIO",
+        help="largest ratio of after to before that is no regression",
+    )
+    parser.add_argument("--all", action="store_true", help="also list what stayed the same")
     chosen = parser.parse_args(arguments)
     try:
-        before, after = ({row.key: row for row in rows.load(path)} for path in (chosen.before, chosen.after))
+        before, after = (by_key(name, getattr(chosen, name)) for name in ("before", "after"))
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(f"compare: {error}", file=sys.stderr)
         return 2
     both = [(before[key], after[key]) for key in before if key in after]
     if not both:
-        print("the two have no row in common", file=sys.stderr)
+        print(f"compare: {chosen.before} and {chosen.after} have no row in common", file=sys.stderr)
         return 2
     verdicts = [(old, new, verdict(old, new, chosen.threshold)) for old, new in both]
     lines = [

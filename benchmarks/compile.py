@@ -8,14 +8,12 @@ needs, the paper's module in four dtypes, both layouts, evaluation and training,
 about 7 minutes of one core, which makes half a minute of 16.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import itertools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +25,7 @@ from unittest import mock
 import torch
 
 import dca_kernels
-from benchmarks import cases, console, journal, measure, stand_in
+from benchmarks import cases, command, console, journal, measure, stand_in
 from benchmarks.cases import Size
 from benchmarks.offline import Launch, digest, launches_of
 from dca_kernels import launch
@@ -229,29 +227,46 @@ def golden_calls() -> list[Call]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compile",
-        description="Compiles the kernels of the module, in both layouts of its maps, and of the golden vectors, for a "
-        "kind of GPU that need not be here. A process that has TRITON_CACHE_DIR set to the same folder then compiles "
-        "none of them. The folder may be carried to a machine with the same Python, Triton and sources, if it is named "
-        "by a path relative to this repository, here and there.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "compile",
+        "Compiles the kernels of the module, in both layouts of its maps, and of the golden vectors, for a kind of GPU "
+        "that need not be here. A process that has TRITON_CACHE_DIR set to the same folder then compiles none of them. "
+        "The folder may be carried to a machine with the same Python, Triton and sources, if it is named by a path "
+        "relative to this repository, here and there.",
+        "--target sm_90 --count   # how many there are",
+        "--target sm_90 --dtype bfloat16 --batch 8 --out build/kernels",
     )
     here = target_here()
-    parser.add_argument("--target", choices=stand_in.TARGETS, default=here, required=here is None, help="for what")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the cache; by default Triton's own")
-    parser.add_argument("--size", nargs="+", choices=cases.SIZES, default=["paper"], help="channels and grid")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8, 32], metavar="B", help="images")
-    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help="of the maps")
-    parser.add_argument("--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="forward, or step")
-    parser.add_argument("--no-golden", action="store_true", help="without the golden vectors")
-    parser.add_argument("--processes", type=int, default=processes(), metavar="N", help="at a time")
+    parser.add_argument(
+        "--target",
+        choices=stand_in.TARGETS,
+        default=here,
+        required=here is None,
+        help=f"{command.listed(stand_in.EXAMPLES)}; without a GPU it must be named",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the cache (default: Triton's own)")
+    parser.add_argument("--size", nargs="+", choices=cases.SIZES, default=["paper"], help=command.sizes())
+    parser.add_argument(
+        "--batch", nargs="+", type=command.positive_integer, default=[1, 2, 8, 32], metavar="B", help=command.BATCH
+    )
+    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help=command.DTYPE)
+    parser.add_argument(
+        "--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help=command.listed(command.PHASES)
+    )
+    parser.add_argument("--no-golden", action="store_true", help="without the kernels of the golden vectors")
+    parser.add_argument(
+        "--processes",
+        type=command.positive_integer,
+        default=processes(),
+        metavar="N",
+        help="processes that compile at a time",
+    )
     parser.add_argument("--count", action="store_true", help="only say how many there are, and estimate the time")
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="where failures are written, a line of JSON each")
+    parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
     chosen = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("compile: nothing is compiled where TRITON_INTERPRET is 1", file=sys.stderr)
-        return 2
+    reason = stand_in.why_not_compiled()
+    if reason is not None:
+        return command.not_run("compile", reason, "unset it")
     if chosen.target not in stand_in.TARGETS:
         print(f"compile: not run: nothing stands in for {chosen.target}; kernels are compiled where they are launched")
         return 0

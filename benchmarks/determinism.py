@@ -1,13 +1,11 @@
 """`python -m benchmarks determinism`: whether the kernels' outputs and gradients are the same bits every time."""
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import cases, console, journal, measure, providers
+from benchmarks import cases, command, console, journal, measure, providers
 from benchmarks.cases import Problem
 
 EVERY = 50  # repeats, after which the count is written
@@ -21,27 +19,28 @@ def differing(a: Tensor, b: Tensor) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks determinism",
-        description="Repeats a forward and backward in training and compares outputs and all gradients with the first "
-        "one's, bit by bit. Exit status 1 means that they differ.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "determinism",
+        "Repeats a forward and backward in training and compares outputs and all gradients with the first one's, bit "
+        "by bit. Exit status 1 means that they differ, 2 that the provider does not run here.",
+        "",
+        "--provider torch --size tiny --dtype float32 --repeats 10   # without a GPU",
     )
-    parser.add_argument("--provider", choices=("torch", "triton"), default="triton", help="whose")
-    parser.add_argument("--repeats", type=int, default=250, metavar="N", help="after the first")
-    parser.add_argument("--batch", type=int, default=60, metavar="B", help="images")
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of maps and weights")
+    whose = command.listed({name: command.PROVIDERS[name] for name in ("torch", "triton")})
+    parser.add_argument("--provider", choices=("torch", "triton"), default="triton", help=whose)
     parser.add_argument(
-        "--journal", type=Path, metavar="FILE", help="where the counts go, now and then, a line of JSON"
+        "--repeats", type=command.positive_integer, default=250, metavar="N", help="calls after the first one"
     )
+    parser.add_argument("--batch", type=command.positive_integer, default=60, metavar="B", help=command.BATCH)
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help=command.DTYPE)
+    parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
     chosen = parser.parse_args(arguments)
     device, provider = measure.device(), providers.PROVIDERS[chosen.provider]
     problem = Problem("dca", cases.SIZES[chosen.size], chosen.batch, cases.DTYPES[chosen.dtype], training=True)
     reason = providers.why_not(provider, problem, "full", device)
     if reason is not None:
-        print(f"determinism: not run: {reason}")
-        return 0
+        return command.not_run("determinism", reason, "`--provider torch` runs on a CPU")
     subject = providers.build(provider, problem, *providers.inputs_of(problem, cases.load_image(None), device))
 
     def results() -> list[Tensor]:

@@ -1,6 +1,5 @@
 """`python -m benchmarks gpu`: what a machine with a GPU can say, in steps of known length, each saved as it goes."""
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -17,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from benchmarks import cases, compile, journal, run
+from benchmarks import cases, command, compile, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
 from benchmarks.rows import LATEST
@@ -334,24 +333,35 @@ def help_of_steps() -> str:
     return (
         "Steps, and about what each one takes on 16 cores with empty caches:\n"
         + "\n".join(lines)
-        + "\n\nOf the time that is left a step may take its share by these numbers; alone, all of it."
+        + "\n\nOf the time that is left a step may take its share by these numbers; alone, or in a dry run, all of it."
     )
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
-        description="On a machine with a GPU: whether the kernels are right, how long each one takes, and the module "
-        "beside the reference, in at most the minutes given. All that is found is written at once, into five files. "
-        "Needs this repository, torch, triton, numpy, pytest, tabulate and tqdm; says what it leaves out for want of "
-        "others. Exit status 1: a step failed, or its time was over.",
-        epilog=help_of_steps(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command.parser(
+        "gpu",
+        "On a machine with a GPU: whether the kernels are right, how long each one takes, and the module beside the "
+        "reference, in at most the minutes given. All that is found is written at once, into five files. Needs this "
+        "repository, torch, triton, numpy, pytest, tabulate and tqdm; says what it leaves out for want of others. Exit "
+        "status 1: a step failed, or its time was over.",
+        "",
+        "--steps tune --minutes 8",
+        "--dry-run   # without a GPU",
+        more=help_of_steps(),
     )
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, metavar="NAME", help=f"which, in this order (default: {' '.join(DEFAULT)})"
+        "--steps",
+        nargs="+",
+        choices=STEPS,
+        metavar="NAME",
+        help=f"steps of the list below, in this order (default: {' '.join(DEFAULT)}; with --dry-run: all)",
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="for all of them (default: 8; with --dry-run: 20)")
+    parser.add_argument(
+        "--minutes",
+        type=command.positive_number,
+        metavar="M",
+        help="minutes for all steps together (default: 8; with --dry-run: 20)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -362,13 +372,12 @@ def main(arguments: Sequence[str]) -> int:
         type=Path,
         default=LATEST / "gpu",
         metavar="FOLDER",
-        help="where everything goes (default: %(default)s)",
+        help="folder that everything is written to",
     )
     chosen = parser.parse_args(arguments)
     dry = chosen.dry_run
     if not dry and not torch.cuda.is_available():
-        print("gpu: not run: no GPU; --dry-run does every step in the interpreter", file=sys.stderr)
-        return 2
+        return command.not_run("gpu", "no GPU", command.interpreted())
     deadline = time.monotonic() + 60 * (chosen.minutes or (20 if dry else 8))
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -386,7 +395,8 @@ def main(arguments: Sequence[str]) -> int:
     waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
     failed = False
     while waiting:
-        seconds = shares(waiting, deadline - time.monotonic())
+        left = deadline - time.monotonic()
+        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
         step = STEPS[waiting.pop(0)]
         result = perform(step, seconds, out, dry, variables)
         failed |= bool(result["status"]) or "stopped" in result

@@ -1,6 +1,5 @@
 """What a call of the `triton` backend costs the host, whatever its kernels do: measured against a stand-in driver."""
 
-import argparse
 import gc
 import statistics
 import time
@@ -13,7 +12,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import dca_kernels
-from benchmarks import cases, console, stand_in
+from benchmarks import cases, command, console, stand_in
 from benchmarks.environment import describe, environment
 
 TARGET = "sm_90"
@@ -85,22 +84,25 @@ def microseconds(timed: dict[str, Callable[[], object]], number: int) -> dict[st
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks host",
-        description="Times what a forward and a training step cost the host: all of it, and its bare launches. The "
-        "JIT and the launcher are Triton's own; the driver behind them is stood in for, so no GPU is needed. The "
-        "kernels are compiled first, which takes minutes at the paper's size. Times are CPU time of this machine: "
-        "read them as ratios.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "host",
+        "Times what a forward and a training step cost the host: all of it, and its bare launches. The JIT and the "
+        "launcher are Triton's own; the driver behind them is stood in for, so no GPU is needed. The kernels are "
+        "compiled first, which takes minutes at the paper's size. Times are CPU time of this machine: read them as "
+        "ratios.",
+        "",
+        "--size tiny --dtype float32   # in a minute",
     )
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of the maps")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images")
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help=command.DTYPE)
+    parser.add_argument("--batch", type=command.positive_integer, default=1, metavar="B", help=command.BATCH)
     chosen = parser.parse_args(arguments)
+    reason = stand_in.why_not_compiled()
+    if reason is not None:
+        return command.not_run("host", reason, "unset it")
     reason = stand_in.why_no_launches()
     if reason is not None:
-        print(f"host: not run: {reason}")
-        return 2
+        return command.not_run("host", reason, "it needs a machine with a C compiler and without a GPU")
     torch.set_num_threads(1)
     print(f"environment: {describe(environment())}")
     lines = []

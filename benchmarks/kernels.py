@@ -4,20 +4,18 @@ The floor of a kernel is what it must move and multiply (counted in the interpre
 the rates of a large copy and of a large product here. The estimate is of estimates.json, for an H100.
 """
 
-import argparse
 import itertools
 import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from benchmarks import calibrate, cases, journal, measure, providers, report
+from benchmarks import calibrate, cases, command, journal, measure, providers, report
 from benchmarks.cases import Problem
 from benchmarks.compile import ESTIMATES
 from benchmarks.environment import describe, environment
@@ -130,24 +128,27 @@ def measured(problem: Problem, rates: calibrate.Rates) -> list[journal.Entry]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks kernels",
-        description="Measures the rates of a copy and of products, then the time of every kernel of a forward and of a "
-        "training step, from replays of a CUDA graph by the profiler, beside its floor and beside what was estimated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "kernels",
+        "Measures the rates of a copy and of products, then the time of every kernel of a forward and of a training "
+        "step, from replays of a CUDA graph by the profiler, beside its floor and beside what was estimated. Needs a "
+        "GPU.",
+        "",
+        "--batch 1 --dtype float32",
     )
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
-    parser.add_argument("--batch", nargs="+", type=int, default=[8, 1, 32], metavar="B", help="images")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of maps and weights")
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
+    parser.add_argument(
+        "--batch", nargs="+", type=command.positive_integer, default=[8, 1, 32], metavar="B", help=command.BATCH
+    )
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help=command.DTYPE)
     parser.add_argument("--small", action="store_true", help="calibrate with small arrays: for tests")
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="where entries are written, a line of JSON each")
+    parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
     chosen = parser.parse_args(arguments)
     device = measure.device()
     subject = Problem("dca", cases.SIZES[chosen.size], 1, cases.DTYPES[chosen.dtype], False)
-    reason = providers.backends.why_not("triton", device)
+    reason = providers.why_no_kernels(device)
     if reason is not None:
-        print(f"kernels: not run: {reason}")
-        return 2
+        return command.not_run("kernels", reason, command.interpreted("kernels"))
     print(f"environment: {describe(environment())}", flush=True)
     rates = calibrate.rates(subject.dtype, chosen.small)
     found = {"dtype": chosen.dtype, **rates, **calibrate.overheads()}

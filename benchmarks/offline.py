@@ -1,6 +1,5 @@
 """What can be known of the kernels without a GPU: each is compiled for every target, and its machine code is read."""
 
-import argparse
 import ast
 import concurrent.futures
 import functools
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
 import dca_kernels
-from benchmarks import cases, stand_in
+from benchmarks import cases, command, stand_in
 
 Row = dict[str, Any]
 
@@ -261,19 +260,33 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks offline",
-        description="Compiles every kernel for GPUs that need not be there and reads registers, spills, shared memory "
-        "and instructions from the machine code; then counts launches, bytes and operations of a forward and of a "
-        "training step in Triton's interpreter. Nothing is timed. What is in the table already and has not changed is "
-        "not compiled again; all of it takes about half an hour on two cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "offline",
+        "Compiles every kernel for GPUs that need not be there and reads registers, spills, shared memory and "
+        "instructions from the machine code; then counts launches, bytes and operations of a forward and of a training "
+        "step in Triton's interpreter. Nothing is timed. What is in the table already and has not changed is not "
+        "compiled again; all of it takes about half an hour on two cores.",
+        "",
+        "--target sm_90 --out build/offline",
     )
     parser.add_argument(
-        "--target", nargs="+", choices=stand_in.TARGETS, default=list(stand_in.TARGETS), help="what to compile for"
+        "--target",
+        nargs="+",
+        choices=stand_in.TARGETS,
+        default=list(stand_in.TARGETS),
+        help=command.listed(stand_in.EXAMPLES),
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where the two row files go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder that machine_code.json and traffic.json are written to",
+    )
     chosen = parser.parse_args(arguments)
+    reason = stand_in.why_not_compiled()
+    if reason is not None:
+        return command.not_run("offline", reason, "unset it")
     chosen.out.mkdir(parents=True, exist_ok=True)
 
     path = chosen.out / "machine_code.json"

@@ -53,14 +53,20 @@ def providers_of(case: str) -> list[str]:
     return [name for name, p in PROVIDERS.items() if p.implementation != "without" or case in cases.HOSTS]
 
 
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the kernels do not run on a device, or None where they do; on a CPU they do where they are interpreted."""
+    reason = backends.why_not("triton", device)
+    return "no GPU" if reason is not None and device.type == "cpu" else reason
+
+
 def why_not(provider: Provider, problem: Problem, mode: str, device: torch.device) -> str | None:
     """Why a provider is not run on a device, or None where it is."""
     if provider.graph and device.type != "cuda":
         return "no GPU"
     if provider.implementation == "triton":
-        reason = backends.why_not("triton", device)
+        reason = why_no_kernels(device)
         if reason is not None:
-            return "no GPU" if device.type == "cpu" else reason
+            return reason
         if problem.case == "patch_embed" and mode != "forward":
             return "its backward is part of upsample's"
     if provider.compiled and device.type == "cpu" and measure.compiler() is None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, measure, plots, report, rows
+from benchmarks import cases, command, console, measure, plots, report, rows
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
@@ -31,27 +31,39 @@ COLUMNS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Runs a U-Net encoder over tiles of a real image and feeds its four skip maps to the reference and "
-        "to the fused Dual Cross-Attention, with the same weights. Checks both against float64, then measures time, "
-        "and of the module memory. Ctrl-C ends it early, with what was measured by then. Exit status 1 means that a "
-        "fused module is not within its error budget. `python -m benchmarks --help` lists the other commands.",
-        epilog="Example: python -m benchmarks --image mine.png --parts module --batch 8 --mode train",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "quick",
+        "Runs a U-Net encoder over tiles of a real image and feeds its four skip maps to the reference and to the "
+        "fused Dual Cross-Attention, with the same weights. Checks both against float64, then measures time, and of "
+        "the module memory. Ctrl-C ends it early, with what was measured by then. Exit status 1 means that a fused "
+        "module is not within its error budget. `python -m benchmarks --help` lists the other commands.",
+        "--image mine.png",
+        "--parts module --batch 8 --mode train",
+        "--parts module networks --compiled",
     )
-    parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["module", "stages"], help=f"what to run. {parts}")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=["module", "stages"],
+        help=f"what to run. {command.listed(PARTS)}",
+    )
     parser.add_argument(
         "--compiled",
         action="store_true",
         help="in evaluation, the reference under torch.compile as well (a minute, and a C++ compiler on a CPU)",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help="dtype of maps and weights")
+    parser.add_argument(
+        "--batch", type=command.positive_integer, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch"
+    )
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help=command.DTYPE)
     parser.add_argument("--image", type=Path, metavar="FILE", help="your own image instead of the bundled tissue slide")
     parser.add_argument(
-        "--patch", type=int, default=28, metavar="P", help="side of the token grid; a tile has 8 P pixels a side"
+        "--patch",
+        type=command.positive_integer,
+        default=28,
+        metavar="P",
+        help="side of the token grid; a tile has 8 P pixels a side",
     )
     parser.add_argument(
         "--mode",
@@ -61,10 +73,10 @@ def parser() -> argparse.ArgumentParser:
         help="eval: a forward in evaluation; train: a training step, forward and backward",
     )
     parser.add_argument(
-        "--json", type=Path, default=rows.LATEST / "main.jsonl", metavar="FILE", help="where the rows go"
+        "--json", type=command.file, default=rows.LATEST / "main.jsonl", metavar="FILE", help="where the rows go"
     )
     parser.add_argument(
-        "--plot", type=Path, default=rows.LATEST / "main.png", metavar="FILE", help="where the figure goes"
+        "--plot", type=command.file, default=rows.LATEST / "main.png", metavar="FILE", help="where the figure goes"
     )
     return parser
 
@@ -131,8 +143,6 @@ def baseline(found: Sequence[Row], row: Row) -> Row:
 
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
-    if min(*chosen.batch, chosen.patch) < 1:
-        parser().error("--batch and --patch: expected integers of at least 1")
     try:
         image = cases.load_image(chosen.image)
     except (OSError, ValueError) as error:

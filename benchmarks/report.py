@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import cases, console, journal, plots, rows
+from benchmarks import cases, command, console, journal, plots, rows
 from benchmarks.environment import ROOT
 from benchmarks.rows import RESULTS, Row
 
@@ -43,8 +43,9 @@ Group = tuple[str | int, ...]
 
 def machines(results: Path) -> dict[Path, list[Row]]:
     """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows."""
-    folders = [results] if any(results.glob("*.jsonl")) else sorted(p for p in results.iterdir() if p.is_dir())
-    found = {folder: rows.load(folder) for folder in folders if folder.name != rows.LATEST.name}
+    inner = [p for p in results.iterdir() if p.is_dir() and p.name != rows.LATEST.name]
+    folders = [results] if any(results.glob("*.jsonl")) else sorted(inner)
+    found = {folder: rows.load(folder) for folder in folders}
     return {folder: of_machine for folder, of_machine in found.items() if of_machine}
 
 
@@ -303,25 +304,32 @@ def filled(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks report",
-        description="Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
-        f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
-        "does not exist is made, with every block.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--document", type=Path, nargs="+", default=DOCUMENTS, metavar="FILE", help="what is written")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="a folder a machine")
-    parser.add_argument(
-        "--journal", type=Path, metavar="FILE", help="of a machine with a GPU: its kernels and failures too"
-    )
-    parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
-    chosen = parser.parse_args(arguments)
-    entries = journal.read(chosen.journal)
-    written: dict[Path, str] = {}
-    missing = set(BLOCKS)
+def checked(chosen: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: what is to be reported is not there, or a document cannot be written.
+    """
+    if not chosen.results.is_dir():
+        raise ValueError(
+            f"--results: expected a folder of rows, or of folders of rows, found no folder {chosen.results}"
+        )
+    if chosen.journal is not None and not chosen.journal.is_file():
+        raise ValueError(f"--journal: expected a file, found no {chosen.journal}")
+    for document in chosen.document:
+        if document.is_dir() or not document.parent.is_dir():
+            raise ValueError(f"--document: expected a file in a folder that is there, got {document}")
+    if not machines(chosen.results) and not journal.read(chosen.journal):
+        raise ValueError(f"--results: expected rows (*.jsonl) in {chosen.results} or in its folders, found none")
+
+
+def documents(chosen: argparse.Namespace) -> dict[Path, str]:
+    """The text of each document, with its blocks; a block that is in none of them is said.
+
+    Raises:
+        ValueError: as `checked`, or a row or a marker is broken.
+    """
+    checked(chosen)
+    entries, written, missing = journal.read(chosen.journal), {}, set(BLOCKS)
     for document in chosen.document:
         blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
         if chosen.journal is not None:
@@ -331,27 +339,69 @@ def main(arguments: Sequence[str]) -> int:
         try:
             written[document] = filled(before, blocks)
         except ValueError as error:
-            print(f"{document}: {error}", file=sys.stderr)
-            return 2
+            raise ValueError(f"{document}: {error}") from error
         missing -= {name for name in blocks if f"<!-- begin: {name} -->" in before}
     for name in sorted(missing):
         print(f"no document has a block {name!r}")
+    return written
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = command.parser(
+        "report",
+        "Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
+        f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
+        "does not exist is made, with every block.",
+        "",
+        "--check",
+        "--results benchmarks/results/latest --document report.md",
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        nargs="+",
+        default=DOCUMENTS,
+        metavar="FILE",
+        help="Markdown files whose blocks are written",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder of rows (*.jsonl) of one machine, or of such folders, one a machine",
+    )
+    parser.add_argument(
+        "--journal", type=Path, metavar="FILE", help="journal of a machine with a GPU: its kernels and failures too"
+    )
+    parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
+    chosen = parser.parse_args(arguments)
+    try:
+        written = documents(chosen)
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
 
     stale = [document for document, text in written.items() if not document.exists() or document.read_text() != text]
     for document, text in () if chosen.check else written.items():
         document.write_text(text)
+        print(f"document: {document}")
     with tempfile.TemporaryDirectory() as scratch:
         for folder, found in machines(chosen.results).items():
             for name in () if chosen.no_figures else plots.figures(found):
                 path = folder / f"{name}.png"
                 drawn = Path(scratch) / f"{name}.png" if chosen.check else path
                 message = plots.draw(plots.FIGURES[name], found, drawn)
-                if not message.startswith("figure"):
+                if not chosen.check or not message.startswith("figure"):
                     print(message)
+                if not message.startswith("figure"):
                     break
                 if chosen.check and not (path.exists() and path.read_bytes() == drawn.read_bytes()):
                     stale.append(path)
     if chosen.check and stale:
         print("\n".join(f"{path}: differs from what the rows give" for path in stale))
         return 1
+    if chosen.check:
+        print(f"{', '.join(map(str, written))}: tables and figures are what the rows give")
     return 0

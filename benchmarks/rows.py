@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,23 @@ def load(path: Path) -> list[Row]:
     """
     found: dict[tuple[Any, ...], Row] = {}
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        for i, line in enumerate(file.read_text().splitlines(), start=1):
-            try:
-                row = Row(**json.loads(line))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{file}, line {i}: expected a row, got {line[:80]!r}: {error}") from error
-            found[row.key] = row
+        found |= {row.key: row for row in parsed(_text(file), file)}
     return sorted(found.values(), key=lambda row: row.key)
+
+
+def parsed(text: str, file: Path) -> Iterator[Row]:
+    for i, line in enumerate(text.splitlines(), start=1):
+        try:
+            yield Row(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}, line {i}: expected a row, got {line[:80]!r}: {error}") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected rows, got no text") from error
 
 
 def append(rows: Iterable[Row], path: Path) -> None:
@@ -117,13 +127,14 @@ def finished(path: Path, source: str) -> dict[tuple[Any, ...], Row]:
     """The rows of an earlier, perhaps stopped, run of the same code; a half-written last line is dropped.
 
     Rows of other code stay in the file until they are measured again.
+
+    Raises:
+        ValueError: a line is no row; the file stays as it is.
     """
     if not path.exists():
         return {}
-    text = path.read_text()
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
-    present = load(path)
+    text = _text(path)
+    present = {row.key: row for row in parsed(text[: text.rfind("\n") + 1], path)}
     path.write_text("")
-    append(present, path)  # of each key the last alone
-    return {row.key: row for row in present if row.environment.get("source") == source}
+    append((present[key] for key in sorted(present)), path)  # of each key the last alone
+    return {key: row for key, row in present.items() if row.environment.get("source") == source}

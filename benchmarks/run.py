@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from unittest import mock
 
 import torch
 
-from benchmarks import cases, console, measure, providers, rows
+from benchmarks import cases, command, console, measure, providers, rows
 from benchmarks.cases import Problem
 from benchmarks.environment import describe, environment, source
 from benchmarks.group import Effort, Group, lost, measured
@@ -24,7 +24,7 @@ BROKEN = 3  # exit status: the GPU's context is lost, and another process must g
 def groups(chosen: argparse.Namespace) -> Iterator[Group]:
     """The selection, in the registry's order."""
     for case, dtype, batch, phase in itertools.product(chosen.case, chosen.dtype, chosen.batch, chosen.phase):
-        sizes = [s for s in chosen.size if s in cases.sizes_of(case) or (s == "tiny" and case not in cases.HOSTS)]
+        sizes = sizes_of(case, chosen)
         named = tuple(p for p in providers.providers_of(case) if p in chosen.provider)
         modes = tuple(m for m in cases.MODES[phase] if m in chosen.mode)
         for size in sizes if modes and named else []:
@@ -32,39 +32,79 @@ def groups(chosen: argparse.Namespace) -> Iterator[Group]:
             yield Group(size, problem, named, modes)
 
 
+def sizes_of(case: str, chosen: argparse.Namespace) -> list[str]:
+    """The chosen sizes that a case has."""
+    return [s for s in chosen.size if s in cases.sizes_of(case) or (s == "tiny" and case not in cases.HOSTS)]
+
+
+def why_nothing(chosen: argparse.Namespace) -> str:
+    """Of a selection without a group, which options exclude each other: of each case, or of all."""
+    reasons = []
+    for case in chosen.case:
+        if not set(providers.providers_of(case)) & set(chosen.provider):
+            reasons.append(f"--case {case} has no --provider {' '.join(chosen.provider)}")
+        elif not sizes_of(case, chosen):
+            reasons.append(f"--case {case} has --size {' '.join(cases.sizes_of(case))} alone")
+        else:
+            reasons.append(f"--phase {' '.join(chosen.phase)} has --mode {' '.join(cases.MODES['eval'])} alone")
+    return "; ".join(dict.fromkeys(reasons))
+
+
 def parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks run",
-        description="Times cases, sizes, modes and providers, each checked against float64 first, and writes a row for "
-        "each as soon as it is measured. What this machine cannot run is a row too, which says why. Rows that are "
-        "there already, from the same code, are kept: after a stop, the same command does the rest.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "run",
+        "Times cases, sizes, modes and providers, each checked against float64 first, and writes a row for each as "
+        "soon as it is measured. What this machine cannot run is a row too, which says why. Rows that are there "
+        "already, from the same code, are kept: after a stop, the same command does the rest.",
+        "--case dca --size paper --batch 1 --phase eval --provider reference torch 'triton graph'",
+        "--case UNet --phase train --mode full --batch 8 --out unet.jsonl",
     )
     known = {
-        "case": (cases.CASES, cases.CASES),
-        "size": (cases.SIZES, [s for s in cases.SIZES if s != "tiny"]),
-        "dtype": (cases.DTYPES, ["bfloat16", "float32"] if gpu else ["float32"]),
-        "phase": (cases.MODES, list(cases.MODES)),
-        "mode": (("forward", "backward", "full"), ["forward", "backward", "full"]),
-        "provider": (providers.PROVIDERS, list(providers.PROVIDERS)),
+        "case": (cases.CASES, cases.CASES, command.listed(command.CASES)),
+        "size": (cases.SIZES, [s for s in cases.SIZES if s != "tiny"], command.sizes()),
+        "dtype": (cases.DTYPES, ["bfloat16", "float32"] if gpu else ["float32"], command.DTYPE),
+        "phase": (cases.MODES, cases.MODES, command.listed(command.PHASES)),
+        "mode": (cases.MODES["train"], cases.MODES["train"], command.listed(command.MODES)),
+        "provider": (providers.PROVIDERS, providers.PROVIDERS, command.listed(command.PROVIDERS)),
     }
-    for name, (choices, default) in known.items():
-        parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(default), help="which")
-    parser.add_argument("--batch", nargs="+", type=int, default=list(cases.BATCHES), metavar="B", help="images")
-    parser.add_argument("--seconds", type=float, default=Effort.seconds, help="to time one case at one size, about")
-    parser.add_argument("--longest", type=float, default=Effort.longest, help="seconds; a longer call is not timed")
+    for name, (choices, default, what) in known.items():
+        options = {"choices": list(choices), "default": list(default), "metavar": name.upper()}
+        parser.add_argument(f"--{name}", nargs="+", help=what, **options)
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=command.positive_integer,
+        default=list(cases.BATCHES),
+        metavar="B",
+        help=command.BATCH,
+    )
+    parser.add_argument(
+        "--seconds",
+        type=command.positive_number,
+        default=Effort.seconds,
+        metavar="S",
+        help="seconds that one case at one size is timed for, about",
+    )
+    parser.add_argument(
+        "--longest",
+        type=command.positive_number,
+        default=Effort.longest,
+        metavar="S",
+        help="seconds of the longest call that is timed",
+    )
     parser.add_argument(
         "--ahead",
-        type=int,
-        default=0,
+        type=command.positive_integer,
         metavar="N",
         help="first fill torch.compile's cache by N processes at a time; max-autotune then chooses among kernels while "
         "others run",
     )
-    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     parser.add_argument("--small", action="store_true", help="one round, small calibration: for tests")
-    parser.add_argument("--out", type=Path, default=rows.LATEST / "run.jsonl", metavar="FILE", help="where rows go")
+    parser.add_argument(
+        "--out", type=command.file, default=rows.LATEST / "run.jsonl", metavar="FILE", help="file of rows"
+    )
     return parser
 
 
@@ -101,11 +141,20 @@ def _run_once(provider: providers.Provider, problem: Problem) -> None:
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
     effort = Effort(chosen.seconds, chosen.longest, not chosen.no_memory, chosen.small)
-    image, done = cases.load_image(None), rows.finished(chosen.out, source())
+    selected = list(groups(chosen))
+    if not selected:
+        print(f"run: nothing is selected: {why_nothing(chosen)}", file=sys.stderr)
+        return 2
+    try:
+        done = rows.finished(chosen.out, source())
+    except (OSError, ValueError) as error:
+        print(f"run: --out: {error}", file=sys.stderr)
+        return 2
+    image = cases.load_image(None)
     print(f"environment: {describe(environment())}", flush=True)
     left = [
         group
-        for group in groups(chosen)
+        for group in selected
         if any(group.row(*pair).key not in done for pair in itertools.product(group.providers, group.modes))
     ]
     if chosen.ahead:

@@ -1,6 +1,5 @@
 """`python -m benchmarks smoke`: whether the kernels are right on this machine, a line a case, without a stop."""
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -8,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 import dca_kernels
 import reference
-from benchmarks import cases, journal, measure, parity, providers
+from benchmarks import cases, command, journal, measure, parity, providers
 from benchmarks.cases import Problem
 from benchmarks.compile import said
 from benchmarks.determinism import differing
@@ -27,7 +25,11 @@ from benchmarks.group import lost
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 
-KINDS = ("golden", "parity", "graph")
+KINDS = {
+    "golden": "what the official module computed, in float64",
+    "parity": "the reference's results in the same dtype, within the error budget",
+    "graph": "a CUDA graph's replay against an eager call, bit for bit",
+}
 TRIES = 2  # a case that was begun so often and never ended hangs the GPU
 
 
@@ -203,32 +205,39 @@ def compilations() -> Iterator[list[str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks smoke",
-        description="Checks the kernels against the golden vectors (float64) and against the reference (every dtype, "
-        "evaluation and training, both layouts of the maps), with memory that holds NaN, and CUDA graphs against eager "
-        "calls bit for bit. A failure is a line that names its kernel; the next case goes on. What the journal has as "
-        "right already, from the same code on the same machine, is not checked again, nor what lost or hung the GPU. "
-        "Exit status 1: a case failed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "smoke",
+        "Checks the kernels against the golden vectors (float64) and against the reference (every dtype, evaluation "
+        "and training, both layouts of the maps), with memory that holds NaN, and CUDA graphs against eager calls bit "
+        "for bit. A failure is a line that names its kernel; the next case goes on. What the journal has as right "
+        "already, from the same code on the same machine, is not checked again, nor what lost or hung the GPU. Needs a "
+        "GPU. Exit status 1: a case failed.",
+        "",
+        "--kind parity --dtype bfloat16 --batch 1 --phase eval",
     )
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8], metavar="B", help="images")
-    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help="of the maps")
-    parser.add_argument("--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help="forward, or step")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="of cases")
-    parser.add_argument("--golden", nargs="+", metavar="NAME", help="which golden vectors; by default all")
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="where each case is written, a line of JSON")
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
+    parser.add_argument(
+        "--batch", nargs="+", type=command.positive_integer, default=[1, 2, 8], metavar="B", help=command.BATCH
+    )
+    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=list(cases.DTYPES), help=command.DTYPE)
+    parser.add_argument(
+        "--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help=command.listed(command.PHASES)
+    )
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help=command.listed(KINDS))
+    parser.add_argument("--golden", nargs="+", metavar="NAME", help="names of golden vectors (default: all)")
+    parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
     chosen = parser.parse_args(arguments)
-    reason = dca_kernels.backends.why_not("triton", measure.device())
+    reason = providers.why_no_kernels(measure.device())
     if reason is not None:
-        print(f"smoke: not run: {reason}")
-        return 2
-    vectors = chosen.golden
-    if vectors is None and "golden" in chosen.kind:
+        return command.not_run("smoke", reason, command.interpreted("smoke"))
+    vectors = []
+    if "golden" in chosen.kind:
         from tests.oracle import GOLDEN
 
-        vectors = GOLDEN
+        vectors = chosen.golden or list(GOLDEN)
+        unknown = [name for name in vectors if name not in GOLDEN]
+        if unknown:
+            parser.error(f"argument --golden: expected names of {', '.join(GOLDEN)}, got {unknown[0]!r}")
     print(f"environment: {describe(environment())}", flush=True)
     here = {key: value for key, value in environment().items() if key != "date"}
     entries = [entry for entry in journal.read(chosen.journal) if here.items() <= entry["environment"].items()]

@@ -45,6 +45,7 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 232448),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
 }
+EXAMPLES = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300"}
 SIZES = {"i32": 4, "i64": 8}  # bytes of the numbers that kernels take
 MOST = 256  # arguments of a kernel, as in stand_in.c
 SCRATCH = [8, 8]  # pointers that Triton passes behind a kernel's own arguments
@@ -141,6 +142,12 @@ def _argument_sizes(source: Any) -> list[int]:
 
     types = [t for t in leaves(tuple(source.signature.values())) if t != "constexpr"]
     return [8 if t.startswith("*") else SIZES[t] for t in types] + SCRATCH
+
+
+def why_not_compiled() -> str | None:
+    """Why nothing can be compiled in this process; None where it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "TRITON_INTERPRET is 1, and interpreted kernels are not compiled" if interpreted else None
 
 
 def why_no_launches() -> str | None:

@@ -1,11 +1,11 @@
 """Measures the candidate configurations of every kernel and writes the fastest into `configurations.json`."""
 
-import argparse
 import contextlib
 import copy
 import dataclasses
 import itertools
 import json
+import math
 import random
 import shutil
 import time
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dca_kernels
 import reference
-from benchmarks import cases, compile, console, journal, measure, parity, stand_in
+from benchmarks import cases, command, compile, console, journal, measure, parity, providers, stand_in
 from benchmarks.cases import Size
 from benchmarks.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.environment import environment
@@ -393,29 +393,50 @@ def tune(kernels: Sequence[Tuned], jobs: Iterable[Compiled], deadline: float, ke
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks tune",
-        description="Tries candidate configurations of every kernel at the paper's sizes, forward and backward, the "
-        "most promising first and of each kernel in turn. They are compiled in parallel processes; each is held to the "
-        "error budget against float64, then the kernels that share the configuration are timed without what their "
-        "launches cost the host. The fastest so far is always in the table, under this GPU's conditions. What fails is "
-        "counted and named, and the next one goes on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command.parser(
+        "tune",
+        "Tries candidate configurations of every kernel at the paper's sizes, forward and backward, the most promising "
+        "first and of each kernel in turn. They are compiled in parallel processes; each is held to the error budget "
+        "against float64, then the kernels that share the configuration are timed without what their launches cost the "
+        "host. The fastest so far is always in the table, under this GPU's conditions. What fails is counted and "
+        "named, and the next one goes on. Needs a GPU.",
+        "--seconds 480 --journal tune.ndjson",
+        "--kernel mix conv --dtype float32 --table configurations.json",
     )
-    parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(ORDER), help="what to tune")
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help="of the maps")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="images")
-    parser.add_argument("--size", choices=cases.SIZES, default="paper", help="channels and grid")
-    parser.add_argument("--most", type=int, metavar="N", help="at most N candidates a kernel")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other candidate is tried")
-    parser.add_argument("--processes", type=int, default=compile.processes(), metavar="N", help="that compile")
-    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="the table that is written")
-    parser.add_argument("--journal", type=Path, metavar="FILE", help="where each candidate is written, a line of JSON")
+    parser.add_argument(
+        "--kernel", nargs="+", choices=CANDIDATES, default=list(ORDER), help="kernels, by their names in the table"
+    )
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help=command.DTYPE)
+    parser.add_argument("--batch", type=command.positive_integer, default=8, metavar="B", help=command.BATCH)
+    parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
+    parser.add_argument(
+        "--most", type=command.positive_integer, metavar="N", help="at most N candidates a kernel (default: all)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=command.positive_number,
+        metavar="S",
+        help="seconds after which no other candidate is tried (default: no limit)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=command.positive_integer,
+        default=compile.processes(),
+        metavar="N",
+        help="processes that compile at a time",
+    )
+    parser.add_argument(
+        "--table", type=command.file, default=TABLE, metavar="FILE", help="table of configurations that is changed"
+    )
+    parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
     chosen = parser.parse_args(arguments)
-    deadline = time.monotonic() + chosen.seconds
+    device, dtype, size = measure.device(), cases.DTYPES[chosen.dtype], cases.SIZES[chosen.size]
+    reason = providers.why_no_kernels(device)
+    if reason is not None:
+        return command.not_run("tune", reason, command.interpreted("tune"))
+    deadline = time.monotonic() + (chosen.seconds or math.inf)
     if not chosen.table.exists():
         shutil.copy(TABLE, chosen.table)
-    device, dtype, size = measure.device(), cases.DTYPES[chosen.dtype], cases.SIZES[chosen.size]
     target = compile.target_here()
     if target is None:
         target = "sm_90"

@@ -22,6 +22,7 @@ import reference
 from benchmarks import cases, compile, gpu, journal, kernels, parity, report, run, smoke, stand_in, tune
 from benchmarks.cases import Problem
 from benchmarks.compile import Compiled
+from benchmarks.environment import environment
 from dca_kernels import DCA, launch
 from tests.oracle import INTERPRETED
 
@@ -60,22 +61,35 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: p
     assert log == ["second", "third"]
 
 
+SLOW = "import time; print('begun', flush=True); time.sleep(60)"
+
+
 def test_the_minutes_bound_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = "import time; print('begun', flush=True); time.sleep(60)"
-    steps(monkeypatch, slow=slow, next=slow, last="print('end')")
+    """Each step has its share of them."""
+    steps(monkeypatch, slow=SLOW, next=SLOW, last="print('end')")
+    environment()  # of no GPU, and kept
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     begin = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
-        assert (
-            gpu.main(["--dry-run", "--out", str(tmp_path), "--steps", "slow", "next", "last", "--minutes", "0.2"]) == 1
-        )
+        assert gpu.main(["--out", str(tmp_path), "--steps", "slow", "next", "last", "--minutes", "0.1"]) == 1
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - begin < 0.2 * 60 + 15
+    assert time.monotonic() - begin < 0.1 * 60 + 15
     found = results(tmp_path)
     assert list(found) == ["slow", "next", "last"] and "stopped" not in found["last"]
     assert "stopped" in found["slow"] and "stopped" in found["next"] and found["slow"]["status"] != 0
     assert (tmp_path / "log.txt").read_text().count("\nbegun") == 2  # what was said by then stays
+
+
+def test_a_step_of_a_dry_run_may_take_all_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What steps take on a GPU says nothing of the interpreter: none is cut for it on a machine that does more."""
+    steps(monkeypatch, short="import time; time.sleep(1.5)", long="pass")
+    monkeypatch.setitem(gpu.STEPS, "long", dataclasses.replace(gpu.STEPS["long"], seconds=1e4))
+    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--minutes", "1"]) == 0, capsys.readouterr().out
+    assert not any("stopped" in entry for entry in results(tmp_path).values())
 
 
 def test_time_that_is_left_goes_to_the_next() -> None:

@@ -1,0 +1,202 @@
+"""Reads the image that a user brings: what Pillow, tifffile and pydicom read, as colours in 0 .. 1."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of one channel
+TIFF = (".tif", ".tiff")
+DICOM = (".dcm", ".dicom")
+PREAMBLE = 128  # bytes before the letters DICM
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The values that are shown as black, 0, and as white, 1."""
+
+    black: float
+    white: float
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a file holds: values (H, W) or (H, W, channels) of its dtype, and what the file says of black and white."""
+
+    values: np.ndarray
+    ends: Ends | None = None
+    inverted: bool = False
+
+
+def load(path: Path) -> np.ndarray:
+    """The one image of a file: (H, W, 3), float32 in 0 .. 1.
+
+    A grey image becomes three equal colours; transparency is left out. Which values are black and white:
+
+    - of floats within 0 .. 1 and of booleans, 0 and 1;
+    - of integers that are not negative, 0 and the smallest of 255, 511, 1023, ... that none is above: data of 12 bits
+      in a file of 16 are not dark;
+    - of a DICOM file with a window, the window's ends;
+    - of anything else, such as floats up to 255 or Hounsfield units, the 1st and the 99th percentile; values outside
+      are clipped. Where these are equal, the least and the largest value.
+
+    What is not the dtype's own range is printed.
+
+    Raises:
+        ValueError: the file holds no image, several, or one that is empty, constant, not finite or not of grey or RGB
+            channels; or the package that reads it is not installed. The message is one line that begins with the path.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError(f"expected an image, found {'a folder' if path.is_dir() else 'no file'}")
+        pixels = _pixels(path)
+        values = _checked(pixels.values)
+        ends = pixels.ends or ends_of(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if ends != _whole_range(values.dtype):
+        print(f"image: {path}: {ends.black:g} is shown as black, {ends.white:g} as white")
+    scaled = ((values.astype(np.float64) - ends.black) / (ends.white - ends.black)).clip(0, 1)
+    if pixels.inverted:
+        scaled = 1 - scaled
+    return np.repeat(scaled, 3, axis=2).astype(np.float32) if scaled.shape[2] == 1 else scaled.astype(np.float32)
+
+
+def ends_of(values: np.ndarray) -> Ends:
+    """Black and white of values whose file does not name them: see `load`.
+
+    Raises:
+        ValueError: all values are the same one, of which nothing says how bright it is.
+    """
+    least, largest = values.min(), values.max()
+    if values.dtype.kind == "b" or (values.dtype.kind == "f" and 0 <= least and largest <= 1):
+        return Ends(0, 1)
+    if values.dtype.kind in "iu" and least >= 0:
+        return Ends(0, 2 ** max(8, int(largest).bit_length()) - 1)
+    if least == largest:
+        raise ValueError(f"expected different values, or values within 0 .. 1, got {least:g} in every pixel")
+    low, high = np.percentile(values, (1, 99))
+    return Ends(float(low), float(high)) if low < high else Ends(float(least), float(largest))
+
+
+def _whole_range(dtype: np.dtype) -> Ends:
+    return Ends(0, np.iinfo(dtype).max if dtype.kind in "iu" else 1)
+
+
+def _pixels(path: Path) -> Pixels:
+    with path.open("rb") as file:
+        dicom = file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
+    if dicom or path.suffix.lower() in DICOM:
+        return _of_dicom(path)
+    return Pixels(_of_tiff(path) if path.suffix.lower() in TIFF else _by_pillow(path))
+
+
+def _by_pillow(path: Path) -> np.ndarray:
+    pillow = _library("PIL.Image", "Pillow")
+    with _decoding():
+        image = pillow.open(path)
+    with image:
+        with _decoding():
+            frames = getattr(image, "n_frames", 1)
+        _expect_one(frames, "frames")
+        if image.mode not in GREY and any(";16" in str(tile[3]) for tile in image.tile):
+            raise ValueError(
+                "expected 8 bits a colour, got 16, of which Pillow keeps 8: save it as an uncompressed TIFF"
+            )
+        with _decoding():
+            if image.mode in GREY:
+                return np.asarray(image)
+            return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))  # colours of a palette, of CMYK
+
+
+def _of_tiff(path: Path) -> np.ndarray:
+    """By tifffile, which knows every dtype; by Pillow where the colours or the compression are not plain."""
+    tifffile = _library("tifffile", "tifffile")
+    with _decoding():
+        file = tifffile.TiffFile(path)
+    with file:
+        with _decoding():
+            pages, page = len(file.pages), file.pages[0]
+        _expect_one(pages, "pages")
+        if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+            if page.axes not in ("YX", "YXS", "SYX"):
+                raise ValueError(f"expected a grey, RGB or RGBA image, got an array of shape {page.shape}")
+            with _decoding():
+                try:
+                    values = page.asarray()
+                    return np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+                except ValueError as error:
+                    if "imagecodecs" not in str(error):  # a package for compressions that Pillow knows itself
+                        raise
+    return _by_pillow(path)
+
+
+def _of_dicom(path: Path) -> Pixels:
+    """Colours, or grey values in the file's units (Hounsfield units of CT), through its first window if it has one."""
+    pydicom, pixels = _library("pydicom", "pydicom"), _library("pydicom.pixels", "pydicom")
+    with _decoding():
+        data = pydicom.dcmread(path)
+        frames = int(data.get("NumberOfFrames") or 1)
+    _expect_one(frames, "frames")
+    with _decoding():
+        values = pixels.pixel_array(data)
+        interpretation = data.PhotometricInterpretation
+        if interpretation == "PALETTE COLOR":
+            return Pixels(pixels.apply_color_lut(values, data))
+        if values.ndim == 3:
+            return Pixels(values)
+        values, ends = pixels.apply_modality_lut(values, data), None
+        if data.get("WindowWidth") is not None or data.get("VOILUTSequence"):
+            beyond = np.array([-(2**31), 2**31], np.float64 if values.dtype.kind == "f" else np.int64)
+            ends = Ends(*map(float, pixels.apply_voi_lut(beyond, data)))
+            values = pixels.apply_voi_lut(values, data)
+        return Pixels(values, ends, inverted=interpretation == "MONOCHROME1")
+
+
+def _checked(values: np.ndarray) -> np.ndarray:
+    """(H, W, 1 or 3), without transparency.
+
+    Raises:
+        ValueError: they are no such image, see `load`.
+    """
+    if values.size == 0:
+        raise ValueError(f"expected an image, got {' x '.join(map(str, values.shape))} pixels")
+    planes = values[:, :, None] if values.ndim == 2 else values
+    if planes.ndim != 3 or planes.shape[2] > 4:
+        raise ValueError(f"expected a grey, RGB or RGBA image, got an array of shape {values.shape}")
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"expected integers or floats, got {values.dtype}")
+    planes = planes[:, :, : 3 if planes.shape[2] > 2 else 1]
+    unusable = {"NaN": np.isnan(planes), "infinity": np.isinf(planes)} if values.dtype.kind == "f" else {}
+    counts = {name: int(where.any(axis=2).sum()) for name, where in unusable.items() if where.any()}
+    if counts:
+        found = " and ".join(f"{name} in {count}" for name, count in counts.items())
+        raise ValueError(f"expected finite values, got {found} of {planes.shape[0] * planes.shape[1]} pixels")
+    return planes
+
+
+def _expect_one(count: int, unit: str) -> None:
+    if count > 1:
+        raise ValueError(f"expected one image, got {count} {unit}: save the one you mean in a file of its own")
+
+
+def _library(module: str, name: str) -> ModuleType:
+    """Imported where a file needs it: the bundled slide needs none."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{name}, which reads it, is not installed") from error
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Of a broken file the libraries raise all kinds of errors: each becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"expected an image: {lines[0]}") from error
