@@ -1,10 +1,12 @@
 """What the documents say holds: links lead somewhere, commands are there. Snippets run with what they show."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as command_line
 from tests.readme import README
 
 ROOT = README.parent
@@ -26,6 +28,20 @@ def test_targets_of_make_are_there(document: Path) -> None:
     assert [name for name in sorted(named) if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
 
 
+@each_document
+def test_commands_take_what_is_shown(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in "\n".join(code_of(document)).splitlines():
+        found = re.search(r"python -m (benchmarks|examples\.\w+)([^#]*)", line)
+        if found is None:
+            continue
+        module, options = found[1], found[2].split()
+        if module == "benchmarks":
+            assert options[0] in command_line.COMMANDS or options[0].startswith("--")
+        else:
+            monkeypatch.setattr("sys.argv", [module, *options])
+            importlib.import_module(module).arguments()
+
+
 def test_a_package_index_shows_all_of_it() -> None:
     """It has no files beside the README, and draws no diagrams."""
     text = README.read_text()
@@ -36,4 +52,4 @@ def test_a_package_index_shows_all_of_it() -> None:
 def code_of(document: Path) -> list[str]:
     """Blocks of commands, and code in lines."""
     text = document.read_text()
-    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`(make [^`]+)`", text)
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"`((?:make|python -m) [^`]+)`", text)
