@@ -106,10 +106,10 @@ def groups(chosen: argparse.Namespace) -> Iterator[tuple[str, Group]]:
 
 def summary(found: Sequence[Row]) -> str:
     """A group's times, in a line."""
-    base = next((row for row in found if row.provider == "reference"), None)
+    times = {row.provider: row.p50_ms for row in found}
     parts = []
     for row in found:
-        ratio = console.times(base and base.p50_ms, row.p50_ms) if row is not base else ""
+        ratio = "" if row.provider in ("reference", "without") else console.times(times.get("reference"), row.p50_ms)
         said = f"not run: {row.not_run}" if row.not_run else console.duration(row.p50_ms)
         parts.append(f"{row.provider} {said}" + f" ({ratio})" * bool(ratio))
     return ", ".join(parts)
