@@ -114,7 +114,9 @@ def speedup(figure: Any, found: Sequence[Row]) -> None:
     timed = _of_most(timed, "batch")
     value = {(r.provider, r.step, r.size): times[*r.group, "reference"] / times[r.key] for r in timed}
     labels = {name: name for name in cases.SIZES if any(row.size == name for row in timed)}
-    _grouped(figure, value, labels, order(timed), f"speed-up over the reference ({_said(timed, 'batch', 'dtype')})")
+    _grouped(
+        figure, value, labels, order(timed), f"speed-up over the eager reference ({_said(timed, 'batch', 'dtype')})"
+    )
 
 
 def of_one_dtype(found: Sequence[Row]) -> list[Row]:

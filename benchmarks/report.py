@@ -15,6 +15,13 @@ from benchmarks.rows import RESULTS, Row
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 FUSED = ("torch", "triton")
 HOST = "(host)"  # marks a time in which the GPU waits for the host
+LOOSE = "†"  # marks a time of what is outside the error budget: a reference's, ours are not timed then
+MARKS = {
+    HOST: "Python and its launches take that long, and the GPU waits; a graph's row is the kernels'.",
+    LOOSE: "outside the error budget, which ours keep: on a GPU PyTorch rounds the operands of float32 convolutions to "
+    "TF32, and torch.compile sums in another order.",
+}
+BEST = "speed-up, both at their best"
 EAGER = ("reference", *FUSED)
 SUMMARY_BATCHES = (1, 32)
 BAR = 50  # characters of the longest bar
@@ -23,18 +30,18 @@ COLUMNS = {
     "module": {
         "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by "
         "torch.compile; graph: replayed as a CUDA graph",
-        "speed-up": "the fastest reference's time over our fastest one's, compiled and graphs included",
+        BEST: "the fastest reference's time over our fastest one's, compiled and graphs included",
         "peak MB": "memory at the peak above the inputs, called eagerly; ours: of the backend that takes less",
     },
     "stages": {
         "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
         "reference, torch, triton": "the median of the fastest of eager, compiled and graph (the floor's share of it)",
-        "speed-up": "the reference's time over our fastest one's",
+        BEST: "the reference's time over our fastest one's",
     },
     "hosts": {
         "without DCA, reference, torch, triton": f"a training step of the network: {TIMES}",
         "reference adds, ours adds": "that step's time over the one without DCA: a small difference of large times",
-        "speed-up": "the step's time with the reference over the one with our fastest",
+        BEST: "the step's time with the reference over the one with our fastest",
     },
 }
 
@@ -92,8 +99,8 @@ def module(found: Sequence[Row]) -> str:
                 console.number(least),
             ]
         )
-    headers = ["case", *names, "speed-up", "reference, peak MB", "ours, peak MB"]
-    return _host_bound(console.table(lines, headers)) + _lost(groups)
+    headers = ["case", *names, BEST, "reference, peak MB", "ours, peak MB"]
+    return _marked(console.table(lines, headers)) + _lost(groups)
 
 
 def stages(found: Sequence[Row]) -> str:
@@ -114,7 +121,7 @@ def stages(found: Sequence[Row]) -> str:
                 console.times(of["reference"] and of["reference"].p50_ms, ours and ours.p50_ms),
             ]
         )
-    return console.table(lines, ["stage", "floor", *EAGER, "speed-up"]) + _lost(groups)
+    return _marked(console.table(lines, ["stage", "floor", *EAGER, BEST])) + _lost(groups)
 
 
 def hosts(found: Sequence[Row]) -> str:
@@ -136,8 +143,8 @@ def hosts(found: Sequence[Row]) -> str:
                 console.times(of["reference"].p50_ms, ours.p50_ms),
             ]
         )
-    headers = ["network", "without DCA", *EAGER, "reference adds", "ours adds", "speed-up"]
-    return _host_bound(console.table(lines, headers))
+    headers = ["network", "without DCA", *EAGER, "reference adds", "ours adds", BEST]
+    return _marked(console.table(lines, headers))
 
 
 def not_run(found: Sequence[Row]) -> str:
@@ -166,14 +173,14 @@ def summary(found: Sequence[Row]) -> str:
         lines.append(
             [
                 f"{ours.step}, batch {ours.batch}, {ours.dtype}",
-                console.duration(reference.p50_ms),
-                console.duration(ours.p50_ms),
+                _median(reference),
+                _median(ours),
                 console.times(reference.p50_ms, ours.p50_ms),
                 console.times(best(group, "reference").p50_ms, best(group, *FUSED).p50_ms),
                 console.times(reference.peak_mb, ours.peak_mb),
             ]
         )
-    return console.table(lines, ["", "official", "fused", "speed-up", "both at their best", "memory"])
+    return console.table(lines, ["", "official", "fused", "speed-up, eager", BEST, "memory"])
 
 
 def where_the_time_goes(found: Sequence[Row]) -> str:
@@ -208,27 +215,27 @@ PICTURES = {"module": ("latency", "memory", "speedup"), "stages": ("of_floor",)}
 
 
 def span(row: Row | None) -> str:
-    """The median, half of what lies between the 20th and 80th percentile, and whether that is the host's time."""
+    """The median, half of what lies between the 20th and 80th percentile, and marks."""
     if row is None or row.p50_ms is None:
         return ""
     host = f" {HOST}" if row.host_ms is not None and row.host_ms > 0.9 * row.p50_ms else ""
-    return f"{console.duration(row.p50_ms)} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %{host}"
+    return f"{_median(row)} ±{50 * (row.p80_ms - row.p20_ms) / row.p50_ms:.0f} %{host}"
+
+
+def _median(row: Row) -> str:
+    return console.duration(row.p50_ms) + f" {LOOSE}" * (row.parity is False)
 
 
 def _of_floor(row: Row | None) -> str:
     """The median, and the share of it that the floor is."""
     if row is None or not row.floor_ms:
         return ""
-    return f"{console.duration(row.p50_ms)} ({100 * row.floor_ms / row.p50_ms:.0f} %)"
+    return f"{_median(row)} ({100 * row.floor_ms / row.p50_ms:.0f} %)"
 
 
-def _host_bound(cells: str) -> str:
-    """Under a table that has such cells, what they are."""
-    if HOST not in cells:
-        return cells
-    return (
-        f"{cells}\n\n{HOST}: Python and its launches take that long, and the GPU waits; a graph's row is the kernels'."
-    )
+def _marked(cells: str) -> str:
+    """Under a table what the marks in it mean."""
+    return "\n\n".join([cells, *(f"{mark}: {meaning}" for mark, meaning in MARKS.items() if mark in cells)])
 
 
 def _lost(groups: dict[Group, list[Row]]) -> str:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels
 from benchmarks import cases, traffic
+from benchmarks.environment import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,18 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> None:
     """Not here: the operators that poison fresh memory would be counted."""
+
+
+def test_the_document_has_what_was_counted() -> None:
+    counted = traffic.describe(json.loads((ROOT / "benchmarks" / "results" / "offline" / "traffic.json").read_text()))
+    tables = [counted, (ROOT / "docs" / "benchmarks.md").read_text().partition("## Launches and bytes")[2]]
+    columns = slice(2, 11)  # between the names of the runs and the products
+    found = [
+        [line.split("|")[columns] for line in text.split("\n\n- ")[0].splitlines() if "float" in line]
+        for text in tables
+    ]
+    expected, written = ([[cell.strip() for cell in line] for line in lines[:6]] for lines in found)
+    assert len(expected) == 6 and sorted(written) == sorted(expected)
 
 
 # Kernels
