@@ -1,12 +1,12 @@
 """One case at one size: its providers are built, checked against float64, timed in turns and weighed."""
 
-import concurrent.futures.process
 import dataclasses
 import multiprocessing
 import signal
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -194,13 +194,26 @@ def _memory_elsewhere(
 ) -> dict[str, dict[str, float | int | None]]:
     """`measure.memory` of each mode, in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C is for the parent, which waits for this: it takes seconds.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with concurrent.futures.ProcessPoolExecutor(1, spawn, signal.signal, ignore) as pool:
-        try:
-            return pool.submit(_memory, name, problem, image, modes, torch.get_num_threads()).result()
-        except concurrent.futures.process.BrokenProcessPool:  # killed for want of memory: the times still stand
-            return {}
+    mine, its = spawn.Pipe()
+    child = spawn.Process(target=_serve_memory, args=(its,), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the child inherits: Ctrl-C is for the parent
+    try:
+        child.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    its.close()
+    try:
+        mine.send((name, problem, image, modes, torch.get_num_threads()))
+        return mine.recv()
+    except (EOFError, OSError):  # killed for want of memory: the times still stand
+        return {}
+    finally:
+        child.kill()
+        child.join()
+
+
+def _serve_memory(connection: Connection) -> None:
+    connection.send(_memory(*connection.recv()))
 
 
 def _memory(

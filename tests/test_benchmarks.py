@@ -1,9 +1,14 @@
 """The benchmarks at a tiny size: what they write, and that they neither time what is wrong nor leave anything out."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +130,40 @@ def test_rows_come_as_they_are_measured(
     monkeypatch.setattr(quick, "measured", mock.Mock(side_effect=KeyboardInterrupt))
     assert quick.main(options) == quick.STOPPED
     assert "parity" not in capsys.readouterr().out  # of nothing, nothing is said
+
+
+def makes_a_child(parent: int) -> bool:
+    """Whether one of its threads has a child that multiprocessing spawns."""
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed by Linux alone")
+def test_ctrl_c_while_memory_is_measured(tmp_path: Path) -> None:
+    """A child that is just being made does not keep the command from ending."""
+    command = [sys.executable, "-m", "benchmarks", "--parts", "module", "--batch", "1", "--patch", "4"]
+    command += ["--json", str(tmp_path / "rows.jsonl"), "--plot", str(tmp_path / "figure.png")]
+    for delay in (0.1, 0.5):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and not makes_a_child(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == quick.STOPPED and "Traceback" not in err, err
+        assert "stopped" in out
 
 
 @pytest.mark.parametrize(
