@@ -180,7 +180,7 @@ def summary(found: Sequence[Row]) -> str:
                 console.times(reference.peak_mb, ours.peak_mb),
             ]
         )
-    return console.table(lines, ["", "official", "fused", "speed-up, eager", BEST, "memory"])
+    return console.table(lines, ["", "reference", "fused", "speed-up, eager", BEST, "memory"])
 
 
 def where_the_time_goes(found: Sequence[Row]) -> str:
@@ -196,10 +196,10 @@ def where_the_time_goes(found: Sequence[Row]) -> str:
     longest = max((row.p50_ms for pair in pairs for row in pair), default=0.0)
     lines = []
     for pair in pairs:
-        for name, row in zip(("official", "fused"), pair, strict=True):
-            stage = row.case if name == "official" else ""
+        for name, row in zip(("reference", "fused"), pair, strict=True):
+            stage = row.case if name == "reference" else ""
             bar = "█" * max(1, round(BAR * row.p50_ms / longest))
-            lines.append(f"{stage:18} {name:8} {console.duration(row.p50_ms):>8}  {bar}")
+            lines.append(f"{stage:18} {name:9} {console.duration(row.p50_ms):>8}  {bar}")
     return "\n".join(["```text", *lines, "```"]) if lines else ""
 
 
