@@ -37,15 +37,20 @@ def main(arguments: Sequence[str]) -> int:
         print(f"expected a command: {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
     try:
+        return perform(command, rest)
+    except KeyboardInterrupt:
+        print(f"\nstopped{'; the same command goes on' if command == 'run' else ''}", file=sys.stderr)
+        return STOPPED
+
+
+def perform(command: str, arguments: Sequence[str]) -> int:
+    """A command's exit status."""
+    try:
         module = importlib.import_module(f"benchmarks.{command}")  # what one needs, the others may lack
     except ModuleNotFoundError as error:
         print(f"{command}: not run: {error.name} is not installed; install it first", file=sys.stderr)
         return 2
-    try:
-        return module.main(rest)
-    except KeyboardInterrupt:
-        print(f"\nstopped{'; the same command goes on' if command == 'run' else ''}", file=sys.stderr)
-        return STOPPED
+    return module.main(arguments)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _of_tiff(path: Path) -> Pixels:
 
 
 def _of_dicom(path: Path) -> Pixels:
-    """Colours, or grey values in the file's units (Hounsfield units of CT), through its first window if it has one."""
+    """Colours, or grey values in the file's units (Hounsfield units of CT) or through its look-up table."""
     pydicom, pixels = _library("pydicom", "pydicom"), _library("pydicom.pixels", "pydicom")
     with _decoding():
         data = pydicom.dcmread(path)

@@ -7,13 +7,13 @@ from typing import Any
 
 from benchmarks import cases, console
 from benchmarks.environment import measured_on
-from benchmarks.rows import Row
+from benchmarks.rows import STEP_NAMES, Row
 
 COLOURS = {"without": "#ced4da", "reference": "#868e96", "torch": "#2b8a3e", "triton": "#5f3dc4"}
 LINES = {"": "-", "compiled": "--", "max-autotune": ":"}
 HATCHES = {"": "", "compiled": "//", "max-autotune": "xx"}
 MARKERS = {"": "o", "compiled": "^", "max-autotune": "D"}
-COMPARED = ("forward", "training step")  # the steps that a figure has a panel for
+COMPARED = STEP_NAMES["eval", "forward"], STEP_NAMES["train", "full"]  # the steps that a figure has a panel for
 NOT_DRAWN = "plots: not drawn, matplotlib is not installed"
 
 

@@ -140,6 +140,12 @@ def baseline(found: Sequence[Row], row: Row) -> Row:
     return next(r for r in found if r.group == row.group and r.provider == "reference")
 
 
+def noisy(found: Sequence[Row]) -> list[str]:
+    """The cases of which a time spreads widely."""
+    wide = [row for row in found if row.p50_ms is not None and row.p80_ms - row.p20_ms > NOISY * row.p50_ms]
+    return list(dict.fromkeys(f"{row.case}, {row.step}, batch {row.batch}" for row in wide))
+
+
 def compared(base: Row, ours: Row) -> str:
     """How many times as fast ours is, and what the reference takes of its memory; nothing where one has no time."""
     if not base.p50_ms or not ours.p50_ms:
@@ -195,14 +201,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     checked = any(row.parity is not None for row in found)
     print(f"parity: {'within the error budget everywhere' if checked else 'nothing was checked'}")
-    noisy = dict.fromkeys(
-        f"{row.case}, {row.step}, batch {row.batch}"
-        for row in found
-        if row.p50_ms is not None and row.p80_ms - row.p20_ms > NOISY * row.p50_ms
-    )
-    if noisy:
+    if spread := noisy(found):
         print(
-            f"note: the times of {'; '.join(noisy)} vary by more than half: something else ran on this machine, and "
+            f"note: the times of {'; '.join(spread)} vary by more than half: something else ran on this machine, and "
             "these ratios may be wrong"
         )
     for row in (row for row in module if row.provider in FUSED):
