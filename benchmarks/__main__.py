@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from benchmarks import STOPPED
+
 COMMANDS = {
     "quick": "compares reference and fused module on a real image, in minutes: the main job",
     "run": "times any selection of cases, sizes, modes and providers",
@@ -29,14 +31,26 @@ def main(arguments: Sequence[str]) -> int:
         print("\nexample: python -m benchmarks run --help")
         return 0
     command, rest = ("quick", list(arguments))
-    if rest and rest[0] in COMMANDS:
+    if rest and not rest[0].startswith("-"):
         command, *rest = rest
+    if command not in COMMANDS:
+        print(f"expected a command: {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
+        return 2
+    try:
+        return perform(command, rest)
+    except KeyboardInterrupt:
+        print(f"\nstopped{'; the same command goes on' if command == 'run' else ''}", file=sys.stderr)
+        return STOPPED
+
+
+def perform(command: str, arguments: Sequence[str]) -> int:
+    """A command's exit status."""
     try:
         module = importlib.import_module(f"benchmarks.{command}")  # what one needs, the others may lack
     except ModuleNotFoundError as error:
         print(f"{command}: not run: {error.name} is not installed; install it first", file=sys.stderr)
         return 2
-    return module.main(rest)
+    return module.main(arguments)
 
 
 if __name__ == "__main__":

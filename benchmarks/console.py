@@ -23,9 +23,15 @@ def table(lines: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     return tabulate(cells, names, tablefmt="github", disable_numparse=True)
 
 
-def legend(columns: dict[str, str]) -> str:
-    """What each column of a table is, a line each."""
-    return "\n".join(f"- {name}: {what}" for name, what in columns.items())
+def legend(columns: dict[str, str], *tables: str) -> str:
+    """What each column of these tables is, a line each.
+
+    Args:
+        columns: text by the headers that it is of, joined by ", "; of them those that no table has are left out.
+    """
+    headers = {cell.strip() for text in tables for cell in text.partition("\n")[0].split("|")}
+    present = {", ".join(n for n in names.split(", ") if n in headers): what for names, what in columns.items()}
+    return "\n".join(f"- {names}: {what}" for names, what in present.items() if names)
 
 
 def progress(items: Iterable[T], name: Callable[[T], str] | None = None, **options: Any) -> Iterator[T]:

@@ -40,6 +40,13 @@ def describe(environment: dict[str, str | int | None]) -> str:
     return ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
 
 
+def measured_on(environment: dict[str, str | int | None]) -> str:
+    """What tables and figures say of their rows: the GPU, or the CPU and its threads, and PyTorch's version."""
+    threads = environment.get("threads")
+    cpu = f"{environment.get('cpu')}, {threads} thread{'' if threads == 1 else 's'}"
+    return f"{environment.get('gpu') or cpu}, torch {environment.get('torch')}"
+
+
 @functools.cache
 def source() -> str:
     """A digest of the code that is measured and measures; results and documents do not change it."""

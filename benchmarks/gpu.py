@@ -19,10 +19,10 @@ import torch
 from benchmarks import cases, command, compile, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
+from benchmarks.providers import EAGER
 from benchmarks.rows import LATEST
-from dca_kernels import launch
+from benchmarks.tune import TABLE
 
-TABLE = Path(launch.__file__).parent / "configurations.json"
 # What may be missing, and what is then not run.
 OPTIONAL = {
     "hypothesis": "tests/test_properties.py",
@@ -32,7 +32,6 @@ OPTIONAL = {
     "xdist": "tests in parallel",
 }
 
-EAGER = ("reference", "torch", "triton")
 GRAPHS = tuple(f"{name} graph" for name in EAGER)
 COMPILED = tuple(f"{name} compiled{graph}" for name in ("reference", "torch") for graph in ("", " graph"))
 MAX_AUTOTUNE = ("reference max-autotune", "reference max-autotune graph")
@@ -66,8 +65,8 @@ def python(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def benchmarks(command: str, *arguments: object) -> list[str]:
-    return python("benchmarks", command, *arguments)
+def benchmarks(name: str, *arguments: object) -> list[str]:
+    return python("benchmarks", name, *arguments)
 
 
 def selection(out: Path, dry: bool, *flags: object, seconds: float = 1.0) -> list[str]:
@@ -288,13 +287,13 @@ def perform(step: Step, seconds: float, out: Path, dry: bool, variables: dict[st
     return result
 
 
-def _run(command: Sequence[str], seconds: float, log: Path, variables: dict[str, str]) -> tuple[int, bool]:
+def _run(line: Sequence[str], seconds: float, log: Path, variables: dict[str, str]) -> tuple[int, bool]:
     """Exit status, and whether the time was over."""
     with log.open("a") as file:
-        file.write(f"\n$ {' '.join(command)}\n")
+        file.write(f"\n$ {' '.join(line)}\n")
         file.flush()
         process = subprocess.Popen(
-            command,
+            line,
             cwd=ROOT,
             env=variables,
             stdout=file,

@@ -17,7 +17,7 @@ from benchmarks.cases import Problem
 from benchmarks.environment import environment
 from benchmarks.measure import Call
 from benchmarks.providers import PROVIDERS, Graphed, Provider, Subject
-from benchmarks.rows import STEPS, Row
+from benchmarks.rows import STEP_NAMES, Row
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Group:
     modes: tuple[str, ...]
 
     def __str__(self) -> str:
-        step = STEPS["train" if self.problem.training else "eval", self.modes[-1]]
+        step = STEP_NAMES["train" if self.problem.training else "eval", self.modes[-1]]
         return f"{self.problem.case}, {step}, batch {self.problem.batch}"
 
     def row(self, provider: str, mode: str, **values: Any) -> Row:

@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +42,7 @@ def load(path: Path) -> np.ndarray:
     - of floats within 0 .. 1 and of booleans, 0 and 1;
     - of integers that are not negative, 0 and the smallest of 255, 511, 1023, ... that none is above: data of 12 bits
       in a file of 16 are not dark;
-    - of a DICOM file with a window, the window's ends;
+    - of a DICOM file with a window, the window's ends; with a look-up table, its least and its largest value;
     - of anything else, such as floats up to 255 or Hounsfield units, the 1st and the 99th percentile; values outside
       are clipped. Where these are equal, the least and the largest value.
 
@@ -48,7 +50,8 @@ def load(path: Path) -> np.ndarray:
 
     Raises:
         ValueError: the file holds no image, several, or one that is empty, constant, not finite or not of grey or RGB
-            channels; or the package that reads it is not installed. The message is one line that begins with the path.
+            channels; or it names a black and a white between which it has no different values; or the package that
+            reads it is not installed. The message is one line that begins with the path.
     """
     try:
         if not path.is_file():
@@ -56,11 +59,16 @@ def load(path: Path) -> np.ndarray:
         pixels = _pixels(path)
         values = _checked(pixels.values)
         ends = pixels.ends or ends_of(values)
+        scaled = _scaled(values, ends)
+        if pixels.ends and scaled.min() == scaled.max():
+            raise ValueError(
+                f"expected different values between {ends.black:g} and {ends.white:g}, which the file shows as black "
+                f"and white, got {values.min():g} .. {values.max():g}"
+            )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if ends != _whole_range(values.dtype):
         print(f"image: {path}: {ends.black:g} is shown as black, {ends.white:g} as white")
-    scaled = ((values.astype(np.float64) - ends.black) / (ends.white - ends.black)).clip(0, 1)
     if pixels.inverted:
         scaled = 1 - scaled
     return np.repeat(scaled, 3, axis=2).astype(np.float32) if scaled.shape[2] == 1 else scaled.astype(np.float32)
@@ -83,6 +91,19 @@ def ends_of(values: np.ndarray) -> Ends:
     return Ends(float(low), float(high)) if low < high else Ends(float(least), float(largest))
 
 
+def _scaled(values: np.ndarray, ends: Ends) -> np.ndarray:
+    """float64 in 0 .. 1.
+
+    Raises:
+        ValueError: the values are so far apart that float64 does not hold their difference.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = ((values.astype(np.float64) - ends.black) / (ends.white - ends.black)).clip(0, 1)
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"expected values whose differences are finite, got {values.min():g} .. {values.max():g}")
+    return scaled
+
+
 def _whole_range(dtype: np.dtype) -> Ends:
     return Ends(0, np.iinfo(dtype).max if dtype.kind in "iu" else 1)
 
@@ -92,7 +113,7 @@ def _pixels(path: Path) -> Pixels:
         dicom = file.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
     if dicom or path.suffix.lower() in DICOM:
         return _of_dicom(path)
-    return Pixels(_of_tiff(path) if path.suffix.lower() in TIFF else _by_pillow(path))
+    return _of_tiff(path) if path.suffix.lower() in TIFF else Pixels(_by_pillow(path))
 
 
 def _by_pillow(path: Path) -> np.ndarray:
@@ -113,30 +134,33 @@ def _by_pillow(path: Path) -> np.ndarray:
             return np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))  # colours of a palette, of CMYK
 
 
-def _of_tiff(path: Path) -> np.ndarray:
+def _of_tiff(path: Path) -> Pixels:
     """By tifffile, which knows every dtype; by Pillow where the colours or the compression are not plain."""
     tifffile = _library("tifffile", "tifffile")
+    kinds = tifffile.PHOTOMETRIC
     with _decoding():
         file = tifffile.TiffFile(path)
     with file:
         with _decoding():
             pages, page = len(file.pages), file.pages[0]
         _expect_one(pages, "pages")
-        if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+        white_is_zero = page.photometric == kinds.MINISWHITE
+        if page.photometric in (kinds.MINISWHITE, kinds.MINISBLACK, kinds.RGB):
             if page.axes not in ("YX", "YXS", "SYX"):
                 raise ValueError(f"expected a grey, RGB or RGBA image, got an array of shape {page.shape}")
             with _decoding():
                 try:
                     values = page.asarray()
-                    return np.moveaxis(values, 0, -1) if page.axes == "SYX" else values
+                    return Pixels(np.moveaxis(values, 0, -1) if page.axes == "SYX" else values, inverted=white_is_zero)
                 except ValueError as error:
                     if "imagecodecs" not in str(error):  # a package for compressions that Pillow knows itself
                         raise
-    return _by_pillow(path)
+        # Pillow turns white and black round itself, but only where 8 bits or fewer are a value.
+        return Pixels(_by_pillow(path), inverted=white_is_zero and page.bitspersample > 8)
 
 
 def _of_dicom(path: Path) -> Pixels:
-    """Colours, or grey values in the file's units (Hounsfield units of CT), through its first window if it has one."""
+    """Colours, or grey values in the file's units (Hounsfield units of CT) or through its look-up table."""
     pydicom, pixels = _library("pydicom", "pydicom"), _library("pydicom.pixels", "pydicom")
     with _decoding():
         data = pydicom.dcmread(path)
@@ -149,12 +173,51 @@ def _of_dicom(path: Path) -> Pixels:
             return Pixels(pixels.apply_color_lut(values, data))
         if values.ndim == 3:
             return Pixels(values)
-        values, ends = pixels.apply_modality_lut(values, data), None
-        if data.get("WindowWidth") is not None or data.get("VOILUTSequence"):
-            beyond = np.array([-(2**31), 2**31], np.float64 if values.dtype.kind == "f" else np.int64)
-            ends = Ends(*map(float, pixels.apply_voi_lut(beyond, data)))
-            values = pixels.apply_voi_lut(values, data)
-        return Pixels(values, ends, inverted=interpretation == "MONOCHROME1")
+        grey = pixels.apply_modality_lut(values, data)
+    return _through_window(data, _checked(grey), inverted=interpretation == "MONOCHROME1")
+
+
+def _through_window(data: Any, values: np.ndarray, inverted: bool) -> Pixels:
+    """What a DICOM file shows of grey values: by its look-up table, or between the ends of its first window.
+
+    Raises:
+        ValueError: the table or the window shows all values alike.
+    """
+    if data.get("VOILUTSequence"):
+        with _decoding():
+            table = data.VOILUTSequence[0]
+            first, shown = int(table.LUTDescriptor[1]), _entries(table.LUTData, little=data.original_encoding[1])
+            ends = Ends(float(shown.min()), float(shown.max()))
+        if ends.black == ends.white:
+            raise ValueError(f"expected a VOI LUT Sequence of different values, got {ends.black:g} alone")
+        places = np.round(values.astype(np.float64) - first).clip(0, len(shown) - 1).astype(np.int64)
+        return Pixels(shown[places], ends, inverted)
+    with _decoding():
+        center, width = (_first(data.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if center is None or width is None:
+        return Pixels(values, None, inverted)
+    function = data.get("VOILUTFunction") or "LINEAR"
+    # DICOM's part 3, C.11.2.1.2 and C.11.2.1.3
+    if function == "LINEAR":
+        ends = Ends(center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
+    elif function == "LINEAR_EXACT":
+        ends = Ends(center - width / 2, center + width / 2)
+    else:
+        raise ValueError(f"expected a VOI LUT Function LINEAR or LINEAR_EXACT, got {function}")
+    if not -math.inf < ends.black < ends.white < math.inf:
+        raise ValueError(f"expected a window with two ends, got WindowCenter {center:g} and WindowWidth {width:g}")
+    return Pixels(values, ends, inverted)
+
+
+def _entries(data: Any, little: bool) -> np.ndarray:
+    """A look-up table's values, which pydicom gives as numbers or, under the VR OW, as bytes."""
+    return np.frombuffer(data, "<u2" if little else ">u2") if isinstance(data, bytes) else np.atleast_1d(data)
+
+
+def _first(value: Any) -> float | None:
+    """Of one number or several."""
+    numbers = [] if value is None else np.atleast_1d(value).tolist()
+    return float(numbers[0]) if numbers else None
 
 
 def _checked(values: np.ndarray) -> np.ndarray:
@@ -189,7 +252,7 @@ def _library(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{name}, which reads it, is not installed") from error
+        raise ValueError(f"{name}, which reads it, is not installed: pip install {name}") from error
 
 
 @contextlib.contextmanager

@@ -6,34 +6,34 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cases, console
-from benchmarks.rows import Row
+from benchmarks.environment import measured_on
+from benchmarks.rows import STEP_NAMES, Row
 
 COLOURS = {"without": "#ced4da", "reference": "#868e96", "torch": "#2b8a3e", "triton": "#5f3dc4"}
 LINES = {"": "-", "compiled": "--", "max-autotune": ":"}
 HATCHES = {"": "", "compiled": "//", "max-autotune": "xx"}
 MARKERS = {"": "o", "compiled": "^", "max-autotune": "D"}
-STEPS = ("forward", "training step")
+COMPARED = STEP_NAMES["eval", "forward"], STEP_NAMES["train", "full"]  # the steps that a figure has a panel for
+NOT_DRAWN = "plots: not drawn, matplotlib is not installed"
 
 
-def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], path: Path) -> str:
-    """Write a figure of the rows; what became of it, in a line."""
+def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], path: Path) -> Path | None:
+    """Write a figure of the rows; its path, or None where matplotlib is not installed: see NOT_DRAWN."""
     try:
         import matplotlib
     except ImportError:
-        return "plots: not drawn, matplotlib is not installed"
+        return None
     matplotlib.use("Agg")  # there may be no screen
     from matplotlib import pyplot as plt
 
     with plt.style.context("default"), plt.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = plt.figure(layout="constrained")
         figure_of(figure, found)
-        environment = found[0].environment
-        where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
-        figure.suptitle(f"{where}, torch {environment.get('torch')}", fontsize=10)
+        figure.suptitle(measured_on(found[0].environment), fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
         plt.close(figure)
-    return f"figure: {path}"
+    return path
 
 
 def style(provider: str, bar: bool = False) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def memory(figure: Any, found: Sequence[Row]) -> None:
 def of_floor(figure: Any, found: Sequence[Row]) -> None:
     """The floor over the time of each stage: the paper's size, one dtype, the largest batch."""
     chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
-    chosen = _of_most([r for r in chosen if r.step in STEPS], "dtype")
+    chosen = _of_most([r for r in chosen if r.step in COMPARED], "dtype")
     largest = max((r.batch for r in chosen), default=0)
     chosen = [r for r in chosen if r.batch == largest]
     value = {(r.provider, r.step, r.case): 100 * r.floor_ms / r.p50_ms for r in chosen}
@@ -110,7 +110,7 @@ def speedup(figure: Any, found: Sequence[Row]) -> None:
     """The reference's time over each provider's, the module at every size: one dtype, the batch that has the most."""
     chosen = of_one_dtype(found)
     times = {row.key: row.p50_ms for row in chosen if row.p50_ms}
-    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times and row.step in STEPS]
+    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times and row.step in COMPARED]
     timed = _of_most(timed, "batch")
     value = {(r.provider, r.step, r.size): times[*r.group, "reference"] / times[r.key] for r in timed}
     labels = {name: name for name in cases.SIZES if any(row.size == name for row in timed)}
@@ -180,7 +180,7 @@ def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_la
 
     figure.set_size_inches(9, 4.4)
     names = order(found)
-    for axis, step in zip(figure.subplots(1, 2), STEPS, strict=True):
+    for axis, step in zip(figure.subplots(1, 2), COMPARED, strict=True):
         for name in names:
             points = sorted((x(r), y(r)) for r in found if (r.provider, r.step) == (name, step))
             if points:
@@ -202,7 +202,7 @@ def _grouped(
     """Bars by (provider, step, group): those of a group side by side, without room for what it lacks."""
     figure.set_size_inches(10, 4.4)
     width = 0.8 / max(1, len(names))
-    for axis, step in zip(figure.subplots(1, 2), STEPS, strict=True):
+    for axis, step in zip(figure.subplots(1, 2), COMPARED, strict=True):
         for place, group in enumerate(groups):
             present = [name for name in names if (name, step, group) in value]
             for i, name in enumerate(present):

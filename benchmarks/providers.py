@@ -18,7 +18,9 @@ from benchmarks.stages import ReferenceStage, TorchStage, TritonStage
 from dca_kernels import backends
 from reference import unets
 
-IMPLEMENTATIONS = ("without", "reference", "torch", "triton")
+FUSED = ("torch", "triton")
+EAGER = ("reference", *FUSED)
+IMPLEMENTATIONS = ("without", *EAGER)
 # Without CUDA graphs of its own: those are providers of their own. On a CPU both names mean the same.
 COMPILED = {"": None, " compiled": "default", " max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -33,7 +35,7 @@ class Provider:
 
     @property
     def ours(self) -> bool:
-        return self.implementation in ("torch", "triton")
+        return self.implementation in FUSED
 
     @property
     def name(self) -> str:

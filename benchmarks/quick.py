@@ -6,20 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import cases, command, console, measure, plots, report, rows
+from benchmarks import STOPPED, cases, command, console, measure, plots, report, rows
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
+from benchmarks.providers import EAGER, FUSED
 from benchmarks.rows import Row
 
-EAGER = ("reference", "torch", "triton")
 PARTS = {
     "module": "all of Dual Cross-Attention, at each batch",
     "stages": "each of its four stages alone, one image",
     "networks": "a training step of the paper's six networks, on one image of half the paper's side (a minute)",
 }
 SECONDS = {"module": 3.0, "stages": 1.0, "networks": 3.0}  # to time one case
-STOPPED = 130  # exit status after Ctrl-C
 NOISY = 0.5  # of the median: where what lies between the 20th and the 80th percentile is more, something else ran
 COLUMNS = {
     "max error, RMS error": "of the outputs, from the official operations in float64",
@@ -141,6 +140,23 @@ def baseline(found: Sequence[Row], row: Row) -> Row:
     return next(r for r in found if r.group == row.group and r.provider == "reference")
 
 
+def noisy(found: Sequence[Row]) -> list[str]:
+    """The cases of which a time spreads widely."""
+    wide = [row for row in found if row.p50_ms is not None and row.p80_ms - row.p20_ms > NOISY * row.p50_ms]
+    return list(dict.fromkeys(f"{row.case}, {row.step}, batch {row.batch}" for row in wide))
+
+
+def compared(base: Row, ours: Row) -> str:
+    """How many times as fast ours is, and what the reference takes of its memory; nothing where one has no time."""
+    if not base.p50_ms or not ours.p50_ms:
+        return ""
+    faster = console.number(base.p50_ms / ours.p50_ms)
+    said = f"{ours.step}, batch {ours.batch}: {ours.provider} is {faster} times as fast as the reference"
+    if base.peak_mb and ours.peak_mb:
+        said += f"; the reference takes {console.number(base.peak_mb / ours.peak_mb)} times as much memory"
+    return said
+
+
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
     try:
@@ -152,17 +168,18 @@ def main(arguments: Sequence[str]) -> int:
     print(f"environment: {describe(environment())}")
     if measure.device().type == "cpu":
         print("triton: not run: no GPU")
-    chosen.json.unlink(missing_ok=True)
     found: list[Row] = []
     wanted = list(groups(chosen))
     try:
         for part, group in console.progress(wanted, lambda item: str(item[1]), leave=False):
             new = measured(group, image, Effort(SECONDS[part], longest=120.0, memory=part == "module"))
+            if not found:
+                chosen.json.unlink(missing_ok=True)  # the last run's
             rows.append(new, chosen.json)
             found += new
             console.say(f"{group}: {summary(new)}")
     except KeyboardInterrupt:
-        print("\nstopped: what follows is what was measured by then")
+        print("\nstopped" + ": what follows is what was measured by then" * bool(found))
 
     if not found:
         return STOPPED
@@ -174,19 +191,23 @@ def main(arguments: Sequence[str]) -> int:
     )
     for text, columns in tables:
         if text:
-            print(f"\n{text}\n\n{console.legend(columns)}")
+            print(f"\n{text}\n\n{console.legend(columns, text)}")
     print(f"\nrows: {chosen.json}")
     if module:
-        print(plots.draw(plots.bars, module, chosen.plot))
+        drawn = plots.draw(plots.bars, module, chosen.plot)
+        print(plots.NOT_DRAWN if drawn is None else f"figure: {drawn}")
     if any(row.wrong for row in found):
         print("parity: FAILED. A fused module is outside its error budget; nothing was timed where it is.")
         return 1
-    print("parity: within the error budget everywhere")
-    if any(row.p50_ms is not None and row.p80_ms - row.p20_ms > NOISY * row.p50_ms for row in found):
-        print("note: some times spread widely; something else ran on this machine, and the ratios may be wrong")
-    for row in (row for row in module if row.provider in EAGER[1:] and row.not_run is None):
-        base = baseline(module, row)
-        memory = f", which takes {console.number(base.peak_mb / row.peak_mb)} times its memory" if row.peak_mb else ""
-        faster = console.number(base.p50_ms / row.p50_ms)
-        print(f"{row.step}, batch {row.batch}: {row.provider} is {faster} times as fast as the reference{memory}")
+    checked = any(row.parity is not None for row in found)
+    print(f"parity: {'within the error budget everywhere' if checked else 'nothing was checked'}")
+    if spread := noisy(found):
+        print(
+            f"note: the times of {'; '.join(spread)} vary by more than half: something else ran on this machine, and "
+            "these ratios may be wrong"
+        )
+    for row in (row for row in module if row.provider in FUSED):
+        line = compared(baseline(module, row), row)
+        if line:
+            print(line)
     return 0 if len(found) == sum(len(group.providers) for _, group in wanted) else STOPPED

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import cases, command, console, journal, plots, rows
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, measured_on
+from benchmarks.providers import EAGER, FUSED, PROVIDERS
 from benchmarks.rows import RESULTS, Row
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
-FUSED = ("torch", "triton")
 HOST = "(host)"  # marks a time in which the GPU waits for the host
 LOOSE = "†"  # marks a time of what is outside the error budget: a reference's, ours are not timed then
 MARKS = {
@@ -21,8 +21,7 @@ MARKS = {
     LOOSE: "outside the error budget, which ours keep: on a GPU PyTorch rounds the operands of float32 convolutions to "
     "TF32, and torch.compile sums in another order.",
 }
-BEST = "speed-up, both at their best"
-EAGER = ("reference", *FUSED)
+BEST = "speed-up at best"
 SUMMARY_BATCHES = (1, 32)
 BAR = 50  # characters of the longest bar
 TIMES = "the median of a call (± half of what lies between the 20th and the 80th percentile)"
@@ -31,7 +30,8 @@ COLUMNS = {
         "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by "
         "torch.compile; graph: replayed as a CUDA graph",
         BEST: "the fastest reference's time over our fastest one's, compiled and graphs included",
-        "peak MB": "memory at the peak above the inputs, called eagerly; ours: of the backend that takes less",
+        "reference peak MB, ours peak MB": "memory at the peak above the inputs, called eagerly; ours: of the backend "
+        "that takes less",
     },
     "stages": {
         "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
@@ -49,10 +49,18 @@ Group = tuple[str | int, ...]
 
 
 def machines(results: Path) -> dict[Path, list[Row]]:
-    """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows."""
+    """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows.
+
+    Raises:
+        ValueError: a row's provider is not known, of which no table and no figure says anything.
+    """
     inner = [p for p in results.iterdir() if p.is_dir() and p.name != rows.LATEST.name]
     folders = [results] if any(results.glob("*.jsonl")) else sorted(inner)
     found = {folder: rows.load(folder) for folder in folders}
+    for folder, row in ((folder, row) for folder, of_machine in found.items() for row in of_machine):
+        if row.provider not in PROVIDERS:
+            known = ", ".join(PROVIDERS)
+            raise ValueError(f"{folder}: {row.title}: expected a provider of {known}, got {row.provider!r}")
     return {folder: of_machine for folder, of_machine in found.items() if of_machine}
 
 
@@ -80,7 +88,7 @@ def _rank(group: Group) -> tuple[int, ...]:
 
 def module(found: Sequence[Row]) -> str:
     """Evaluation's forward and training's forward and backward: every provider, and ours against the best reference."""
-    groups = grouped(found, lambda r: r.case == "dca" and r.step in plots.STEPS)
+    groups = grouped(found, lambda r: r.case == "dca" and r.step in plots.COMPARED)
     names = plots.order([row for group in groups.values() for row in group])
     lines = []
     for group in groups.values():
@@ -99,7 +107,7 @@ def module(found: Sequence[Row]) -> str:
                 console.number(least),
             ]
         )
-    headers = ["case", *names, BEST, "reference, peak MB", "ours, peak MB"]
+    headers = ["case", *names, BEST, "reference peak MB", "ours peak MB"]
     return _marked(console.table(lines, headers)) + _lost(groups)
 
 
@@ -163,7 +171,8 @@ def summary(found: Sequence[Row]) -> str:
     """The module at the paper's size in few columns: called eagerly, and ours against the best reference."""
     lines = []
     module = grouped(
-        found, lambda r: (r.case, r.size) == ("dca", "paper") and r.step in plots.STEPS and r.batch in SUMMARY_BATCHES
+        found,
+        lambda r: (r.case, r.size) == ("dca", "paper") and r.step in plots.COMPARED and r.batch in SUMMARY_BATCHES,
     )
     for group in module.values():
         eager = {row.provider: row for row in group if row.p50_ms is not None}
@@ -180,7 +189,7 @@ def summary(found: Sequence[Row]) -> str:
                 console.times(reference.peak_mb, ours.peak_mb),
             ]
         )
-    return console.table(lines, ["", "reference", "fused", "speed-up, eager", BEST, "memory"])
+    return console.table(lines, ["", "reference", "fused", "speed-up eager", BEST, "memory"])
 
 
 def where_the_time_goes(found: Sequence[Row]) -> str:
@@ -188,7 +197,7 @@ def where_the_time_goes(found: Sequence[Row]) -> str:
     groups = grouped(
         found,
         lambda r: (
-            r.case in cases.STAGES and (r.size, r.batch, r.dtype, r.step) == ("paper", 1, "float32", plots.STEPS[0])
+            r.case in cases.STAGES and (r.size, r.batch, r.dtype, r.step) == ("paper", 1, "float32", plots.COMPARED[0])
         ),
     )
     pairs = [(best(group, "reference"), best(group, *FUSED)) for group in groups.values()]
@@ -239,15 +248,16 @@ def _marked(cells: str) -> str:
 
 
 def _lost(groups: dict[Group, list[Row]]) -> str:
-    """Where a reference is faster than everything of ours, said under the table, where there is one."""
-    if not groups:
+    """Where a reference is faster than everything of ours, said under the table; nothing where no two are compared."""
+    pairs = [(best(group, *FUSED), best(group, "reference")) for group in groups.values()]
+    compared = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+    if not compared:
         return ""
-    lost = []
-    for group in groups.values():
-        ours, theirs = best(group, *FUSED), best(group, "reference")
-        if ours and theirs and theirs.p50_ms < ours.p50_ms:
-            ratio = console.times(theirs.p50_ms, ours.p50_ms)
-            lost.append(f"{theirs.title}: {ratio} ({theirs.provider})")
+    lost = [
+        f"{theirs.title}: {console.times(theirs.p50_ms, ours.p50_ms)} ({theirs.provider})"
+        for ours, theirs in compared
+        if theirs.p50_ms < ours.p50_ms
+    ]
     return "\n\nSlower than the best reference: " + ("; ".join(lost) if lost else "nowhere") + "."
 
 
@@ -279,20 +289,18 @@ def kernels(entries: Sequence[journal.Entry]) -> str:
 
 def block(name: str, results: Path, document: Path, figures: bool = True) -> str:
     """A block's Markdown, a machine after the other where it has rows for it, with links to its figures."""
-    parts = []
+    parts, tables = [], []
     for folder, found in machines(results).items():
         table = BLOCKS[name](found)
         if not table:
             continue
-        environment = found[0].environment
-        where = environment.get("gpu") or f"{environment.get('cpu')}, {environment.get('threads')} threads"
-        parts.append(f"{where}, torch {environment.get('torch')}:")
-        parts.append(table)
+        tables.append(table)
+        parts += [f"{measured_on(found[0].environment)}:", table]
         for picture in (p for p in plots.figures(found) if figures and p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
             parts.append(f"![{picture.replace('_', ' ')}]({link})")
     if parts and name in COLUMNS:
-        parts.append(console.legend(COLUMNS[name]))
+        parts.append(console.legend(COLUMNS[name], *tables))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
@@ -399,12 +407,12 @@ def main(arguments: Sequence[str]) -> int:
             for name in () if chosen.no_figures else plots.figures(found):
                 path = folder / f"{name}.png"
                 drawn = Path(scratch) / f"{name}.png" if chosen.check else path
-                message = plots.draw(plots.FIGURES[name], found, drawn)
-                if not chosen.check or not message.startswith("figure"):
-                    print(message)
-                if not message.startswith("figure"):
+                if plots.draw(plots.FIGURES[name], found, drawn) is None:
+                    print(plots.NOT_DRAWN)
                     break
-                if chosen.check and not (path.exists() and path.read_bytes() == drawn.read_bytes()):
+                if not chosen.check:
+                    print(f"figure: {path}")
+                elif not (path.exists() and path.read_bytes() == drawn.read_bytes()):
                     stale.append(path)
     if chosen.check and stale:
         print("\n".join(f"{path}: differs from what the rows give" for path in stale))

@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest"
-STEPS = {
+STEP_NAMES = {
     ("eval", "forward"): "forward",
     ("train", "forward"): "forward in training",
     ("train", "backward"): "backward",
@@ -83,7 +83,7 @@ class Row:
     @property
     def step(self) -> str:
         """Phase and mode, as people call them."""
-        return STEPS[self.phase, self.mode]
+        return STEP_NAMES[self.phase, self.mode]
 
     @property
     def title(self) -> str:

@@ -175,7 +175,9 @@ def main(arguments: Sequence[str]) -> int:
         if status == BROKEN:
             print("the GPU answers no more; run the same command again to go on", flush=True)
             return status
-        if any(row.wrong for row in new):
+        for row in (row for row in new if row.wrong):
+            error = console.small(row.max_error)
+            console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}, max error {error}")
             status = 1
     print(f"rows: {chosen.out}")
     return status

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from PIL import Image
 from skimage import data
 
 from benchmarks import (
@@ -38,6 +39,7 @@ from benchmarks import (
     run,
 )
 from benchmarks.cases import Problem
+from benchmarks.environment import measured_on
 from benchmarks.group import Effort, Group, measured
 from benchmarks.measure import Call
 from benchmarks.rows import Row
@@ -164,6 +166,130 @@ def test_ctrl_c_while_memory_is_measured(tmp_path: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == quick.STOPPED and "Traceback" not in err, err
         assert "stopped" in out
+
+
+MainJob = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> MainJob:
+    """The main job, of which this is measured: exit status, and what it says."""
+
+    def main(measured: Callable[[Group], list[Row]], *options: object) -> tuple[int, str]:
+        monkeypatch.setattr(quick, "measured", lambda group, *rest: measured(group))
+        files = ["--json", tmp_path / "rows.jsonl", "--plot", tmp_path / "figure.png"]
+        fixed = ["--parts", "module", "--batch", 1, "--mode", "eval", *files]
+        return quick.main([str(option) for option in (*fixed, *options)]), capsys.readouterr().out
+
+    return main
+
+
+def timed(group: Group, provider: str, t: float, **values: Any) -> Row:
+    times = {"parity": True, "p20_ms": t, "p50_ms": t, "p80_ms": t}
+    return group.row(provider, group.modes[-1], **times | values)
+
+
+def test_the_main_job_compares_what_there_is(main_job: MainJob) -> None:
+    """The reference has no time where it is not run, and no memory where the process that weighs it is killed."""
+
+    def without_reference(group: Group) -> list[Row]:
+        reason = "needs about 90 GB of memory, 9 GB are free"
+        return [group.row("reference", "forward", not_run=reason), timed(group, "torch", 1000.0, peak_mb=5.0)]
+
+    status, out = main_job(without_reference)
+    assert status == 0 and "not run: needs about 90 GB" in out and "times as fast" not in out
+
+    for weighed in ((None, 5.0), (10.0, None), (10.0, 5.0)):
+        pairs = zip(PLAIN, (3000.0, 1000.0), weighed, strict=True)
+        found = [(name, t, {} if peak is None else {"peak_mb": peak}) for name, t, peak in pairs]
+        status, out = main_job(lambda group, found=found: [timed(group, name, t, **peak) for name, t, peak in found])
+        line = "forward, batch 1: torch is 3.00 times as fast as the reference"
+        assert status == 0
+        assert (
+            line + ("; the reference takes 2.00 times as much memory" if None not in weighed else "")
+            in out.splitlines()
+        )
+
+    status, out = main_job(lambda group: [group.row(name, "forward", not_run="no memory") for name in PLAIN])
+    assert status == 0 and "parity: nothing was checked" in out
+
+
+def test_the_main_job_says_what_is_wrong(main_job: MainJob) -> None:
+    wrong = {"parity": False, "not_run": "outside its error budget"}
+    status, out = main_job(lambda group: [timed(group, "reference", 1.0), group.row("torch", "forward", **wrong)])
+    assert status == 1 and "parity: FAILED" in out and "within the error budget" not in out
+    status, out = main_job(lambda group: [timed(group, name, 1.0) for name in PLAIN])
+    assert status == 0 and "parity: within the error budget everywhere" in out
+
+
+def test_the_main_job_measures_the_user_s_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[np.ndarray] = []
+
+    def measured(group: Group, image: np.ndarray, effort: Effort) -> list[Row]:
+        taken.append(image)
+        return [timed(group, name, 1.0) for name in PLAIN]
+
+    monkeypatch.setattr(quick, "measured", measured)
+    image = np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "mine.png")
+    options = ["--parts", "module", "--batch", "1", "--mode", "eval"]
+    options += ["--json", str(tmp_path / "rows.jsonl"), "--plot", str(tmp_path / "figure.png")]
+    assert quick.main([*options, "--image", str(tmp_path / "mine.png")]) == quick.main(options) == 0
+    np.testing.assert_allclose(taken[0], image / 255, atol=1e-6)
+    np.testing.assert_array_equal(taken[1], cases.load_image(None))
+
+
+def test_the_main_job_explains_the_columns_that_there_are(main_job: MainJob) -> None:
+    def explained(out: str) -> set[str]:
+        return {line[2:].partition(":")[0] for line in out.splitlines() if line.startswith("- ")}
+
+    _, out = main_job(lambda group: [timed(group, name, 1.0) for name in PLAIN])
+    assert explained(out) == {"time", "speed-up"}
+    _, out = main_job(
+        lambda group: [timed(group, name, 1.0, max_error=1e-6, rms_error=1e-7, peak_mb=5.0) for name in PLAIN]
+    )
+    assert explained(out) == set(quick.COLUMNS)
+    _, out = main_job(lambda group: [timed(group, name, 1.0, floor_ms=0.5) for name in PLAIN], "--parts", "stages")
+    assert explained(out) == {"floor", "reference, torch", report.BEST}
+
+
+def test_the_main_job_names_the_times_that_spread(main_job: MainJob) -> None:
+    calm = {"p20_ms": 0.8, "p80_ms": 1.2}
+    _, out = main_job(lambda group: [timed(group, name, 1.0, **calm) for name in PLAIN])
+    assert "note:" not in out
+    spread = {1: calm, 4: {"p20_ms": 0.7, "p80_ms": 1.3}}
+    _, out = main_job(
+        lambda group: [timed(group, name, 1.0, **spread[group.problem.batch]) for name in PLAIN], "--batch", 1, 4
+    )
+    note = "note: the times of dca, forward, batch 4 vary by more than half: something else ran on this machine, and "
+    assert note + "these ratios may be wrong" in out.splitlines()
+
+
+def test_the_last_rows_stay_until_there_are_new_ones(main_job: MainJob, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows.append([row("torch compiled")], file)
+    before = file.read_text()
+    assert main_job(mock.Mock(side_effect=KeyboardInterrupt))[0] == quick.STOPPED and file.read_text() == before
+    assert main_job(lambda group: [timed(group, name, 1.0) for name in PLAIN])[0] == 0
+    assert [one.provider for one in rows.load(file)] == list(PLAIN)
+
+
+def test_without_matplotlib_no_figure_is_claimed(
+    main_job: MainJob, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [row("reference"), row("torch")]
+    path = results.parent / "figure.png"
+    assert plots.draw(plots.bars, found, path) == path and path.exists()
+    path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plots.draw(plots.bars, found, path) is None and not path.exists()
+    _, out = main_job(lambda group: [timed(group, name, 1.0) for name in PLAIN])
+    assert plots.NOT_DRAWN in out.splitlines() and "figure: " not in out
+    options = ["--results", str(results), "--document", str(results.parent / "report.md")]
+    for more in ([], ["--check"]):
+        assert report.main([*options, *more]) == 0
+        out = capsys.readouterr().out
+        assert plots.NOT_DRAWN in out.splitlines() and "figure: " not in out
 
 
 @pytest.mark.parametrize(
@@ -318,6 +444,27 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [r.key for r in rows.load(file)] == [r.key for r in once]  # what was not chosen stays
 
 
+def test_a_run_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on with the rest."""
+
+    def measured(group: Group, *rest: object) -> list[Row]:
+        if group.problem.batch == 2:
+            return [timed(group, "torch", 1.0)]
+        values = {"parity": False, "not_run": "outside its error budget", "max_error": 0.5}
+        return [group.row("torch", "forward", **values)]
+
+    monkeypatch.setattr(run, "measured", measured)
+    options = ["--case", "dca", "--size", "tiny", "--batch", "1", "2", "--phase", "eval", "--provider", "torch"]
+    assert run.main([*options, "--out", str(tmp_path / "run.jsonl")]) == 1
+    said = "dca, tiny, batch 1, float32, forward: torch: outside its error budget, max error 5.0e-01"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "FAILED" in line)
+    assert line == f"parity: FAILED: {said}"
+    assert len(rows.load(tmp_path / "run.jsonl")) == 2
+    assert run.main([*options, "--batch", "2", "--out", str(tmp_path / "other.jsonl")]) == 0
+
+
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     file = tmp_path / "run.jsonl"
     file.write_text('{"case": "dca"}\n')
@@ -389,6 +536,40 @@ def test_a_figure_shows_one_dtype_and_one_batch() -> None:
     assert "batch 8, float32" in forward.get_ylabel()
 
 
+def labels(axis: Any) -> str:
+    return f"{axis.get_xlabel()} {axis.get_ylabel()}"
+
+
+def test_the_figure_of_latency_shows_one_dtype() -> None:
+    batches = [row(p50=10.0 * b, batch=b) for b in (1, 8, 32)]
+    figure = drawn_by(plots.latency, [*batches, *(row(p50=1.0 * b, batch=b, dtype="bfloat16") for b in (1, 8))])
+    (line,) = figure.axes[0].lines
+    assert list(zip(*line.get_data(), strict=True)) == [(1, 10.0), (8, 80.0), (32, 320.0)]
+    assert "float32" in labels(figure.axes[0])
+
+
+def test_the_figure_of_memory_shows_the_smallest_batch() -> None:
+    grids = {"paper": 28, "grid56": 56}
+    found = [row(size=size, patch=grids[size], batch=b, peak_mb=1.0 * b) for size in grids for b in (8, 2)]
+    figure = drawn_by(plots.memory, found)
+    (line,) = figure.axes[0].lines
+    assert list(zip(*line.get_data(), strict=True)) == [(28, 2.0), (56, 2.0)]
+    assert "batch 2, float32" in labels(figure.axes[0])
+
+
+def test_the_figure_of_floors_shows_one_dtype_and_the_largest_batch() -> None:
+    """In each, the floor is another share of the time."""
+    shares = {("float32", 1): 10, ("float32", 8): 20, ("bfloat16", 8): 30}
+    found = [
+        row(p50=100.0, floor_ms=share, case=case, dtype=dtype, batch=batch)
+        for (dtype, batch), share in shares.items()
+        for case in cases.STAGES
+    ]
+    figure = drawn_by(plots.of_floor, found)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [20.0] * len(cases.STAGES)
+    assert "batch 8, float32" in labels(figure.axes[0])
+
+
 def test_bars_leave_no_empty_slots() -> None:
     """And the legend has no name without a bar."""
     found = [row(name) for name in ("reference", "reference compiled", "torch")]
@@ -431,6 +612,76 @@ def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report.main([*options, "--check"]) == 1
     assert "README.md" in (out := capsys.readouterr().out) and "latency.png" in out
     assert all(path.read_bytes() == old for path, old in pictures.items())
+
+
+def test_nothing_is_said_of_no_comparison() -> None:
+    """Only where both have a time is one of them slower."""
+    ours, theirs = (row(p, t, case="upsample", floor_ms=2.0) for p, t in (("torch", 4.0), ("reference", 8.0)))
+    for found in ([ours], [theirs], [ours, row("reference", None, case="upsample", not_run="no memory")]):
+        assert "Slower" not in report.stages(found) and report.stages(found)
+    assert report.stages([ours, theirs]).endswith("\n\nSlower than the best reference: nowhere.")
+    assert "Slower" not in report.module([row("reference", 8.0)])
+
+
+def test_a_row_of_an_unknown_provider_is_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = results.parent / "report.md"
+    for provider in ("magic", "torch magic"):
+        rows.append([row(provider)], results / provider.replace(" ", "-") / "run.jsonl")
+        options = ["--results", str(results / provider.replace(" ", "-")), "--document", str(document)]
+        assert report.main(options) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        folder, title = results / provider.replace(" ", "-"), "dca, paper, batch 1, float32, forward"
+        assert line.startswith(f"report: {folder}: {title}: expected a provider of without, ")
+        assert line.endswith(f", got {provider!r}") and not document.exists()
+
+
+def test_what_a_newcomer_measured_is_no_result(results: Path) -> None:
+    """The main job writes its rows beside the committed ones."""
+    rows.append([row()], results / rows.LATEST.name / "main.jsonl")
+    assert [folder.name for folder in report.machines(results)] == ["a-machine"]
+
+
+def test_a_machine_has_one_name(tmp_path: Path) -> None:
+    """In tables and figures alike."""
+    versions = {"cpu": "a CPU", "torch": "2.13.0"}
+    assert measured_on({**versions, "threads": 1}) == "a CPU, 1 thread, torch 2.13.0"
+    assert measured_on({**versions, "threads": 2}) == "a CPU, 2 threads, torch 2.13.0"
+    assert measured_on({**versions, "threads": 2, "gpu": "a GPU"}) == "a GPU, torch 2.13.0"
+    found = [row(name, environment={**versions, "threads": 1}) for name in PLAIN]
+    rows.append(found, tmp_path / "run.jsonl")
+    assert report.block("module", tmp_path, tmp_path / "report.md").startswith("a CPU, 1 thread, torch 2.13.0:\n")
+    with mock.patch.object(plots, "measured_on", return_value="a machine") as named:
+        plots.draw(plots.bars, found, tmp_path / "figure.png")
+    named.assert_called_once_with(found[0].environment)
+
+
+def test_a_report_explains_the_columns_that_there_are(tmp_path: Path) -> None:
+    rows.append([row(name) for name in PLAIN], tmp_path / "run.jsonl")
+    text = report.block("module", tmp_path, tmp_path / "report.md")
+    assert f"- {report.BEST}: " in text and "- reference, torch: " in text and "peak MB" not in text
+    rows.append([row(name, peak_mb=5.0) for name in PLAIN], tmp_path / "run.jsonl")
+    assert "- peak MB: " in report.block("module", tmp_path, tmp_path / "report.md")
+
+
+def test_report_of_a_journal(tmp_path: Path) -> None:
+    """Of a machine whose checks fail: what failed, and each kernel's time beside its floor, the last that was taken."""
+    file, document = tmp_path / "journal.ndjson", tmp_path / "report.md"
+    journal.write(file, "smoke", case="dca eval", well=False, found="NaN")
+    journal.write(file, "smoke", case="dca eval", well=True, found="")
+    journal.write(file, "smoke", case="dca train", well=False, found="3 times the budget", where="map 2")
+    journal.write(file, "compile", kernel="mix", failed="out of registers")
+    kernel = {"size": "paper", "phase": "eval", "batch": 8, "dtype": "bfloat16", "kernel": "mix", "floor_us": 10.0}
+    for us in (50.0, 40.0):
+        journal.write(file, "kernels", us=us, estimated_us=20.0, **kernel)
+    options = ["--results", str(tmp_path), "--document", str(document), "--journal", str(file), "--no-figures"]
+    assert report.main(options) == 0
+    lines = [" ".join(line.split()) for line in document.read_text().splitlines()]
+    assert "2 cases, 1 failed." in lines
+    assert "| dca train | 3 times the budget | map 2 |" in lines
+    assert "| mix | out of registers | does not compile |" in lines
+    assert [line for line in lines if "bfloat16" in line] == [
+        "| eval, batch 8, bfloat16 | mix | 40.0 | 10.0 | 20.0 | 4.00x |"
+    ]
 
 
 def test_a_marker_without_its_partner(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -62,6 +63,33 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(command_line.COMMANDS)
+
+
+def test_a_command_that_there_is_not_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused("bench", "--case", "dca") == 2
+    expected = f"expected a command: {', '.join(command_line.COMMANDS)}, got 'bench'\n"
+    assert capsys.readouterr() == ("", expected)
+    assert refused("--batch", "many") == 2  # an option is quick's
+    assert "benchmarks quick" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("run", "stopped; the same command goes on"), ("compare", "stopped")],
+    ids=["run", "compare"],
+)
+def test_a_command_that_is_stopped_says_so(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line, with the exit status of a program that Ctrl-C ended."""
+    stopped = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("benchmarks.run.measured", stopped)
+    monkeypatch.setattr("benchmarks.rows.load", stopped)
+    rows.append([row()], tmp_path / "rows.jsonl")
+    file = tmp_path / "rows.jsonl"
+    arguments = {"run": ["--case", "dca", "--size", "tiny", "--out", tmp_path / "run.jsonl"], "compare": [file, file]}
+    assert refused(name, *arguments[name]) == 130
+    assert last_line(capsys) == said
 
 
 # Numbers

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,13 @@ import tifffile
 from PIL import Image
 
 from benchmarks import cases, quick
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an image that is to be refused is taken."""
+    monkeypatch.setattr(quick, "measured", mock.Mock(side_effect=AssertionError("the image was taken")))
+
 
 RAMP = np.linspace(0, 1, 30).reshape(5, 6)  # rows and columns differ, and so do all values
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=2)
@@ -48,6 +56,18 @@ def tiff(values: np.ndarray, **options: Any) -> Callable:
     def write(folder: Path) -> Path:
         tifffile.imwrite(folder / "image.tif", values, **options)
         return folder / "image.tif"
+
+    return write
+
+
+def white_is_zero(values: np.ndarray) -> Callable:
+    """A TIFF file under a compression that Pillow alone reads."""
+
+    def write(folder: Path) -> Path:
+        path = pillow(values, name="image.tif", compression="tiff_lzw")(folder)
+        with tifffile.TiffFile(path, mode="r+b") as file:
+            file.pages[0].tags["PhotometricInterpretation"].overwrite(tifffile.PHOTOMETRIC.MINISWHITE)
+        return path
 
     return write
 
@@ -94,6 +114,11 @@ READ: dict[str, tuple[Callable, np.ndarray]] = {
         RGB,
     ),
     "tiff_white_is_zero": (tiff(255 - GREY8, photometric="miniswhite"), GREY),
+    "tiff_white_is_zero_16": (tiff(65535 - of_bits(RAMP, 16, np.uint16), photometric="miniswhite"), GREY),
+    "tiff_white_is_zero_floats": (tiff((1 - RAMP).astype(np.float32), photometric="miniswhite"), GREY),
+    "tiff_white_is_zero_bits": (tiff(RAMP <= 0.5, photometric="miniswhite"), GREY > 0.5),
+    "tiff_white_is_zero_compressed": (white_is_zero(65535 - of_bits(RAMP, 16, np.uint16)), GREY),
+    "tiff_white_is_zero_compressed_8": (white_is_zero(255 - GREY8), GREY),
     "tiff_compressed": (pillow(RGB8, name="image.tif", compression="tiff_lzw"), RGB),
 }
 
@@ -147,6 +172,7 @@ REFUSED: dict[str, tuple[Callable, str]] = {
         "expected a grey, RGB or RGBA image, got an array of shape (8, 8, 5)",
     ),
     "complex": (tiff(np.zeros((8, 8), np.complex64)), "expected integers or floats, got complex64"),
+    "far_apart": (tiff(np.array([[-1e308, 1e308]] * 4)), "expected values whose differences are finite, got -1e+308"),
     "constant": (tiff(np.full((8, 8), -4, np.int16)), "got -4 in every pixel"),
     "no_pixels": (raw(png((0, 5, 8, 0), b""), "image.png"), "expected an image: cannot identify image file"),
     "png_rgb_16": (
@@ -200,7 +226,9 @@ def test_what_reads_it_is_not_installed(
     path = write(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
     name = package.replace("PIL.Image", "Pillow")
-    with pytest.raises(ValueError, match=re.escape(f"{path}: {name}, which reads it, is not installed")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: {name}, which reads it, is not installed: pip install {name}")
+    ):
         cases.load_image(path)
 
 
@@ -240,6 +268,75 @@ def test_a_dicom_file_with_a_window(tmp_path: Path) -> None:
     path = dicom(tmp_path, STORED, **RESCALED, WindowCenter=[40, 300], WindowWidth=[400, 1500])
     hounsfield = 0.5 * STORED - 1000
     np.testing.assert_allclose(cases.load_image(path)[..., 0], ((hounsfield + 160) / 400).clip(0, 1), atol=0.01)
+
+
+def test_a_window_is_said_by_its_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the file's units, as DICOM defines them; the window of this file has one more value under LINEAR_EXACT."""
+    for function, black, white in (("LINEAR", -160, 239), ("LINEAR_EXACT", -160, 240)):
+        window = {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": function}
+        path = dicom(tmp_path, STORED, **RESCALED, **window)
+        image = cases.load_image(path)
+        assert capsys.readouterr().out == f"image: {path}: {black} is shown as black, {white} as white\n"
+        expected = ((0.5 * STORED - 1000 - black) / (white - black)).clip(0, 1)
+        np.testing.assert_allclose(image[..., 0], expected, atol=1e-6)
+
+
+def look_up_table(first: int, values: np.ndarray, bits: int, vr: str = "US") -> dict[str, Any]:
+    """The element of a VOI LUT: stored values from `first` on are shown as these."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed")
+    table = pydicom.Dataset()
+    table.LUTDescriptor = [len(values), first, bits]
+    table.add_new("LUTData", vr, values.tolist() if vr == "US" else values.astype("<u2").tobytes())
+    return {"VOILUTSequence": [table]}
+
+
+@pytest.mark.parametrize("vr", ["US", "OW"])
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_dicom_file_with_a_look_up_table(vr: str, bits: int, tmp_path: Path) -> None:
+    """Values below and above the table are its first and its last."""
+    table = of_bits(np.linspace(0, 1, 1000) ** 2, bits, np.uint16)
+    path = dicom(tmp_path, STORED, **look_up_table(1000, table, bits, vr), WindowCenter=1, WindowWidth=2)
+    expected = ((STORED - 1000.0) / 999).clip(0, 1) ** 2
+    np.testing.assert_allclose(cases.load_image(path)[..., 0], expected, atol=0.01)
+
+
+def test_a_look_up_table_of_rescaled_values(tmp_path: Path) -> None:
+    path = dicom(tmp_path, STORED, **RESCALED, **look_up_table(0, np.arange(1000), 10))
+    np.testing.assert_allclose(cases.load_image(path)[..., 0], ((0.5 * STORED - 1000) / 999).clip(0, 1), atol=0.01)
+
+
+NOT_SHOWN: dict[str, tuple[dict[str, Any], str]] = {
+    "no_ends": (
+        {"WindowCenter": 40, "WindowWidth": 1},
+        "expected a window with two ends, got WindowCenter 40 and WindowWidth 1",
+    ),
+    "outside": (
+        {"WindowCenter": 9000, "WindowWidth": 100},
+        "expected different values between 8950 and 9049, which the file shows as black and white, got 0 .. 4095",
+    ),
+    "sigmoid": (
+        {"WindowCenter": 40, "WindowWidth": 400, "VOILUTFunction": "SIGMOID"},
+        "expected a VOI LUT Function LINEAR or LINEAR_EXACT, got SIGMOID",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SHOWN)
+def test_a_window_that_shows_nothing_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    window, expected = NOT_SHOWN[name]
+    path = dicom(tmp_path, STORED, **window)
+    assert quick.main(["--image", str(path)]) == 2
+    assert capsys.readouterr().err == f"--image: {path}: {expected}\n"
+
+
+def test_a_look_up_table_that_shows_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = dicom(tmp_path, STORED, **look_up_table(0, np.full(9, 7), 8))
+    assert quick.main(["--image", str(path)]) == 2
+    expected = "expected a VOI LUT Sequence of different values, got 7 alone"
+    assert capsys.readouterr().err == f"--image: {path}: {expected}\n"
+    del (broken := look_up_table(0, np.arange(9), 8))["VOILUTSequence"][0].LUTData
+    assert quick.main(["--image", str(dicom(tmp_path, STORED, **broken))]) == 2
+    assert capsys.readouterr().err.startswith(f"--image: {path}: expected an image: ")
 
 
 def test_a_dicom_file_whose_least_value_is_white(tmp_path: Path) -> None:
