@@ -660,7 +660,7 @@ def test_a_report_explains_the_columns_that_there_are(tmp_path: Path) -> None:
     text = report.block("module", tmp_path, tmp_path / "report.md")
     assert f"- {report.BEST}: " in text and "- reference, torch: " in text and "peak MB" not in text
     rows.append([row(name, peak_mb=5.0) for name in PLAIN], tmp_path / "run.jsonl")
-    assert "- peak MB: " in report.block("module", tmp_path, tmp_path / "report.md")
+    assert "- reference peak MB, ours peak MB: " in report.block("module", tmp_path, tmp_path / "report.md")
 
 
 def test_report_of_a_journal(tmp_path: Path) -> None:
