@@ -112,7 +112,8 @@ def arguments() -> argparse.Namespace:
         "--epochs",
         type=int,
         default=8,
-        help="how often to train, validate and save; an epoch is about one crop of each image, at least 10 batches (default: %(default)s)",
+        help="how often to train, validate and save; an epoch is about one crop of each image, at least 10 batches "
+        "(default: %(default)s)",
     )
     add(
         "--steps",

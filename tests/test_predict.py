@@ -258,6 +258,13 @@ def test_arguments(given: list[str], message: str, run, capsys: pytest.CaptureFi
     assert message in capsys.readouterr().err
 
 
+def test_help_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing" not in said and "(default: FOLDER-predicted, beside WEIGHTS)" in said
+
+
 def test_a_saved_network_is_plain_and_whole(best) -> None:
     weights = best(kvasir, "--dca", "reference")
     state = torch.load(weights, weights_only=True)
