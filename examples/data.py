@@ -11,7 +11,7 @@ Recognised by their structure, in the folder that is named or in the only one in
 - Synapse as TransUNet's authors prepared it: train_npz/caseNNNN_sliceNNN.npz with `image` (H, W) in 0 .. 1 and `label`
   (H, W) of 9 classes, and where it is there a train.txt that lists the slices. The volumes beside it,
   test_vol_h5/caseNNNN.npy.h5 with `image` and `label` (slices, H, W), are a test set.
-- Any of these in train/ beside val/ or test/ or both.
+- Any of these in train/ beside val/ or test/ or both; test/ may have no masks, and is predicted only.
 
 Two folders that are named, one of images and one of masks, may have any layout (`paired`). A mask is called as its
 image is, or that and one of SUFFIXES.

@@ -165,7 +165,7 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as image:
             count = getattr(image, "n_frames", 1)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected an image that can be read, got {_said(error)}") from error
     if count > 1:
         raise DataError(f"{path}: expected one image, got {count} in one file")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from examples import data, files, train
-from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse, write_image
+from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse, truncate, write_image
 
 COLOURS = np.array([[0, 0, 0], [10, 200, 30], [240, 20, 90], [9, 9, 250]], np.uint8)
 
@@ -198,6 +198,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         [],
         "1.tif: expected one image, got 2 in one file\n",
     ),
+    "two pages, cut off": (
+        lambda root: [
+            masked(root, white),
+            two_pages(root / "masks" / "1.png", root / "masks" / "1.tif"),
+            truncate("masks/1.tif")(root),
+        ],
+        [],
+        "1.tif: expected an image that can be read, got ",
+    ),
     "animated": (
         lambda root: masked(root, white) or two_pages(root / "images" / "2.png", root / "images" / "2.png"),
         [],
@@ -240,6 +249,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's, of a file that is cut off
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
