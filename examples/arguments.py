@@ -10,6 +10,7 @@ from examples.network import ATTENTIONS
 from reference import unets
 
 LAYOUTS = "GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or any folder with images/ and masks/"
+CLASSES = 256  # at most, with background: predicted masks are files of 8 bits
 EXAMPLES = """\
 examples:
   python -m examples.train
@@ -30,11 +31,12 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
     """The two folders of any other layout."""
     add = parser.add_argument
     add("--images", type=Path, metavar="FOLDER", help="images in any other layout; --masks says where their masks are")
-    add("--masks", type=Path, metavar="FOLDER", help="masks of --images, which are called as their images are")
+    add("--masks", type=Path, metavar="FOLDER", help="masks of --images, with the images' names")
     add(
         "--mask-suffix",
         metavar="TEXT",
-        help="what follows the image's name in the mask's: _seg, for a.jpg and a_seg.png; nothing: the usual ones",
+        help="what follows the image's name in the mask's: _seg, for a.jpg and a_seg.png (default: what data sets "
+        "usually have there, such as _mask, if anything)",
     )
     add("--instances", action="store_true", help="masks number their objects: all that is not 0 is foreground")
 
@@ -71,57 +73,73 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", type=Path, metavar="FOLDER", help=f"{LAYOUTS}; nothing: the nuclei image of the stardist package")
+    add("--data", type=Path, metavar="FOLDER", help=f"{LAYOUTS} (default: the nuclei image of the stardist package)")
     add_folders(parser)
-    add("--host", choices=unets.__all__, default="UNet", help="the network, one of the paper's six (%(default)s)")
+    add(
+        "--host",
+        choices=unets.__all__,
+        default="UNet",
+        help="the network, one of the paper's six (default: %(default)s)",
+    )
     add(
         "--dca",
         choices=ATTENTIONS,
         default="fused",
         help="attention on its skip connections: none; reference, the official operations in plain PyTorch; fused, "
-        "the same numbers in less time and memory (%(default)s)",
+        "the same numbers in less time and memory (default: %(default)s)",
     )
     add(
         "--patch",
         type=int,
         metavar="P",
-        help="side of the token grid; nothing: as in the paper, --crop / 8 (ResUNetPP: / 4)",
+        help="side of the token grid (default: as in the paper, --crop / 8, of ResUNetPP --crop / 4)",
     )
-    add("--resize", type=int, metavar="N", help="resize images to N x N first (polyps: 256 or 352); nothing: do not")
+    add(
+        "--resize",
+        type=int,
+        metavar="N",
+        help="resize images to N x N first, polyps to 256 or 352 (default: images keep their size)",
+    )
     add(
         "--crop",
         type=int,
         default=64,
         metavar="N",
-        help="side of the crops to train on, and of the tiles to predict (%(default)s)",
+        help="side of the crops to train on, and of the tiles to predict (default: %(default)s)",
     )
-    add("--batch", type=int, default=4, metavar="B", help="crops in a batch, a process (%(default)s)")
+    add("--batch", type=int, default=4, metavar="B", help="crops in a batch, a process (default: %(default)s)")
     add(
         "--epochs",
         type=int,
         default=8,
-        help="how often to train, validate and save; each image is seen once in an epoch (%(default)s)",
+        help="how often to train, validate and save; an epoch is about one crop of each image, at least 10 batches "
+        "(default: %(default)s)",
     )
-    add("--steps", type=int, metavar="N", help="batches an epoch; nothing: one crop of each image, at least 10 batches")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="batches in an epoch (default: about one crop of each image, at least 10 batches)",
+    )
     add(
         "--lr",
         type=float,
         default=1e-3,
-        help="learning rate of AdamW at the start; it falls to 0 along a cosine (%(default)s)",
+        help="learning rate of AdamW at the start; it falls to 0 along a cosine (default: %(default)s)",
     )
     add(
         "--val",
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="share to validate on, where the data have no val/ (%(default)s)",
+        help="share to validate on, where the data have no val/ (default: %(default)s)",
     )
     add(
         "--classes",
         type=int,
         metavar="N",
         help="with background. 2: background and foreground. More: a mask's pixels are class indices, 0 .. N-1, in one "
-        "channel or in a palette. nothing: Synapse's 9, and 2 elsewhere",
+        "channel or in a palette; at most 256 (default: 9 of Synapse, 2 of any other data set)",
     )
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--fsdp", action="store_true", help="shard gradients and optimizer over the processes (torchrun)")
@@ -130,14 +148,14 @@ def arguments() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="processes that read images; 4 or more on a GPU (%(default)s)",
+        help="processes that read images; 4 or more on a GPU (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of weights, split, crops (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, split, crops (default: %(default)s)")
     add(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where everything goes, and all processes look; nothing: runs/DATA-HOST-DCA",
+        help="where everything goes, and all processes look (default: runs/DATA-HOST-DCA)",
     )
     add("--restart", action="store_true", help="begin anew where --out holds a run")
     chosen = parser.parse_args()
@@ -150,8 +168,12 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--crop: expected a multiple of 16, which the networks halve four times, got {chosen.crop}")
     if chosen.resize is not None and chosen.resize < chosen.crop:
         parser.error(f"--resize: expected at least --crop {chosen.crop}, got {chosen.resize}")
-    if chosen.classes is not None and chosen.classes < 2:
-        parser.error(f"--classes: expected at least 2, background and one more, got {chosen.classes}")
+    deepest = chosen.crop // (8 if chosen.host == "ResUNetPP" else 16)  # side of the network's smallest maps
+    if deepest == 1 and chosen.batch == 1:  # BatchNorm cannot train on one pixel
+        side = f"{chosen.crop} x {chosen.crop}"
+        parser.error(f"--batch: expected at least 2 crops of {side}, or a --crop of {2 * chosen.crop}, got 1")
+    if chosen.classes is not None and not 2 <= chosen.classes <= CLASSES:
+        parser.error(f"--classes: expected 2 to {CLASSES}, background and others, got {chosen.classes}")
     if not 0 < chosen.val < 1:
         parser.error(f"--val: expected a share between 0 and 1, got {chosen.val}")
     if not 0 < chosen.lr < math.inf:
@@ -159,9 +181,11 @@ def arguments() -> argparse.Namespace:
     for name in ("workers", "seed"):
         if getattr(chosen, name) < 0:
             parser.error(f"--{name}: expected an integer of at least 0, got {getattr(chosen, name)}")
+    if chosen.seed >= 2**64:
+        parser.error(f"--seed: expected an integer below 2**64, got {chosen.seed}")
     if chosen.fsdp and "RANK" not in os.environ:
         parser.error("--fsdp: expected several processes: torchrun --nproc-per-node N -m examples.train ...")
-    chosen.patch = chosen.patch or chosen.crop // (4 if chosen.host == "ResUNetPP" else 8)
+    chosen.patch = chosen.patch or 2 * deepest
     folder = chosen.data or chosen.images
     source = folder.resolve().name if folder else "nuclei"
     chosen.out = chosen.out or Path("runs") / f"{source}-{chosen.host}-{chosen.dca}"

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -34,23 +35,29 @@ def check(data: Data, side: int = 0) -> list[str]:
     Raises:
         DataError: names each file that cannot be used, what was expected of it and what it is (up to SHOWN).
     """
-    samples = [*data.train, *data.validation]
-    sides = [side] * len(samples)
-    for test in data.tests.values():
-        samples, sides = samples + test, sides + [0] * len(test)
+    own, classes = [*data.train, *data.validation], len(data.classes) + 1
+    tests = [sample for samples in data.tests.values() for sample in samples]
+    examinations = [partial(_examine, sample, classes, side) for sample in own]
+    examinations += [partial(_examine, sample, classes) for sample in tests]
     with ThreadPoolExecutor() as pool:
-        examined = pool.map(_examine, samples, sides, [len(data.classes) + 1] * len(samples))
-        findings = list(tqdm(examined, "checking", len(samples), leave=False))
+        examined = pool.map(lambda examine: examine(), examinations)
+        findings = list(tqdm(examined, "checking", len(examinations), leave=False))
     _raise([finding.problem for finding in findings if finding.problem])
-    marked, pixels = (sum(getattr(finding, name) for finding in findings) for name in ("marked", "pixels"))
-    if data.train and marked in (0, pixels):
-        everywhere = "foreground" if marked else "background"
-        raise DataError(f"{samples[0].mask.parent}: expected masks, got only {everywhere} in all {len(samples)}")
+    if own:
+        _require_both(own, findings[: len(own)])
     findings = [finding for finding in findings if finding.reading]
     return _grey_levels(findings) + _foreground_values(findings)
 
 
-def _examine(sample: Sample, side: int, classes: int) -> Finding:
+def _require_both(samples: Sequence[Sample], findings: Sequence[Finding]) -> None:
+    """Raise DataError if the masks have no foreground, or no background."""
+    marked, pixels = (sum(getattr(finding, name) for finding in findings) for name in ("marked", "pixels"))
+    if marked in (0, pixels):
+        everywhere = "foreground" if marked else "background"
+        raise DataError(f"{samples[0].mask.parent}: expected masks, got only {everywhere} in all {len(samples)}")
+
+
+def _examine(sample: Sample, classes: int, side: int = 0) -> Finding:
     try:
         image = read_image(sample)
         mask = read_mask(sample, image) if sample.mask else None
@@ -107,6 +114,10 @@ def _foreground_values(findings: Sequence[Finding]) -> list[str]:
     counts = Counter(value for value in values if value is not None)
     if len(counts) < 2:
         return []
-    several = ", ".join(f"{value} in {count}" for value, count in sorted(counts.items())[:6])
-    more = f" and {len(counts) - 6} other values" if len(counts) > 6 else ""
-    return [f"masks: the foreground is {several}{more} of them: one class here, --classes N tells class indices apart"]
+    several = [f"{value} in {count} mask{'s' * (count > 1)}" for value, count in sorted(counts.items())]
+    if len(several) > 6:
+        several[6:] = [f"{len(several) - 6} other values"]
+    return [
+        f"masks: the foreground is the value {', '.join(several[:-1])} and {several[-1]}: read as one class here; "
+        "--classes N tells class indices apart"
+    ]

@@ -11,7 +11,7 @@ Recognised by their structure, in the folder that is named or in the only one in
 - Synapse as TransUNet's authors prepared it: train_npz/caseNNNN_sliceNNN.npz with `image` (H, W) in 0 .. 1 and `label`
   (H, W) of 9 classes, and where it is there a train.txt that lists the slices. The volumes beside it,
   test_vol_h5/caseNNNN.npy.h5 with `image` and `label` (slices, H, W), are a test set.
-- Any of these in train/ beside val/ or test/ or both.
+- Any of these in train/ beside val/ or test/ or both; test/ may have no masks, and is predicted only.
 
 Two folders that are named, one of images and one of masks, may have any layout (`paired`). A mask is called as its
 image is, or that and one of SUFFIXES.
@@ -25,11 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.files import IMAGES, JPEG, DataError, Sample, Values, slices_in
+from examples.files import IMAGES, JPEG, OUTLINES, DataError, Sample, Values, ending, slices_in
 
 ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "original", "tissue images")
 MASK_FOLDERS = ("masks", "mask", "ground truth", "groundtruth", "gt", "labels", "label", "annotations")
+BLURRED = "a JPEG, whose values are blurred: save masks as PNG"
 SUFFIXES = ("_anno", "_annotation", "_groundtruth", "_gt", "_label", "_mask", "_seg", "_segmentation")
 KNOWN_SUFFIX = re.compile(f"({'|'.join(SUFFIXES)})$", re.IGNORECASE)
 
@@ -43,6 +44,8 @@ class Data:
     classes: tuple[str, ...]  # without the background, which is class 0
     validation: list[Sample] = field(default_factory=list)  # empty where the folder does not set them apart
     tests: dict[str, list[Sample]] = field(default_factory=dict)
+    unmasked: dict[str, list[Sample]] = field(default_factory=dict)  # test sets that can be predicted only
+    unit: str = "images"  # what the samples' groups are
     in_order: bool = False  # neighbours resemble each other, as frames of a video do
     left_out: tuple[str, ...] = ()  # what else is there, and why it is not used
 
@@ -95,7 +98,7 @@ def paired(images: Path, masks: Path, suffix: str | None = None) -> Data:
     """
     for folder in (images, masks):
         _require_folder(folder)
-    outlines = _files(masks, {".xml"})
+    outlines = _files(masks, OUTLINES)
     candidates = outlines or _files(masks, IMAGES)
     together = images.resolve() == masks.resolve() and not outlines
     if suffix is not None:
@@ -131,9 +134,8 @@ def split(data: Data, share: float, seed: int) -> Data:
         return data
     groups = list(dict.fromkeys(sample.group for sample in data.train))
     if len(groups) < 2:
-        unit = "cases" if data.classes == ORGANS else "images"
         folder = data.train[0].image.parent
-        raise DataError(f"{folder}: expected at least 2 {unit}, to train on and to validate on, got {len(groups)}")
+        raise DataError(f"{folder}: expected at least 2 {data.unit}, to train on and to validate on, got {len(groups)}")
     if not data.in_order:
         np.random.default_rng(seed).shuffle(groups)
     held_out = set(groups[-min(max(round(share * len(groups)), 1), len(groups) - 1) :])
@@ -149,7 +151,6 @@ def with_classes(data: Data, count: int) -> Data:
     """
     if count - 1 == len(data.classes):
         return data
-
     changed = _changed(data, lambda sample: _indexed(sample, count)) if count > 2 else data
     return replace(changed, classes=tuple(f"class {i}" for i in range(1, count)))
 
@@ -158,11 +159,9 @@ def as_instances(data: Data) -> Data:
     """`data` with masks that number their objects: all that is not 0 is foreground.
 
     Raises:
-        DataError: its masks are labels of classes.
+        DataError: its masks cannot number objects.
     """
-    if data.train[0].values is Values.CLASSES:
-        raise DataError(f"{data.train[0].mask}: expected mask images for --instances, got labels of classes")
-    return _changed(data, lambda sample: replace(sample, values=Values.INSTANCES))
+    return _changed(data, _numbered)
 
 
 def _changed(data: Data, change: Callable[[Sample], Sample]) -> Data:
@@ -178,15 +177,25 @@ def counted(sets: dict[str, list[Sample]]) -> str:
 
 
 def _indexed(sample: Sample, count: int) -> Sample:
-    if sample.mask.suffix == ".xml":
+    if ending(sample.mask) in OUTLINES:
         got = "polygons, which have no classes"
     elif sample.values is Values.INSTANCES:
         got = "instances, each of its own value"
-    elif sample.mask.suffix.lower() in JPEG:
-        got = "a JPEG, whose values are blurred: save masks as PNG"
+    elif ending(sample.mask) in JPEG:
+        got = BLURRED
     else:
         return replace(sample, values=Values.CLASSES)
     raise DataError(f"{sample.mask}: expected class indices 0 .. {count - 1} for {count} classes, got {got}")
+
+
+def _numbered(sample: Sample) -> Sample:
+    if sample.values is Values.CLASSES:
+        got = "labels of classes"
+    elif ending(sample.mask) in JPEG:
+        got = BLURRED
+    else:
+        return replace(sample, values=Values.INSTANCES)
+    raise DataError(f"{sample.mask}: expected masks that number objects, got {got}")
 
 
 def _data_in(root: Path) -> Data | None:
@@ -196,15 +205,27 @@ def _data_in(root: Path) -> Data | None:
     if "train" not in folders or not beside:
         return _pairs_in(root)
     data = find(folders["train"])
-    validation = find(folders["val"]).train if "val" in folders else []
-    tests, left_out = data.tests, data.left_out
-    if "test" in folders:
-        if images_alone(folders["test"]):
-            left_out += (f"data: {folders['test'].name}/ is not scored: it has no masks",)
-        else:
-            tests = tests | {"test": find(folders["test"]).train}
+    if "val" in folders:
+        inner = _without_tests(folders["val"])
+        data = replace(data, validation=inner.train, left_out=data.left_out + inner.left_out)
+    alone = images_alone(folders["test"]) if "test" in folders else []
+    if alone:
+        said = f"data: {folders['test'].name}/ is not scored: it has no masks"
+        data = replace(data, unmasked={"test": alone}, left_out=(*data.left_out, said))
+    elif "test" in folders:
+        inner = _without_tests(folders["test"])
+        data = replace(data, tests=data.tests | {"test": inner.train}, left_out=data.left_out + inner.left_out)
     layout = " and ".join(f"{folders[name].name}/" for name in ("train", *beside))
-    return replace(data, layout=f"{layout}, {data.layout}", validation=validation, tests=tests, left_out=left_out)
+    return replace(data, layout=f"{layout}, {data.layout}")
+
+
+def _without_tests(folder: Path) -> Data:
+    """What val/ or test/ holds; test sets inside of it are left out, which is said."""
+    data = find(folder)
+    if not data.tests:
+        return data
+    said = f"data: {folder.name}/ holds test sets, which are left out: {counted(data.tests)}"
+    return replace(data, tests={}, left_out=(*data.left_out, said))
 
 
 def _pairs_in(root: Path) -> Data | None:
@@ -225,7 +246,7 @@ def _pairs_in(root: Path) -> Data | None:
         )
     if any(path.stem.endswith("_anno") for path in _files(root, {".bmp"})):
         return _glas(root)
-    if _files(root, {".xml"}):
+    if _files(root, OUTLINES):
         return replace(paired(root, root), layout="MoNuSeg, NAME.tif and NAME.xml, polygons")
     pictures = _files(root, IMAGES)
     stems = {path.stem for path in pictures}
@@ -264,7 +285,7 @@ def _synapse(root: Path, folder: Path) -> Data:
     samples = [Sample(slices[n], slices[n], n.split("_slice")[0], Values.CLASSES) for n in names]
     listed = f"listed in {lists[0].name}" if lists else "all of them, there is no train.txt"
     layout = f"Synapse, slices of {len({s.group for s in samples})} cases, {listed}"
-    data = Data(layout, samples, ORGANS)
+    data = Data(layout, samples, ORGANS, unit="cases")
     volumes = _files(root / "test_vol_h5", {".h5"}) if (root / "test_vol_h5").is_dir() else []
     if not volumes:
         return data
@@ -325,7 +346,7 @@ def _require_folder(root: Path) -> None:
 
 def _files(folder: Path, suffixes: set[str]) -> list[Path]:
     """In natural order: 2 before 10."""
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith(".")]
+    paths = [p for p in folder.iterdir() if ending(p) in suffixes and p.is_file() and not p.name.startswith(".")]
     return sorted(paths, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])
 
 

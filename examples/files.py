@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 JPEG = {".jpg", ".jpeg"}
+STORED = {".npz", ".h5"}
+OUTLINES = {".xml"}
 IMAGES = {".bmp", ".png", ".tif", ".tiff"} | JPEG
 ONE_CHANNEL = ("1", "F", "I", "I;16", "I;16B", "L", "P")
 DEEP = ("F", "I", "I;16", "I;16B")  # more than 8 bits a channel
@@ -102,17 +104,16 @@ def load(sample: Sample, size: int | None = None) -> tuple[np.ndarray, np.ndarra
 
 def read_image(sample: Sample) -> np.ndarray:
     """(H, W, 3), float32 in 0 .. 1."""
-    stored = sample.image.suffix in (".npz", ".h5")
-    image = _stored_image(sample) if stored else _image(sample.image)
+    image = _stored_image(sample) if ending(sample.image) in STORED else _image(sample.image)
     return image[:, slice(*sample.columns)]
 
 
 def read_mask(sample: Sample, image: np.ndarray) -> Mask:
     """The mask of a sample that has one, and whose image has been read."""
     path, shape = sample.mask, image.shape[:2]
-    if path.suffix in (".npz", ".h5"):
+    if ending(path) in STORED:
         mask = Mask(_stored_labels(sample))
-    elif path.suffix == ".xml":
+    elif ending(path) in OUTLINES:
         mask = Mask(_polygons(path, shape))
     else:
         mask = _mask_image(path, sample.values, slice(*sample.columns))
@@ -136,6 +137,11 @@ def resize_classes(classes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return F.interpolate(labels, shape, mode="nearest-exact")[0, 0].long().numpy()
 
 
+def ending(path: Path) -> str:
+    """Of a file's name, with its dot, in lower case."""
+    return path.suffix.lower()
+
+
 def size_of(array: np.ndarray) -> str:
     return f"{array.shape[0]} x {array.shape[1]}"
 
@@ -157,9 +163,12 @@ def slices_in(path: Path) -> int:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
+            count = getattr(image, "n_frames", 1)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected an image that can be read, got {_said(error)}") from error
+    if count > 1:
+        raise DataError(f"{path}: expected one image, got {count} in one file")
     return image
 
 
@@ -206,7 +215,7 @@ def _levels(image: Image.Image) -> np.ndarray:
 
 def _foreground(path: Path, levels: np.ndarray, whole: np.ndarray) -> Mask:
     """`Values.FOREGROUND`: levels (H, W) of the file's dtype, and as int64."""
-    blurred = path.suffix.lower() in JPEG
+    blurred = ending(path) in JPEG
     others = whole[whole != 0]
     if not blurred and (others == others[:1]).all():
         return Mask((whole != 0).astype(np.int64), Reading(foreground=int(others[0]) if others.size else None))
@@ -235,7 +244,7 @@ def _polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def _stored(path: Path, name: str, index: int | None) -> np.ndarray:
     """An array of an .npz, or a slice of one of a .h5."""
     try:
-        if path.suffix == ".h5":
+        if ending(path) == ".h5":
             import h5py
 
             with h5py.File(path) as file:
@@ -252,8 +261,8 @@ def _stored(path: Path, name: str, index: int | None) -> np.ndarray:
 
 def _stored_image(sample: Sample) -> np.ndarray:
     path, image = sample.image, _stored(sample.image, "image", sample.slice)
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise DataError(f"{path}: expected image (H, W) or (H, W, 3), got {image.shape}")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
+        raise DataError(f"{path}: expected image (H, W) or (H, W, 3) of at least one pixel, got {image.shape}")
     if image.dtype == np.uint8:
         image = image / np.float32(255)
     if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # NaN is neither

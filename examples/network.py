@@ -1,5 +1,6 @@
 """The network: built from a plan, saved with it in one file, and how it predicts a whole image."""
 
+import json
 import math
 import os
 import pickle
@@ -102,6 +103,20 @@ def write(path: Path, content: Callable[[Path], Any]) -> None:
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, rows: Any) -> None:
+    """Write dicts, lists and numbers. A score that there is not (NaN) is null: JSON has no NaN."""
+    text = json.dumps(_with_nulls(rows), indent=1, allow_nan=False)
+    write(path, lambda unfinished: unfinished.write_text(text + "\n"))
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nulls(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(inner) for inner in value]
+    return None if value != value else value
 
 
 def to_input(image: np.ndarray) -> Tensor:

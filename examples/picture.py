@@ -58,12 +58,12 @@ def draw(scenes: Sequence[Scene], classes: Sequence[str], path: Path) -> None:
     figure, axes = plt.subplots(len(scenes), 3, figsize=size, squeeze=False, layout="constrained")
     edge = [patheffects.withStroke(linewidth=2.6, foreground="black")]
     for row, scene in zip(axes, scenes, strict=True):
-        panels = {
-            scene.name: scene.image,
-            "mask": overlay(scene.image, scene.true),
-            f"prediction, Dice {scene.dice:.3f}": overlay(scene.image, scene.found),
-        }
-        for axis, (title, panel) in zip(row, panels.items(), strict=True):
+        panels = [
+            (scene.name, scene.image),
+            ("mask", overlay(scene.image, scene.true)),
+            (f"prediction, Dice {scene.dice:.3f}", overlay(scene.image, scene.found)),
+        ]
+        for axis, (title, panel) in zip(row, panels, strict=True):
             axis.imshow(panel)
             axis.set_title(title, fontsize=10)
             axis.axis("off")

@@ -3,8 +3,8 @@
     python -m examples.predict runs/Kvasir-SEG-UNet-fused/best.pt new_images
     python -m examples.predict best.pt --images ISIC/test --masks ISIC/test_truth --mask-suffix _segmentation
 
-FOLDER holds images, or a data set as `examples.data` knows them: of one with test sets these are predicted, of one with
-val/ that, of any other all. --out gets (in a folder a test set):
+FOLDER holds images, or a data set as `examples.data` knows them: of one with test sets these are predicted,
+also a test/ without masks; of one with val/ that; of any other all. --out gets (in a folder a test set):
 
 - masks/NAME.png, as large as the image. Several classes: the pixels are class indices. One class: 0 is background and
   255 foreground.
@@ -59,8 +59,13 @@ def arguments() -> argparse.Namespace:
     add("weights", type=Path, metavar="WEIGHTS", help="best.pt of examples.train")
     add("folder", type=Path, nargs="?", metavar="FOLDER", help=f"images without masks, or {LAYOUTS}")
     add_folders(parser)
-    add("--batch", type=int, default=4, metavar="B", help="tiles in a batch (%(default)s)")
-    add("--out", type=Path, metavar="FOLDER", help="where everything goes; nothing: FOLDER-predicted, beside WEIGHTS")
+    add("--batch", type=int, default=4, metavar="B", help="tiles in a batch (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where everything goes (default: FOLDER-predicted, beside WEIGHTS)",
+    )
     chosen = parser.parse_args()
     folders(chosen, parser, chosen.folder, "FOLDER")
     source = chosen.folder or chosen.images
@@ -79,9 +84,11 @@ def read_sets(chosen: argparse.Namespace, plan: Plan) -> dict[str, list[Sample]]
         found = Data("images without masks", alone, plan.classes)
     else:
         found = with_classes(read_folders(chosen, chosen.folder), len(plan.classes) + 1)
-    sets = found.tests or ({"val": found.validation} if found.validation else {"": found.train})
+    sets = found.tests | found.unmasked or ({"val": found.validation} if found.validation else {"": found.train})
     chosen_sets = f"{len(found.train)}" if "" in sets else f"{counted(sets)}; what is there to train on is left out"
     print(f"data: {found.layout}: {chosen_sets}")
+    if "" in sets and not alone:
+        print("data: no test set and no val/: the network may have been trained on these images")
     for line in (*found.left_out, *check(replace(found, train=[], validation=[], tests=sets))):
         print(line)
     return sets
@@ -166,7 +173,11 @@ def predict_all(chosen: argparse.Namespace) -> None:
         if name:
             print(f"\n{name}:")
         predict_set(predict, samples, chosen.out / name)
-    print(f"\nmasks, overlays{' and scores' if samples[0].mask else ''}: {chosen.out}")
+    if any(sample.mask for samples in sets.values() for sample in samples):
+        print("\nscores: means over images, at their own size; a volume counts as one image")
+        print(f"\nmasks, overlays and scores: {chosen.out}")
+    else:
+        print(f"\nmasks, overlays: {chosen.out}")
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,11 @@ import reference
 from examples.files import DataError
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=1)  # the first process reads all files while the others wait
+
+
+class CommonError(DataError):
+    """What is raised in every process alike, so that one of them says it for all."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def join() -> Process:
         torch.cuda.set_device(mine)
     if "RANK" not in os.environ:
         return Process(0, 1, mine)
-    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Process(dist.get_rank(), dist.get_world_size(), mine)
 
 
@@ -54,7 +60,7 @@ def together(process: Process, work: Callable[[], T]) -> T:
     """What `work` returns here.
 
     Raises:
-        DataError: in every process, if it was raised in any.
+        CommonError: in every process, if a DataError was raised in any.
     """
     result, problem = None, None
     try:
@@ -66,7 +72,7 @@ def together(process: Process, work: Callable[[], T]) -> T:
         dist.all_gather_object(problems, problem)
     for problem in problems:
         if problem is not None:
-            raise DataError(problem)
+            raise CommonError(problem)
     return result
 
 

@@ -1,7 +1,6 @@
 """A training run in its folder: claimed, saved after each epoch, and gone on with."""
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from examples.files import DataError
-from examples.network import Plan, load_checkpoint, save_network, write
+from examples.network import Plan, load_checkpoint, save_network, write, write_json
 from examples.processes import Process, together
 from examples.scores import Row
 
@@ -76,7 +75,7 @@ class Run:
             save_network(self.best, plan, model)
         state = {"arguments": self.arguments, "history": self.history, "model": model, "optimizer": optimizer_state}
         write(self.last, lambda path: torch.save(state, path))
-        write(self.folder / "history.json", lambda path: path.write_text(json.dumps(self.history, indent=1) + "\n"))
+        write_json(self.folder / "history.json", self.history)
 
 
 def require_writable(folder: Path) -> None:

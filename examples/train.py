@@ -13,7 +13,6 @@ holds all that an epoch starts from, and what is random in an epoch depends on -
 
 import argparse
 import functools
-import json
 import math
 import os
 import sys
@@ -33,10 +32,14 @@ from examples.arguments import arguments, read_folders
 from examples.check import check
 from examples.data import Data, counted, nuclei, split, with_classes
 from examples.files import DataError, Sample, load
-from examples.network import Plan, Predictor, build, read_network, to_input, write
-from examples.processes import Process, average_statistics, distribute, gathered, join, together, wait
+from examples.network import Plan, Predictor, build, read_network, to_input, write, write_json
+from examples.processes import CommonError, Process, average_statistics, distribute, gathered, join, together, wait
 from examples.run import Run, event_writer
 from examples.scores import Row
+
+SCORED = (
+    "test sets: scored over all pixels of a set, at the size that the network sees; volumes by the mean over the cases"
+)
 
 
 class Crops(Dataset):
@@ -145,6 +148,11 @@ def train_epoch(
     return total.item() / (steps * process.count)
 
 
+def require_finite(loss: float, epoch: int, rate: float) -> None:
+    if not math.isfinite(loss):
+        raise DataError(f"--lr: expected a finite loss in epoch {epoch + 1}, got {loss}: lower {rate}")
+
+
 def predictor(network: nn.Module, plan: Plan, chosen: argparse.Namespace, process: Process) -> Predictor:
     return Predictor(network.eval(), plan, process.device, chosen.batch, chosen.bf16)
 
@@ -180,19 +188,21 @@ def of_classes(row: Row) -> str:
 def score_tests(predict: Predictor, data: Data, run: Run, process: Process) -> None:
     """Print and write the scores of each test set: over all of its pixels, or of volumes the mean over the cases."""
     rows = {}
+    if data.tests and process.first:
+        print(f"\n{SCORED}")
     for name, samples in data.tests.items():
         volumes = samples[0].slice is not None
         cases = list(dict.fromkeys(sample.group for sample in samples)) if volumes else [""]
         pixels = tally(predict, samples, cases, process)
         rows[name] = scores.summary(pixels, predict.plan.classes)
         if process.first:
-            counted = f"{len(samples)} slices, means over {len(cases)} cases" if volumes else f"{len(samples)}"
-            print(f"\ntest set {name} ({counted}):\n{of_classes(rows[name])}")
+            size = f"{len(samples)} slices, means over {len(cases)} cases" if volumes else f"{len(samples)}"
+            print(f"\ntest set {name} ({size}):\n{of_classes(rows[name])}")
             if volumes:
                 dice, iou = (scores.mean(score, axis=1) for score in scores.overlap(pixels))
                 print("\n" + scores.table(zip(cases, dice, iou, strict=True), "case", "Dice", "IoU"))
     if rows and process.first:
-        write(run.folder / "tests.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+        write_json(run.folder / "tests.json", rows)
 
 
 def draw(predict: Predictor, data: Data, run: Run) -> None:
@@ -240,8 +250,7 @@ def train(chosen: argparse.Namespace, process: Process) -> None:
 
     for epoch in range(begin, chosen.epochs):
         loss = train_epoch(network, optimizer, data, chosen, epoch, process)
-        if not math.isfinite(loss):
-            raise DataError(f"--lr: expected a finite loss in epoch {epoch + 1}, got {loss}: lower {chosen.lr}")
+        together(process, functools.partial(require_finite, loss, epoch, chosen.lr))
         row = {"epoch": epoch + 1, "loss": loss, "rate": learning_rate(chosen, epoch)}
         row |= validate(network, data, plan, chosen, process)
         run.save(network, optimizer, row, plan)
@@ -256,12 +265,17 @@ def train(chosen: argparse.Namespace, process: Process) -> None:
 
 def main() -> int:
     chosen = arguments()
-    first = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK")  # of several processes
+    first = rank in (None, "0")
     try:
         train(chosen, join())
-    except DataError as error:
+    except CommonError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataError as error:
+        finder = "" if rank is None else f" (process {rank})"
+        print(f"error{finder}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from reference import unets
 
@@ -36,8 +39,17 @@ def script(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return run
 
 
+def read_json(path: Path) -> Any:
+    """Of a file that is JSON as other programs read it: NaN is none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path}: {constant}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def history(folder: Path) -> list[dict]:
-    return json.loads((folder / "history.json").read_text())
+    return read_json(folder / "history.json")
 
 
 def picture(seed: int, height: int = 40, width: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +61,19 @@ def picture(seed: int, height: int = 40, width: int = 48) -> tuple[np.ndarray, n
         instances[top : top + 14, left : left + 14] = i
     image = generator.integers(100, size=(height, width, 3)) + 120 * (instances > 0)[..., None]
     return image.astype(np.uint8), instances
+
+
+class Bright(nn.Module):
+    """A network that finds the boxes of `picture`, without an error, and takes each for the class `index`."""
+
+    def __init__(self, outputs: int = 1, index: int = 0) -> None:
+        super().__init__()
+        self.outputs, self.index = outputs, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.zeros(len(x), self.outputs, *x.shape[2:])
+        logits[:, self.index] = 99 * (x[:, 0] - 110 / 255)
+        return logits
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
@@ -132,6 +157,11 @@ def volumes(root: Path) -> None:
         label[2] *= case == 1
         with h5py.File(root / "test_vol_h5" / f"case{case:04}.npy.h5", "w") as file:
             file["image"], file["label"] = image, label
+
+
+def with_volumes(root: Path) -> None:
+    synapse(root)
+    volumes(root)
 
 
 def split(root: Path) -> None:

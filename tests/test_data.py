@@ -24,6 +24,7 @@ from tests.datasets import (
     split,
     synapse,
     truncate,
+    with_volumes,
     write_image,
 )
 
@@ -175,6 +176,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         r"expected arrays `image` and `label`, got KeyError",
     ),
     "synapse wrong shape": (synapse, arrays_of(SLICE, image=GREY[None], label=GREY), r"expected image \(H, W\) or"),
+    "synapse of no pixels": (
+        synapse,
+        arrays_of(SLICE, image=GREY[:0, :0], label=GREY[:0, :0]),
+        r"case0005_slice001\.npz: expected image \(H, W\) or \(H, W, 3\) of at least one pixel, got \(0, 0\)",
+    ),
     "synapse wrong size": (synapse, arrays_of(SLICE, image=GREY, label=GREY[:9]), r"expected the size of"),
     "synapse not prepared": (synapse, arrays_of(SLICE, image=GREY - 125, label=GREY), r"values in 0 \.\. 1, got -125"),
     "synapse not a number": (
@@ -226,3 +232,40 @@ def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:
     found = find(tmp_path)
     with pytest.raises(files.DataError, match=r"(?s)cju0a.*cju0d|cju0d.*cju0a"):
         check.check(found, side=32)
+
+
+@pytest.mark.parametrize("make", [monuseg, monuseg_test, synapse, with_volumes, kvasir])
+def test_endings_in_upper_case(make: Callable[[Path], None], tmp_path: Path) -> None:
+    for name in ("lower", "upper"):
+        make(tmp_path / name)
+    for path in list((tmp_path / "upper").rglob("*.*")):
+        if path.suffix != ".txt":
+            path.rename(path.with_suffix(path.suffix.upper()))
+    lower, upper = (data.find(tmp_path / name) for name in ("lower", "upper"))
+    check.check(upper)
+    pairs = list(zip(_all(lower), _all(upper), strict=True))
+    assert pairs and all(b.image.suffix.isupper() and b.mask.suffix.isupper() for _, b in pairs)
+    for one, other in pairs:
+        for array, same in zip(files.load(one), files.load(other), strict=True):
+            np.testing.assert_array_equal(array, same)
+
+
+def _all(found: data.Data) -> list[files.Sample]:
+    return [*found.train, *(sample for samples in found.tests.values() for sample in samples)]
+
+
+def test_polygons_in_upper_case_have_no_classes(tmp_path: Path) -> None:
+    monuseg(tmp_path)
+    for path in list((tmp_path / "Annotations").iterdir()):
+        path.rename(path.with_suffix(".XML"))
+    with pytest.raises(files.DataError, match="polygons, which have no classes"):
+        data.with_classes(data.find(tmp_path), 3)
+
+
+def test_a_resized_mask_has_the_pixels_in_the_middle(tmp_path: Path) -> None:
+    """Of each 3 x 3 pixels that become one."""
+    classes = np.arange(81, dtype=np.uint8).reshape(9, 9)
+    for name in ("image", "mask"):
+        write_image(tmp_path / f"{name}.png", classes)
+    sample = files.Sample(tmp_path / "image.png", tmp_path / "mask.png", "", files.Values.CLASSES)
+    np.testing.assert_array_equal(files.load(sample, 3)[1], classes[1::3, 1::3])

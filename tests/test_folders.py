@@ -18,7 +18,7 @@ from tests.datasets import (
     split,
     synapse,
     truncate,
-    volumes,
+    with_volumes,
     write_image,
 )
 
@@ -117,11 +117,6 @@ def with_unmasked_test(root: Path) -> None:
     write_image(root / "test" / "1.png", picture(0)[0])
 
 
-def with_volumes(root: Path) -> None:
-    synapse(root)
-    volumes(root)
-
-
 @pytest.mark.parametrize(
     "make, said",
     [
@@ -182,3 +177,22 @@ def test_volumes_without_h5py(run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "h5py" else found(name))
     assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
     assert "data: test_vol_h5/ is not scored: its volumes need h5py, pip install h5py" in capsys.readouterr().out
+
+
+def test_what_is_left_out_of_a_set_is_said(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "h5py" else found(name))
+    synapse(tmp_path / "data" / "train")
+    with_volumes(tmp_path / "data" / "val")
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    assert "data: test_vol_h5/ is not scored: its volumes need h5py, pip install h5py" in capsys.readouterr().out
+
+
+def test_test_sets_inside_of_a_set_are_said(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "val", "test"):
+        glas(tmp_path / "data" / name)
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert "test sets: testA (1), test (3)" in out
+    assert "data: val/ holds test sets, which are left out: testA (1)\n" in out
+    assert "data: test/ holds test sets, which are left out: testA (1)\n" in out

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from examples import data, files, train
-from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse, write_image
+from tests.datasets import SHORT, glas, kvasir, masked, monuseg, picture, script, synapse, truncate, write_image
 
 COLOURS = np.array([[0, 0, 0], [10, 200, 30], [240, 20, 90], [9, 9, 250]], np.uint8)
 
@@ -92,7 +92,8 @@ def test_other_foregrounds_are_said(run, tmp_path: Path, capsys: pytest.CaptureF
     masked(tmp_path, lambda instances: (instances > 0).astype(np.uint8))
     Image.fromarray((picture(0)[1] > 0) * np.uint8(3)).save(tmp_path / "masks" / "0.png")
     assert trained(run, tmp_path) == 0
-    said = "masks: the foreground is 1 in 3, 3 in 1 of them: one class here, --classes N tells class indices apart\n"
+    said = "masks: the foreground is the value 1 in 3 masks and 3 in 1 mask: read as one class here; "
+    said += "--classes N tells class indices apart\n"
     assert said in capsys.readouterr().out
 
 
@@ -115,7 +116,7 @@ def test_numbered_objects(run, tmp_path: Path, capsys: pytest.CaptureFixture[str
         np.testing.assert_array_equal(files.load(sample)[1], picture(i)[1] > 0)
     synapse(tmp_path / "labels")
     assert trained(run, tmp_path / "labels", "--instances") == 2
-    assert "expected mask images for --instances, got labels of classes" in capsys.readouterr().err
+    assert "expected masks that number objects, got labels of classes" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
@@ -143,6 +144,14 @@ def labelled(name: str, label: np.ndarray) -> Callable[[Path], None]:
         np.savez(root / "train_npz" / name, image=np.zeros(label.shape, np.float32), label=label)
 
     return make
+
+
+def two_pages(path: Path, to: Path) -> None:
+    """Replace an image by a file that holds it and another one."""
+    with Image.open(path) as image:
+        pages = [image.copy(), Image.fromarray(255 - np.asarray(image))]
+    path.unlink()
+    pages[0].save(to, save_all=True, append_images=pages[1:])
 
 
 WHOLE = "expected whole numbers from 0 in a mask"
@@ -179,6 +188,35 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         "0.png: expected class indices in one channel or in a palette, got RGB",
     ),
     "JPEG": (kvasir, ["--classes", 3], "cju0a.jpg: expected class indices 0 .. 2 for 3 classes, got a JPEG, whose val"),
+    "JPEG of objects": (
+        kvasir,
+        ["--instances"],
+        "cju0a.jpg: expected masks that number objects, got a JPEG, whose values are blurred: save masks as PNG\n",
+    ),
+    "two pages": (
+        lambda root: masked(root, white) or two_pages(root / "masks" / "1.png", root / "masks" / "1.tif"),
+        [],
+        "1.tif: expected one image, got 2 in one file\n",
+    ),
+    "two pages, cut off": (
+        lambda root: [
+            masked(root, white),
+            two_pages(root / "masks" / "1.png", root / "masks" / "1.tif"),
+            truncate("masks/1.tif")(root),
+        ],
+        [],
+        "1.tif: expected an image that can be read, got ",
+    ),
+    "animated": (
+        lambda root: masked(root, white) or two_pages(root / "images" / "2.png", root / "images" / "2.png"),
+        [],
+        "2.png: expected one image, got 2 in one file\n",
+    ),
+    "no foreground but in the test set": (
+        lambda root: [masked(root / "train", lambda i: i * np.uint8(0)), masked(root / "test", white)],
+        [],
+        "masks: expected masks, got only background in all 4\n",
+    ),
     "GlaS": (glas, ["--classes", 3], "train_1_anno.bmp: expected class indices 0 .. 2 for 3 classes, got instances"),
     "polygons": (
         monuseg,
@@ -211,6 +249,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's, of a file that is cut off
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from examples import data, network, predict, scores, train
+from examples import picture as pictures
 from tests.datasets import (
     SHORT,
+    Bright,
     glas,
     isic,
     kvasir,
@@ -21,8 +23,7 @@ from tests.datasets import (
     picture,
     script,
     split,
-    synapse,
-    volumes,
+    with_volumes,
     write_image,
 )
 
@@ -101,18 +102,13 @@ def test_long_tables_are_shortened(run, best, tmp_path: Path, monkeypatch: pytes
     assert len(rows(tmp_path / "run" / "training-predicted" / "scores.csv")) == 4
 
 
-def synapse_with_volumes(root: Path) -> None:
-    synapse(root)
-    volumes(root)
-
-
 @pytest.mark.parametrize(
     "make, said, names",
     [
         (glas, "train_* of them: testA (1); what is there to train on is left out", {"testA/masks/testA_1.png"}),
         (split, "val (3)", {f"val/masks/cju0{i}.png" for i in "bcd"}),
         (
-            synapse_with_volumes,
+            with_volumes,
             "test_vol_h5 (6)",
             {f"test_vol_h5/masks/case000{c}_slice00{i}.png" for c in (1, 8) for i in range(3)},
         ),
@@ -126,10 +122,57 @@ def test_sets_of_a_data_set(make, said: str, names: set[str], run, best, tmp_pat
     assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("masks/*")} == names
 
 
+def with_unmasked_test(root: Path) -> None:
+    kvasir(root / "train")
+    for i in (5, 6):
+        write_image(root / "test" / f"{i}.png", picture(i)[0])
+
+
+TRAINED_ON = "data: no test set and no val/: the network may have been trained on these images\n"
+
+
+def test_a_test_set_without_masks_is_predicted(run, best, tmp_path: Path, capsys) -> None:
+    weights = best(with_unmasked_test)
+    assert "data: test/ is not scored: it has no masks\n" in capsys.readouterr().out
+    assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "test (2); what is there to train on is left out" in out and "is not scored" in out
+    assert "Dice" not in out and TRAINED_ON not in out and out.endswith(f"masks, overlays: {tmp_path / 'out'}\n")
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert written == {f"test/{kind}/{i}.png" for kind in ("masks", "overlays") for i in (5, 6)}
+
+
+def test_images_to_train_on_are_said(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = best()
+    capsys.readouterr()
+    assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert TRAINED_ON in out and "scores: means over images, at their own size; a volume" in out
+    assert out.endswith(f"masks, overlays and scores: {tmp_path / 'out'}\n")
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_masks_and_overlays_show_what_was_found(masks: bool, run, best, tmp_path: Path, monkeypatch) -> None:
+    """By a network that finds exactly the boxes."""
+    weights = best()
+    plan, _ = network.read_network(weights)
+    monkeypatch.setattr(predict, "read_network", lambda path: (plan, Bright()))
+    masked(tmp_path / "new", lambda instances: (instances > 1) * np.uint8(255))  # not the same as what is found
+    folder = tmp_path / "new" if masks else tmp_path / "new" / "images"
+    assert run(weights, folder, "--out", tmp_path / "out") == 0
+    for i in range(4):
+        image, instances = picture(i)
+        found = (instances > 0).astype(np.int64)
+        mask, overlay = (np.asarray(Image.open(tmp_path / "out" / d / f"{i}.png")) for d in ("masks", "overlays"))
+        np.testing.assert_array_equal(mask, 255 * found)
+        expected = pictures.overlay(image / np.float32(255), found, instances > 1 if masks else None)
+        np.testing.assert_array_equal(overlay, expected)
+
+
 def test_volumes_are_scored_whole(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the second one the last slice is empty: alone, it would have no score."""
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-    weights = best(synapse_with_volumes)
+    weights = best(with_volumes)
     capsys.readouterr()
     assert run(weights, tmp_path / "training", "--out", tmp_path / "out") == 0
     assert re.search(r"\| case0001 +\|", capsys.readouterr().out)
@@ -213,6 +256,13 @@ def test_arguments(given: list[str], message: str, run, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="2"):
         run(*given)
     assert message in capsys.readouterr().err
+
+
+def test_help_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing" not in said and "(default: FOLDER-predicted, beside WEIGHTS)" in said
 
 
 def test_a_saved_network_is_plain_and_whole(best) -> None:
