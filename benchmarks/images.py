@@ -122,7 +122,7 @@ def _by_pillow(path: Path) -> np.ndarray:
         image = pillow.open(path)
     with image:
         with _decoding():
-            frames = getattr(image, "n_frames", 1)
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its preview
         _expect_one(frames, "frames")
         if image.mode not in GREY and any(";16" in str(tile[3]) for tile in image.tile):
             raise ValueError(

@@ -103,7 +103,8 @@ def _grey_levels(findings: Sequence[Finding]) -> list[str]:
         some = [reading.grey for reading in grey if reading.white == white]
         lines.append(
             f"masks: {len(some)} of {len(findings)} have grey values between 0 and {white} "
-            f"({sum(some) / pixels:.1%} of the pixels); at least half, {white // 2 + 1}, is foreground"
+            f"({sum(some) / pixels:.1%} of the pixels); at least half, {white // 2 + 1}, is foreground "
+            "(classes are indices, 0, 1, 2, ..., by --classes)"
         )
     return lines
 

@@ -31,6 +31,7 @@ ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancr
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "original", "tissue images")
 MASK_FOLDERS = ("masks", "mask", "ground truth", "groundtruth", "gt", "labels", "label", "annotations")
 BLURRED = "a JPEG, whose values are blurred: save masks as PNG"
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 SUFFIXES = ("_anno", "_annotation", "_groundtruth", "_gt", "_label", "_mask", "_seg", "_segmentation")
 KNOWN_SUFFIX = re.compile(f"({'|'.join(SUFFIXES)})$", re.IGNORECASE)
 
@@ -119,7 +120,7 @@ def images_alone(root: Path) -> list[Sample]:
     """The images of a folder, or of images/ in it, where there are no masks; nothing where there are."""
     _require_folder(root)
     folders = _by_name(root)
-    if any(name in folders for name in (*MASK_FOLDERS, "train", "train_npz")):
+    if any(name in folders for name in (*MASK_FOLDERS, *PARTS["train"], "train_npz")):
         return []
     inner = next((folders[name] for name in IMAGE_FOLDERS if name in folders), None)
     if inner is None and _data_in(root) is not None:
@@ -201,21 +202,23 @@ def _numbered(sample: Sample) -> Sample:
 def _data_in(root: Path) -> Data | None:
     """What the folder itself holds, in train/ and what is beside it or in the first layout that it has."""
     folders = _by_name(root)
-    beside = [name for name in ("val", "test") if name in folders]
-    if "train" not in folders or not beside:
+    parts = {part: folders[name] for part, names in PARTS.items() for name in names if name in folders}
+    if not parts.keys() & {"val", "test"}:
         return _pairs_in(root)
-    data = find(folders["train"])
-    if "val" in folders:
-        inner = _without_tests(folders["val"])
+    data = find(parts["train"]) if "train" in parts else _pairs_in(root)
+    if data is None:
+        return None
+    if "val" in parts:
+        inner = _without_tests(parts["val"])
         data = replace(data, validation=inner.train, left_out=data.left_out + inner.left_out)
-    alone = images_alone(folders["test"]) if "test" in folders else []
+    alone = images_alone(parts["test"]) if "test" in parts else []
     if alone:
-        said = f"data: {folders['test'].name}/ is not scored: it has no masks"
+        said = f"data: {parts['test'].name}/ is not scored: it has no masks"
         data = replace(data, unmasked={"test": alone}, left_out=(*data.left_out, said))
-    elif "test" in folders:
-        inner = _without_tests(folders["test"])
+    elif "test" in parts:
+        inner = _without_tests(parts["test"])
         data = replace(data, tests=data.tests | {"test": inner.train}, left_out=data.left_out + inner.left_out)
-    layout = " and ".join(f"{folders[name].name}/" for name in ("train", *beside))
+    layout = " and ".join(f"{folder.name}/" for folder in parts.values())
     return replace(data, layout=f"{layout}, {data.layout}")
 
 
@@ -310,7 +313,8 @@ def _matched(
     if masks and not by_name.keys() & truths.keys():
         raise DataError(
             f"{image_folder}: expected masks of the images' names in {mask_folder}, found images like {images[0].name} "
-            f"and masks like {masks[0].name}: what follows the name is said by --images, --masks and --mask-suffix"
+            f"and masks like {masks[0].name}: "
+            "--images, --masks and --mask-suffix say what follows an image's name in its mask's"
         )
     for some, others, kind, folder in (
         (by_name, truths, "a mask", mask_folder),

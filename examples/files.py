@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch.nn import functional as F
 
 JPEG = {".jpg", ".jpeg"}
@@ -163,12 +163,17 @@ def slices_in(path: Path) -> int:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            count = getattr(image, "n_frames", 1)
+            count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its preview
+            cut = image.mode not in DEEP and any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: expected an image, got another file, or a damaged one") from error
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: expected an image that can be read, got {_said(error)}") from error
     if count > 1:
         raise DataError(f"{path}: expected one image, got {count} in one file")
+    if cut:
+        raise DataError(f"{path}: expected 8 bits a colour, got 16, of which Pillow keeps 8: save it with 8")
     return image
 
 
@@ -178,9 +183,10 @@ def _image(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"), np.float32) / 255
     grey = np.asarray(image, np.float32)  # a camera of more than 8 bits uses some of them
     white = np.percentile(grey, 99.8)
-    if not (np.isfinite(grey).all() and white > 0):
+    if not (np.isfinite(grey).all() and grey.min() >= 0 and white > 0):
         raise DataError(
-            f"{path}: expected finite values, at least 0.2% of them above 0, got {grey.min()} .. {grey.max()}"
+            f"{path}: expected values from 0, at least 0.2% of them above, got {grey.min():g} .. {grey.max():g}: "
+            "scale what has other units, such as Hounsfield's, to 8 bits first"
         )
     return np.repeat(np.clip(grey / white, 0, 1, dtype=np.float32)[..., None], 3, axis=2)
 
@@ -191,9 +197,25 @@ def _mask_image(path: Path, meaning: Values, columns: slice) -> Mask:
         if image.mode not in ONE_CHANNEL:
             raise DataError(f"{path}: expected class indices in one channel or in a palette, got {image.mode}")
         return Mask(_whole(path, np.asarray(image)[:, columns]))
+    if meaning is Values.FOREGROUND and ending(path) not in JPEG:
+        _require_one_colour(path, image)
     levels = _levels(image)[:, columns]
     whole = _whole(path, levels)
     return Mask((whole != 0).astype(np.int64)) if meaning is Values.INSTANCES else _foreground(path, levels, whole)
+
+
+def _require_one_colour(path: Path, image: Image.Image) -> None:
+    if image.mode in ONE_CHANNEL:
+        return
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    if (pixels == pixels[:, :1]).all():
+        return
+    colours = np.unique(pixels[pixels.any(axis=1)], axis=0)
+    if len(colours) > 1:
+        raise DataError(
+            f"{path}: expected one colour over black, got {len(colours)}: if each is a class, save class indices "
+            f"(0, 1, 2, ...) and train with --classes {len(colours) + 1}"
+        )
 
 
 def _levels(image: Image.Image) -> np.ndarray:

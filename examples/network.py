@@ -86,13 +86,18 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read, or has no such keys.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file of examples.train, found {'a folder' if path.is_dir() else 'none'}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: expected a file of examples.train, got {type(error).__name__}") from error
+        raise DataError(f"{path}: expected a file of examples.train, got another one, or a part of one") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
-        raise DataError(f"{path}: expected a file of examples.train with {', '.join(keys)}, found no {missing[0]}")
+        raise DataError(
+            f"{path}: expected a file of examples.train with {', '.join(keys)}, found no {missing[0]} "
+            "(best.pt is to predict with, last.pt to go on from)"
+        )
     return state
 
 

@@ -44,7 +44,7 @@ class Run:
             if value != state["arguments"].get(name):
                 raise DataError(
                     f"{self.last}: expected a run with {name} {value}, got {state['arguments'].get(name, 'no such')}: "
-                    "choose another --out, or --restart to lose it"
+                    "choose another --out, or --restart, which deletes the old run"
                 )
         return state
 

@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         truncate("train_2.bmp"),
         r"train_2\.bmp: expected an image that can be read, got OSError",
     ),
-    "glas not an image": (glas, overwrite("train_1_anno.bmp", "<html>"), r"train_1_anno\.bmp: expected an image that"),
+    "glas not an image": (glas, overwrite("train_1_anno.bmp", "<html>"), r"train_1_anno\.bmp: expected an image, got"),
     "glas wrong size": (
         glas,
         image_of("train_1_anno.bmp", SMALL),
@@ -152,7 +152,19 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         r"cju0b\.png: expected one file of this name, found cju0b\.jpg too",
     ),
     "kvasir unreadable": (kvasir, truncate("images/cju0c.jpg"), r"cju0c\.jpg: expected an image that can be read"),
-    "kvasir empty file": (kvasir, overwrite("masks/cju0c.jpg", b""), r"cju0c\.jpg: expected an image that can be read"),
+    "kvasir empty file": (
+        kvasir,
+        overwrite("masks/cju0c.jpg", b""),
+        r"cju0c\.jpg: expected an image, got another file",
+    ),
+    "kvasir negative": (
+        kvasir,
+        lambda root: (
+            (root / "images/cju0c.jpg").unlink()
+            or Image.fromarray(np.full((42, 48), -1000, np.int32)).save(root / "images/cju0c.tif")
+        ),
+        r"cju0c\.tif: expected values from 0, .*Hounsfield",
+    ),
     "kvasir no foreground": (kvasir, no_foreground, r"masks: expected masks, got only background in all 4"),
     "clinic wrong size": (clinic, image_of("Ground Truth/3.tif", SMALL), r"Ground Truth.3\.tif: expected the size of"),
     "clinic small": (

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from examples import train
 from tests.datasets import (
@@ -80,7 +81,7 @@ def merge(root: Path) -> None:
         ),
         (
             ["--images", "Input", "--masks", "Other"],
-            "found images like ISIC_0000.jpg and masks like lesion0.png: what follows the name is said by",
+            "found images like ISIC_0000.jpg and masks like lesion0.png: --images, --masks and --mask-suffix say what",
         ),
         (["--images", "Input", "--masks", "Few"], "Input/ISIC_0001.jpg: expected a mask of this name in"),
     ],
@@ -145,6 +146,34 @@ def test_test_sets(make, said: list[str], run, tmp_path: Path, capsys: pytest.Ca
     assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
     out = capsys.readouterr().out
     assert [text for text in said if text not in out] == []
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (("training", "valid", "testing"), "training/ and valid/ and testing/, images/ and masks/: 4 to train on, 4"),
+        (("", "validation", "test"), "validation/ and test/, images/ and masks/: 4 to train on, 4"),
+    ],
+)
+def test_other_names_of_parts(names: tuple[str, ...], said: str, run, tmp_path: Path, capsys) -> None:
+    """Also beside images/ and masks/ themselves. None of them is left out, and nothing is split off to validate."""
+    for name in names:
+        kvasir(tmp_path / "data" / name)
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert f"data: {said} to validate on; test sets: test (4)\n" in out
+
+
+def test_a_photograph_with_its_preview(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Phones write such JPEGs."""
+    kvasir(tmp_path / "data")
+    path = tmp_path / "data" / "images" / "cju0b.jpg"
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, format="MPO", save_all=True, append_images=[image.resize((8, 8))])
+    with Image.open(path) as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    assert run("--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT) == 0
 
 
 def test_a_test_set_is_checked_before_training(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

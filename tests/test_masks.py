@@ -85,6 +85,7 @@ def test_grey_values_are_said_once(run, tmp_path: Path, capsys: pytest.CaptureFi
     assert trained(run, tmp_path) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("masks:")]
     said = f"3 of 4 have grey values between 0 and 255 ({grey:.1%} of the pixels); at least half, 128, is foreground"
+    said += " (classes are indices, 0, 1, 2, ..., by --classes)"
     assert lines == [f"masks: {said}"]
 
 
@@ -164,6 +165,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         [],
         "0.png: expected 0 and one other value, or grey levels up to 255, got several up to 2 (and 3 masks like it): "
         "if they are class indices, train with --classes 3; if they number objects, --instances\n",
+    ),
+    "several colours": (
+        lambda root: masked(root, lambda i: np.dstack([(i == 1) * np.uint8(255), (i == 2) * np.uint8(255), i * 0])),
+        [],
+        "0.png: expected one colour over black, got 2: if each is a class, save class indices (0, 1, 2, ...) and train "
+        "with --classes 3",
     ),
     "low values that differ": (
         lambda root: masked(root, lambda i: i) or write_image(root / "masks/3.png", THREE),

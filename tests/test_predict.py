@@ -219,7 +219,7 @@ def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name in ("masks", "overlays"):
         write_image(tmp_path / name / "a.png", picture(0)[0])
     for given, message in [
-        ([tmp_path / "none.pt", tmp_path / "new"], "none.pt: expected a file of examples.train, got FileNotFoundError"),
+        ([tmp_path / "none.pt", tmp_path / "new"], "none.pt: expected a file of examples.train, found none\n"),
         ([tmp_path / "picture.pt", tmp_path / "new"], "picture.pt: expected a file of examples.train"),
         ([tmp_path / "plain.pt", tmp_path / "new"], "plain.pt: expected a file of examples.train with plan, weights"),
         (
@@ -231,7 +231,7 @@ def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([weights, tmp_path / "none"], "none: expected a folder with data, found none"),
         ([weights, tmp_path / "empty"], "empty: expected NAME.bmp"),
         ([weights, tmp_path / "scans"], "found 1.dcm"),
-        ([weights, tmp_path / "broken"], "broken/b.png: expected an image that can be read"),
+        ([weights, tmp_path / "broken"], "broken/b.png: expected an image, got another file"),
         ([weights, tmp_path / "masks", "--out", tmp_path], "expected another folder"),
         ([weights, tmp_path / "new", "--out", image], "a.png: expected a folder, got a file"),
     ]:
