@@ -144,6 +144,11 @@ def makes_a_child(parent: int) -> bool:
     return False
 
 
+def heed_interrupts() -> None:
+    """What runs in the background of a shell ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are listed by Linux alone")
 def test_ctrl_c_while_memory_is_measured(tmp_path: Path) -> None:
@@ -152,7 +157,13 @@ def test_ctrl_c_while_memory_is_measured(tmp_path: Path) -> None:
     command += ["--json", str(tmp_path / "rows.jsonl"), "--plot", str(tmp_path / "figure.png")]
     for delay in (0.1, 0.5):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
         try:
             deadline = time.monotonic() + 60
