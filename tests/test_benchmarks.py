@@ -27,6 +27,7 @@ from benchmarks import (
     compare,
     console,
     determinism,
+    environment,
     floor,
     journal,
     measure,
@@ -474,6 +475,21 @@ def test_a_run_says_what_is_wrong(
     assert line == f"parity: FAILED: {said}"
     assert len(rows.load(tmp_path / "run.jsonl")) == 2
     assert run.main([*options, "--batch", "2", "--out", str(tmp_path / "other.jsonl")]) == 0
+
+
+def test_results_do_not_change_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gpu` copies the configurations beside its results: what it found after that was another code's."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "RESULTS", tmp_path / "benchmarks" / "results")
+
+    def with_file(name: str) -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        return environment.source.__wrapped__()
+
+    first = with_file("dca_kernels/configurations.json")
+    assert with_file("benchmarks/results/latest/gpu/configurations.json") == first
+    assert with_file("benchmarks/new.py") != first
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
