@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import dca_kernels
 import reference
-from benchmarks.parity import MAX_RATIO, RMS_RATIO
+from reference.budget import DOUBLE, Error, allowed, used
 
 BACKENDS = ["torch", "triton"]
 # The backends whose backward runs everywhere; the kernels' has tests of its own (test_triton_backward.py), since
@@ -174,7 +174,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 # Comparisons
 
 
-def assert_same(actual: Results, expected: Results, rtol: float = 1e-9) -> None:
+def assert_same(actual: Results, expected: Results, rtol: float = DOUBLE) -> None:
     """Float64 results agree to `rtol` of each tensor's largest value.
 
     A gradient that is zero in exact arithmetic holds rounding noise on the scale of the terms that cancel in it: every
@@ -279,33 +279,22 @@ Draw = Sequence[Tensor]  # ours, the reference's and the exact values
 
 
 def assert_within_budget(draws: Sequence[Draw], dtype: torch.dtype, name: str) -> None:
-    """Our error against float64 is that of plain PyTorch in the same dtype, times a factor, plus one rounding step.
-
-    The step is `dtype`'s at the scale of `exact`: what storing an exact result already costs. Maximum and root mean
-    square are both bounded: the first hides a bias, the second a single wrong element.
+    """Our error against float64 is within the budget of reference/budget.py.
 
     Each draw has its own budget, and in their geometric mean the draws use at most one. Where attention weights are
     nearly tied, a draw's error is tens of times another's, and the order of sums decides whose is the larger there: of
     the errors of all draws together it would decide alone. For a defect that few draws meet there is a limit to each.
     """
-    errors, budgets = (torch.stack(t) for t in zip(*(_error_and_budget(*draw, dtype) for draw in draws), strict=True))
-    assert errors.isfinite().all(), f"{name}: not finite"
-    used = torch.where(errors == 0, 0.0, errors / budgets).clamp(min=LEAST_USED).log().mean(0).exp()
-    assert (used <= 1).all(), f"{name}: max and RMS error are {used.tolist()} of the budget, by draw {errors.tolist()}"
+    errors = [Error.of([ours], [exact]) for ours, _, exact in draws]
+    most = [allowed(Error.of([theirs], [exact]), [exact], dtype) for _, theirs, exact in draws]
+    values, budgets = (torch.tensor([astuple(e) for e in of], dtype=torch.float64) for of in (errors, most))
+    assert values.isfinite().all(), f"{name}: not finite"
+    parts = torch.tensor([used(*of) for of in zip(errors, most, strict=True)], dtype=torch.float64)
+    mean = parts.clamp(min=LEAST_USED).log().mean(0).exp()
+    assert (mean <= 1).all(), f"{name}: max and RMS error are {mean.tolist()} of the budget, by draw {values.tolist()}"
     known = budgets.isfinite()  # where the reference overflows there is none
-    alone = errors.where(known, 0.0).amax(0) / budgets.where(known, 0.0).amax(0)
+    alone = values.where(known, 0.0).amax(0) / budgets.where(known, 0.0).amax(0)
     assert not (alone > ALONE).any(), f"{name}: max and RMS error of one draw are {alone.tolist()} of the budget"
-
-
-def _error_and_budget(ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The largest and the root mean square error, and the budget of both."""
-    exact = exact.double()
-    error, baseline, scale = (_max_and_rms(t) for t in (ours.double() - exact, theirs.double() - exact, exact))
-    return error, torch.tensor([MAX_RATIO, RMS_RATIO]).to(baseline) * baseline + torch.finfo(dtype).eps * scale
-
-
-def _max_and_rms(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor.abs().max(), tensor.square().mean().sqrt()])
 
 
 def assert_all_within_budget(draws: Sequence[Sequence[Results]], dtype: torch.dtype) -> None:
@@ -321,22 +310,6 @@ def assert_all_within_budget(draws: Sequence[Sequence[Results]], dtype: torch.dt
             if names:
                 values.append([torch.cat([results[name].double().flatten() for name in names]) for results in draw])
         assert_within_budget(values, dtype, kind)
-
-
-KINK = 0.1  # low precision puts values this close to zero on the other side of the ReLU
-
-
-@torch.no_grad()
-def off_the_kink(exact: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
-    """Upstream gradients, zero where `exact`, whose running buffers are updated, has a value near the ReLU's kink.
-
-    There, one rounding decides between a gradient and none, and the error says nothing.
-    """
-    values: list[Tensor] = []
-    for head in exact.bn_relu:
-        head[0].register_forward_hook(lambda module, args, out: values.append(out))
-    exact(maps)
-    return [g * (y.abs() > KINK) for g, y in zip(upstream, values, strict=True)]
 
 
 def promoted(module: nn.Module, config: Config) -> nn.Module:

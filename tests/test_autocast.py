@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from reference.budget import off_the_kink
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -18,7 +19,6 @@ from tests.oracle import (
     each_trainable,
     evaluate,
     needs_triton,
-    off_the_kink,
     pair,
     promoted,
     random_like,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from reference.budget import off_the_kink
 from tests.oracle import (
     BACKENDS,
     GOLDEN,
@@ -23,7 +24,6 @@ from tests.oracle import (
     evaluate,
     full_size,
     needs_triton,
-    off_the_kink,
     resized_blocks,
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dca_kernels import fused
+from reference.budget import off_the_kink
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -25,7 +26,6 @@ from tests.oracle import (
     evaluate,
     full_size,
     needs_triton,
-    off_the_kink,
     pair,
     promoted,
     random_like,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reference.budget import off_the_kink
 from tests.oracle import (
     DEVICE,
     INTERPRETED,
@@ -25,7 +26,6 @@ from tests.oracle import (
     evaluate,
     full_size,
     not_finite,
-    off_the_kink,
     pair,
     promoted,
     random_like,

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dca_kernels
-from benchmarks.parity import MAX_RATIO
 from reference import unets
+from reference.budget import MAX_RATIO
 from tests.convergence.data import nuclei
 from tests.oracle import INTERPRETED, device_of, needs_triton
 
