@@ -28,8 +28,8 @@ slow: .venv/third-party  ## Run the tests that take longer: compilers, training,
 	$(PYTEST) -m slow $(ARGS)
 
 newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
-	PYTHONPATH=.venv/newest $(PYTEST) tests/test_interpreter.py tests/test_triton.py \
-		tests/test_launch.py -k "test_interpreter or test_shapes or test_number_of_launches or triton_ir or tiny" $(ARGS)
+	PYTHONPATH=.venv/newest $(PYTEST) tests/tools/test_interpreter.py tests/module/test_triton.py \
+		tests/tools/test_launch.py -k "test_interpreter or test_shapes or test_number_of_launches or triton_ir or tiny" $(ARGS)
 
 regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
 	$(BIN)/python -m pytest benchmarks

@@ -25,9 +25,9 @@ from benchmarks.tune import TABLE
 
 # What may be missing, and what is then not run.
 OPTIONAL = {
-    "hypothesis": "tests/test_properties.py",
+    "hypothesis": "tests/module/test_properties.py",
     "matplotlib": "figures, and their tests",
-    "safetensors": "tests/test_tools.py",
+    "safetensors": "tests/module/test_tools.py",
     "skimage": "tests of the image",
     "xdist": "tests in parallel",
 }
@@ -138,12 +138,12 @@ def tune(out: Path, dry: bool, seconds: float) -> list[list[str]]:
 
 def tests(out: Path, dry: bool, seconds: float) -> list[list[str]]:
     """Two commands: of one, pytest takes the files in its own order."""
-    of_kernels = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
+    of_kernels = [f"tests/module/test_{name}.py" for name in KERNEL_TESTS]
     others = ["tests", *(f"--ignore={file}" for file in of_kernels)]
     options = ["--continue-on-collection-errors", "-p", "no:cacheprovider", "--verbose", "--tb", "short"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["--numprocesses", 1 if dry else min(12, compile.processes()), "--dist", "loadgroup"]
-    parts = [["tests/test_errors.py"]] if dry else [of_kernels, others]
+    parts = [["tests/module/test_errors.py"]] if dry else [of_kernels, others]
     return [python("pytest", *part, *options, f"--junitxml={out / f'tests{i}.xml'}") for i, part in enumerate(parts)]
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import dca_kernels
 from reference import unets
 from reference.budget import MAX_RATIO
-from tests.convergence.data import nuclei
+from tests.examples.nuclei import nuclei
 from tests.oracle import INTERPRETED, device_of, needs_triton
 
 pytestmark = pytest.mark.slow

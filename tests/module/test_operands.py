@@ -14,6 +14,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from dca_kernels import fused
+from tests.module.test_autocast import CONFIG as UNDER_AUTOCAST
+from tests.module.test_autocast import under
+from tests.module.test_compile import SMALL
+from tests.module.test_memory import saved_tensors
+from tests.module.test_precision import CASES, runs
 from tests.oracle import (
     Config,
     Results,
@@ -27,11 +32,6 @@ from tests.oracle import (
     promoted,
     random_maps,
 )
-from tests.test_autocast import CONFIG as UNDER_AUTOCAST
-from tests.test_autocast import under
-from tests.test_compile import SMALL
-from tests.test_memory import saved_tensors
-from tests.test_precision import CASES, runs
 
 pytestmark = pytest.mark.slow
 

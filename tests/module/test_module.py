@@ -223,7 +223,7 @@ HELD = {
     "subclass": (
         "avg_map.0.proj.depthwise",
         lambda conv: setattr(conv, "__class__", ScaledConv),
-        "tests.test_module.ScaledConv",
+        "tests.module.test_module.ScaledConv",
     ),
 }
 
@@ -244,7 +244,11 @@ class StandardisedConv(nn.Conv2d):
 
 
 EXCHANGED = {
-    "hidden": ("upconvs.0.conv.conv", lambda conv: StandardisedConv(8, 8, 1), "tests.test_module.StandardisedConv"),
+    "hidden": (
+        "upconvs.0.conv.conv",
+        lambda conv: StandardisedConv(8, 8, 1),
+        "tests.module.test_module.StandardisedConv",
+    ),
     "other_channels": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(4, 1, 1), "Conv2d(4, 1, kernel_size=(1, 1)"),
     "groups": ("upconvs.0.conv.conv", lambda conv: nn.Conv2d(8, 8, 1, groups=2), "groups=2)"),
     "dense": ("avg_map.0.proj.depthwise", lambda conv: nn.Conv2d(8, 8, 1), "Conv2d(8, 8, kernel_size=(1, 1)"),

@@ -45,7 +45,7 @@ from benchmarks.group import Effort, Group, measured
 from benchmarks.measure import Call
 from benchmarks.rows import Row
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = cases.SIZES["tiny"]
 EFFORT = Effort(memory=False, small=True)
 PLAIN = ("reference", "torch")

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 from dca_kernels import plain
+from tests.module.test_setups import ATTENTIONS, SMALL
 from tests.oracle import (
     Config,
     Results,
@@ -32,7 +33,6 @@ from tests.oracle import (
     pair,
     random_maps,
 )
-from tests.test_setups import ATTENTIONS, SMALL
 
 
 @pytest.fixture

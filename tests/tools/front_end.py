@@ -1,6 +1,6 @@
 """Python to Triton IR of every launch that users' calls make, through the JIT's own binder: no GPU, no interpreter.
 
-`python -m tests.front_end TARGET` prints what it found as JSON. A process of its own, since the tests' interprets.
+`python -m tests.tools.front_end TARGET` prints what it found as JSON. A process of its own: the tests' interprets.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from benchmarks.environment import environment
 from dca_kernels import DCA, launch
 from tests.oracle import INTERPRETED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = cases.SIZES["tiny"]
 CPU = torch.device("cpu")
 ROWS = json.loads(tune.TABLE.read_text())

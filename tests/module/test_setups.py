@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dca_kernels import fused
+from tests.module.test_module import CONFIGS
 from tests.oracle import (
     BACKENDS,
     TRAINABLE,
@@ -36,7 +37,6 @@ from tests.oracle import (
     random_like,
     random_maps,
 )
-from tests.test_module import CONFIGS
 
 pytestmark = pytest.mark.slow
 

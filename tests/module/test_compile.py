@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels.flops  # noqa: F401
 from dca_kernels import fused, use_backend
+from tests.module.test_autocast import under
 from tests.oracle import (
     Config,
     assert_all_within_budget,
@@ -26,7 +27,6 @@ from tests.oracle import (
     promoted,
     random_maps,
 )
-from tests.test_autocast import under
 
 # PyTorch's compilers do what PyTorch itself warns of.
 pytestmark = [

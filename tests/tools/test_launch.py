@@ -34,7 +34,7 @@ OF_IMAGE_SIZE = {
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_every_source_becomes_triton_ir(target: str) -> None:
-    found = json.loads(output_of("-m", "tests.front_end", target))
+    found = json.loads(output_of("-m", "tests.tools.front_end", target))
     assert found["failures"] == {}
     assert found["anew"] == {"sixteen images": 0, "parameters at odd addresses": 0}
     assert found["sources"] >= 270
@@ -52,8 +52,8 @@ def launches() -> None:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("size", "dtype", "batches"), [("tiny", "float32", (1, 2)), ("paper", "bfloat16", (1, 8))])
 def test_launches_reach_the_driver_as_meant(size: str, dtype: str, batches: tuple[int, int], mode: str) -> None:
-    """Programs, shared memory and every argument are checked in `tests.launched`; here, which kernels there were."""
-    found = json.loads(output_of("-m", "tests.launched", size, dtype, mode, *map(str, batches)))
+    """Programs, shared memory and every argument are checked in `launched.py`; here, which kernels there were."""
+    found = json.loads(output_of("-m", "tests.tools.launched", size, dtype, mode, *map(str, batches)))
     one, several = (FORWARD, FORWARD) if mode == "eval" else (STEP[1], STEP[2])
     assert [call["launched"] for call in found["calls"]] == [one, several]
     assert found["again"] == {"launched": several, "compiled": []}

@@ -1,7 +1,7 @@
 """A forward and a training step against the stand-in driver: real JIT, real ptxas, the real launcher written in C.
 
-`python -m tests.launched SIZE DTYPE MODE BATCH...` prints what was launched and compiled as JSON, and fails where a
-launch was given anything but what was meant. A process of its own, since the tests' interprets.
+`python -m tests.tools.launched SIZE DTYPE MODE BATCH...` prints what was launched and compiled as JSON, and fails where
+a launch was given anything but what was meant. A process of its own, since the tests' interprets.
 """
 
 import contextlib
