@@ -45,7 +45,9 @@ def test_synapse_without_its_list(run, tmp_path: Path, capsys: pytest.CaptureFix
         (lambda root: [merge(root)], []),
     ],
 )
-def test_two_folders(make, options: list[str], run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_two_folders(
+    make, options: list[str], run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "data")
     inputs, truths = (tmp_path / "data" / name for name in ("Input", "Truth"))
     given = ["--images", inputs, "--masks", truths if truths.is_dir() else inputs, *options]

@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's, of a file that is cut off
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_data(name: str, run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, options, message = REFUSED[name]
     make(tmp_path)
     assert trained(run, tmp_path, *options) == 2

@@ -193,7 +193,7 @@ def test_volumes_are_scored_whole(run, best, tmp_path: Path, capsys: pytest.Capt
         assert float(line["Dice"] or "nan") == pytest.approx(expected, nan_ok=True)
 
 
-def test_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prediction_for_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = best()
     isic(tmp_path / "ISIC")
     capsys.readouterr()
@@ -202,7 +202,7 @@ def test_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| ISIC_0003 |" in capsys.readouterr().out
 
 
-def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = best()
     image = tmp_path / "new" / "images" / "a.png"
     write_image(image, picture(0)[0])
@@ -252,13 +252,13 @@ def test_refused(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["best.pt", "a", "--batch", "0"], "--batch: expected an integer of at least 1, got 0"),
     ],
 )
-def test_arguments(given: list[str], message: str, run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_of_prediction(given: list[str], message: str, run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(*given)
     assert message in capsys.readouterr().err
 
 
-def test_help_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_prediction_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run("--help")
     said = " ".join(capsys.readouterr().out.split())

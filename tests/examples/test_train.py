@@ -80,13 +80,13 @@ def test_nothing_is_written_when_the_data_are_bad(run, tmp_path: Path, capsys: p
         (["--seed", "-1"], "--seed: expected an integer of at least 0, got -1"),
     ],
 )
-def test_arguments(run, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_of_training(run, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(*arguments)
     assert message in capsys.readouterr().err
 
 
-def test_help_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_training_says_defaults_in_words(run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run("--help")
     said = " ".join(capsys.readouterr().out.split())

@@ -84,7 +84,7 @@ def test_a_changed_batch_recompiles_once() -> None:
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch._functorch.config.patch(backward_pass_autocast="off")  # by default, the forward's holds for the backward too
-def test_autocast(autocast: torch.dtype) -> None:
+def test_compiled_under_autocast(autocast: torch.dtype) -> None:
     eager, compiled = (under(autocast, pair(SMALL, dtype=torch.float32)[0]) for _ in range(2))
     compiled.compile(backend="aot_eager", fullgraph=True)
     maps = random_maps(SMALL, autocast)

@@ -94,7 +94,9 @@ def within_range(draws: list[list[Results]]) -> list[list[Results]]:
 @each_case
 @both_modes
 @each_dtype
-def test_error_budget(case: str, train: bool, dtype: torch.dtype, operands: dict[str, list[torch.dtype]]) -> None:
+def test_error_budget_of_16_bit_operands(
+    case: str, train: bool, dtype: torch.dtype, operands: dict[str, list[torch.dtype]]
+) -> None:
     draws = [runs("torch", dtype, train, case, seed) for seed in DRAWS]
     assert all(seen and set(seen) == {dtype} for seen in operands.values())
     assert_all_within_budget(within_range(draws), dtype)
@@ -113,7 +115,7 @@ def test_every_large_product_has_16_bit_operands(dtype: torch.dtype, operands: d
 
 @each_dtype
 @both_modes
-def test_autocast(dtype: torch.dtype, train: bool, operands: dict[str, list[torch.dtype]]) -> None:
+def test_operands_under_autocast(dtype: torch.dtype, train: bool, operands: dict[str, list[torch.dtype]]) -> None:
     modules = pair(UNDER_AUTOCAST, dtype=torch.float32, train=train)
     exact = promoted(modules[1], UNDER_AUTOCAST)
     maps = random_maps(UNDER_AUTOCAST, dtype)
@@ -232,7 +234,7 @@ def test_the_dtype_of_operands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("batch", [0, 1])
 @each_dtype
-def test_shapes(dtype: torch.dtype, batch: int, forced: None) -> None:
+def test_shapes_with_16_bit_operands(dtype: torch.dtype, batch: int, forced: None) -> None:
     config = replace(CONFIG, batch=batch)
     module, _ = pair(config, dtype=dtype, train=False)
     results = evaluate(module, random_maps(config, dtype))

@@ -53,7 +53,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @both_modes
-def test_parity(config: Config, train: bool) -> None:
+def test_parity_of_the_backward(config: Config, train: bool) -> None:
     ours, theirs = pair(config, "triton", train=train)
     maps = random_maps(config, backend="triton")
     assert_same(evaluate(ours, maps), evaluate(theirs, maps))
@@ -140,7 +140,7 @@ def test_one_graph_many_backwards_any_layout() -> None:
     assert_identical(backward(expanded), backward([g.contiguous() for g in expanded]))
 
 
-def test_activation_checkpointing() -> None:
+def test_activation_checkpointing_of_the_kernels() -> None:
     module, maps = tiny()
     forward = module.forward
     module.forward = lambda maps: checkpoint(lambda *maps: forward(maps), *maps, use_reentrant=False)

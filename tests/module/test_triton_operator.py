@@ -75,7 +75,7 @@ def test_only_some_gradients() -> None:
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
-def test_operators_are_as_declared() -> None:
+def test_the_kernels_operators_are_as_declared() -> None:
     # Not the tests that compile them: test_fake_tensors_have_the_shapes_of_real_ones does.
     config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1), batch=1)
     model, maps = pair(config, "triton", torch.float32)[0], random_maps(config, torch.float32, backend="triton")

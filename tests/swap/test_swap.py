@@ -877,7 +877,7 @@ def test_a_copy_uses_its_own_dca(duplicate: Callable[[nn.Module], nn.Module], ca
     assert_identical({"output": other(ODD_IMAGE)}, {"output": expected})
 
 
-def test_every_parameter_gets_a_gradient() -> None:
+def test_every_parameter_of_an_added_dca_gets_a_gradient() -> None:
     model = add_dca(network(), patch=3).train()
     model(ODD_IMAGE).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

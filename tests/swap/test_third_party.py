@@ -157,7 +157,7 @@ def test_a_checkpoint_of_the_plain_network_loads(name: str) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_copy_uses_its_own_dca(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_copy_of_a_library_s_network_uses_its_own_dca(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = add_dca(build(name), patch=4).eval()
     expected = outputs(model, IMAGE)
     other = duplicate(model)
