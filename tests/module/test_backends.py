@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -186,57 +185,6 @@ def test_gpus(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert WHY_NOT("triton", torch.device("cuda")) == reason
-
-
-def step_without_kernels(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, maps: list[torch.Tensor]) -> None:
-    """A forward and backward up to the launches, as for an H100."""
-    from benchmarks import stand_in
-    from dca_kernels import launch
-
-    monkeypatch.setattr(launch, "run", lambda kernel, programs, config, **arguments: None)
-    with stand_in.standing_in("sm_90"):
-        outs = module.bfloat16()([x.bfloat16().requires_grad_() for x in maps])
-        torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("arguments", "width", "reason"),
-    [
-        ({"features": [8, 16]}, 8, None),
-        ({"features": [96, 192, 384, 768]}, 8, "more than 256 channels a head of the spatial attention"),
-        ({"features": [96, 192, 384, 768], "spatial_att": False}, 8, None),
-        ({"features": [8, 2048], "spatial_att": False}, 8, "more than 1024 channels of a scale or 4096 of all"),
-        ({"features": [8, 16]}, 1025, "more than 1024 columns of a map"),
-        ({"features": [4, 8], "patch": 1}, 512, "more than 4096 values in a row of a window"),
-        ({"features": [8, 256], "patch": 2, "spatial_head": [4, 4]}, 64, "more than 4096 values in a row of a window"),
-    ],
-)
-def test_auto_leaves_what_is_too_large_to_torch(
-    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], width: int, reason: str | None
-) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    module = dca_kernels.DCA(**{"patch": 4} | arguments)
-    maps = [torch.empty(1, c, 4, width) for c in arguments["features"]]
-    large = backends.too_large(module, maps)
-    assert large == reason
-    name = backends.choose("auto", torch.device("cuda"), torch.bfloat16, large)
-    assert name == ("triton" if reason is None else "torch")
-    if reason is None:  # what `auto` gives to the kernels, they take
-        module.backend = "triton"
-        step_without_kernels(monkeypatch, module, maps)
-
-
-@needs_triton
-@pytest.mark.parametrize(("features", "width"), [([4, 8], 512), ([8, 16], 1025), ([96, 192, 384, 768], 8)])
-def test_what_is_too_large_raises_where_triton_is_named(
-    monkeypatch: pytest.MonkeyPatch, features: list[int], width: int
-) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
-    module = dca_kernels.DCA(features, patch=1, backend="triton")
-    with pytest.raises(ValueError, match="too large for the triton backend"):
-        step_without_kernels(monkeypatch, module, [torch.empty(1, c, 4, width) for c in features])
 
 
 def test_what_is_too_large_is_what_the_table_says() -> None:

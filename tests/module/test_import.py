@@ -63,12 +63,28 @@ def test_packages_do_not_load_each_other_or_triton() -> None:
     run("import sys, reference; assert not {'dca_kernels', 'triton'} & sys.modules.keys()")
 
 
+def imported(path: Path) -> set[str]:
+    """The packages that a file names in an import, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+    return {name.split(".")[0] for name in names}
+
+
 @pytest.mark.parametrize("package, other", [("dca_kernels", "reference"), ("reference", "dca_kernels")])
 def test_packages_do_not_name_each_other_in_an_import(package: str, other: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert other not in {name.split(".")[0] for name in names}, path
+        assert other not in imported(path), path
+
+
+def test_the_reference_imports_torch_alone() -> None:
+    names = set().union(*map(imported, (ROOT / "reference").rglob("*.py")))
+    assert names - sys.stdlib_module_names == {"torch", "reference"}
+
+
+def test_the_benchmarks_serve_no_test_but_those_of_tools() -> None:
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "benchmarks" in imported(path)]
+    assert files and {path.parent for path in files} == {ROOT / "tests" / "tools"}

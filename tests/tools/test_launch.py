@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import stand_in
-from dca_kernels import upsample
 from tests.compiled import output_of
 
 pytestmark = pytest.mark.slow
@@ -66,21 +65,3 @@ def test_host_time_is_measured_beside_its_bare_launches() -> None:
     table = output_of("-m", "benchmarks", "host", "--size", "tiny", "--dtype", "float32")
     for name in ("forward", "its 8 launches by kernel", "training step", "its 23 launches by kernel"):
         assert f"| {name}" in table
-
-
-def test_tables_outlive_the_sizes_that_came_after() -> None:
-    """A CUDA graph replays with their addresses."""
-
-    def tables(size: int) -> torch.Tensor:
-        return upsample._tables(((size, size),), (2, 2), torch.float32, torch.device("cpu"))
-
-    first = tables(2)
-    for size in range(3, 203):
-        tables(size)
-    assert tables(2) is first
-
-
-def test_tables_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"maps: expected sizes .* got \(\(301, 7\),\) for the first time"):
-        upsample._tables(((301, 7),), (2, 2), torch.float32, torch.device("cuda"))
