@@ -1,0 +1,349 @@
+"""A DCA on the skips of an encoder-decoder that has none."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference
+from dca_kernels import add_dca, inspect
+from tests.oracle import assert_identical, assert_same, randomise
+from tests.swap.models import Snapshot, assert_the_same_objects, tensors, through_a_file, tracing
+
+
+class Encoder(nn.Module):
+    """Maps of 4, 8 and 16 channels, each of half the side, after what `leading` puts before them."""
+
+    def __init__(self, leading: Callable[[Tensor], list[Tensor]]) -> None:
+        super().__init__()
+        self.leading = leading
+        self.stages = nn.ModuleList(nn.Conv2d(*c, 3, 2, 1) for c in ((3, 4), (4, 8), (8, 16)))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.leading(x)
+        for stage in self.stages:
+            x = stage(x) if x.shape[1] != 4 else stage(self.norm(x))
+            maps.append(x)
+        return maps
+
+
+class Decoder(nn.Module):
+    """Adds up its last three maps at the size of the first, and the sums of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(c, 2, 1) for c in (4, 8, 16))
+
+    def forward(self, maps: list[Tensor], unused: int = 0) -> Tensor:
+        maps, leading = maps[-3:], maps[:-3]
+        heads = [head(x) for head, x in zip(self.heads, maps, strict=True)]
+        total = sum(nn.functional.interpolate(y, maps[0].shape[2:]) for y in heads)
+        return total + sum(x.sum() for x in leading)
+
+
+class TupleDecoder(Decoder):
+    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+        assert isinstance(maps, tuple)
+        return super().forward(list(maps))
+
+
+class ManyDecoder(Decoder):
+    def forward(self, *maps: Tensor) -> Tensor:
+        return super().forward(list(maps))
+
+
+def skips_only(x: Tensor) -> list[Tensor]:
+    return []
+
+
+def image_first(x: Tensor) -> list[Tensor]:
+    return [x]
+
+
+def image_and_empty_map_first(x: Tensor) -> list[Tensor]:
+    return [x, x[:, :0, ::2, ::2]]
+
+
+def as_list(maps: list[Tensor]) -> tuple:
+    return (maps,)
+
+
+def as_list_and_more(maps: list[Tensor]) -> tuple:
+    return (maps, 3)
+
+
+def as_tuple(maps: list[Tensor]) -> tuple:
+    return (tuple(maps),)
+
+
+def as_many(maps: list[Tensor]) -> tuple:
+    return tuple(maps)
+
+
+class Network(nn.Module):
+    """An encoder-decoder; what can be seen of its two skips is that the decoder gets them."""
+
+    def __init__(
+        self,
+        leading: Callable[[Tensor], list[Tensor]] = skips_only,
+        call: Callable[[list[Tensor]], tuple] = as_list,
+        decoder: Callable[[], nn.Module] = Decoder,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.call = Encoder(leading), decoder(), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(*self.call(self.encoder(x)))
+
+
+def network(*args) -> Network:
+    torch.manual_seed(0)
+    return Network(*args).double()
+
+
+ODD_IMAGE = torch.randn(2, 3, 37, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+SEAMS = {
+    "nnunet": (skips_only, as_list, Decoder),
+    "smp": (image_first, as_list, Decoder),
+    "smp_with_an_empty_map": (image_and_empty_map_first, as_list, Decoder),
+    "monai": (skips_only, as_list_and_more, Decoder),
+    "tuple": (image_first, as_tuple, TupleDecoder),
+    "one_argument_each": (image_first, as_many, ManyDecoder),
+}
+
+
+@pytest.mark.parametrize("seam", SEAMS.values(), ids=SEAMS)
+def test_the_skips_are_refined_and_nothing_else(seam: tuple) -> None:
+    plain = network(*seam).eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, n=2)
+    assert (model.decoder.dca.features, model.decoder.dca.grid, model.decoder.dca.n) == ([4, 8], (3, 3), 2)
+    maps = plain.encoder(ODD_IMAGE)
+    refined = [*maps[:-3], *model.decoder.dca(maps[-3:-1]), maps[-1]]
+    assert_identical({"output": model(ODD_IMAGE)}, {"output": plain.decoder(*plain.call(refined))})
+
+
+def test_adding_changes_nothing_that_was_there() -> None:
+    model = network().train()
+    model.encoder.norm.eval()
+    before, values = tensors(model), {name: t.clone() for name, t in tensors(model).items()}
+    modes = {m: m.training for m in model.modules()}
+    assert add_dca(model, patch=3) is model
+    now = {name: t for name, t in tensors(model).items() if not name.startswith("decoder.dca.")}
+    assert_the_same_objects(now, before)
+    assert_identical(now, values)
+    assert {m: m.training for m in modes} == modes
+    assert all(m.training for m in model.decoder.dca.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_the_added_dca_has_the_official_initial_values() -> None:
+    model = network()
+    torch.manual_seed(3)
+    add_dca(model, patch=3)
+    torch.manual_seed(3)
+    assert_identical(model.decoder.dca.state_dict(), reference.DCA([4, 8], patch=3).double().state_dict())
+
+
+def test_a_checkpoint_of_the_plain_model_loads(caplog: pytest.LogCaptureFixture) -> None:
+    plain, model = network(), add_dca(network(), patch=3)
+    randomise(plain, 7)
+    kept = {name: t.clone() for name, t in model.decoder.dca.state_dict().items()}
+    for assign in (False, True):
+        checkpoint = plain.state_dict()
+        optimised = dict(model.decoder.dca.named_parameters())
+        model.load_state_dict(checkpoint, assign=assign)  # strict
+        assert checkpoint.keys() == plain.state_dict().keys()
+        assert_the_same_objects(dict(model.decoder.dca.named_parameters()), optimised)
+        now = model.state_dict()
+        assert_identical({name: now[name] for name in checkpoint}, checkpoint)
+        assert_identical(model.decoder.dca.state_dict(), kept)
+    message = "the state dict has no decoder.dca.*: the DCA there keeps the values that it has"
+    assert caplog.messages == [message] * 2
+
+
+def test_a_checkpoint_with_half_a_dca_does_not_load() -> None:
+    model = add_dca(network(), patch=3)
+    checkpoint = model.state_dict()
+    del checkpoint["decoder.dca.upconvs.0.conv.conv.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*decoder\.dca\.upconvs\.0\.conv\.conv\.bias"):
+        model.load_state_dict(checkpoint)
+
+
+def test_a_checkpoint_of_the_added_model_loads(caplog: pytest.LogCaptureFixture) -> None:
+    model, other = add_dca(network(), patch=3).eval(), add_dca(network(), patch=3).eval()
+    randomise(other, 7)
+    model.load_state_dict(other.state_dict())
+    assert_identical({"output": model(ODD_IMAGE)}, {"output": other(ODD_IMAGE)})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_a_file])
+def test_a_copy_uses_its_own_dca(duplicate: Callable[[nn.Module], nn.Module], caplog: pytest.LogCaptureFixture) -> None:
+    model = add_dca(network(), patch=3).eval()
+    expected = model(ODD_IMAGE)
+    other = duplicate(model)
+    assert_identical({"output": other(ODD_IMAGE)}, {"output": expected})
+    randomise(model.decoder.dca, 8)
+    assert_identical({"output": other(ODD_IMAGE)}, {"output": expected})
+    assert not torch.equal(model(ODD_IMAGE), expected)
+    other.load_state_dict(network().state_dict())  # the hook that fills in is the copy's, too
+    assert_identical({"output": other(ODD_IMAGE)}, {"output": expected})
+
+
+def test_every_parameter_of_an_added_dca_gets_a_gradient() -> None:
+    model = add_dca(network(), patch=3).train()
+    model(ODD_IMAGE).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.slow
+@tracing
+@torch.no_grad()
+def test_added_and_compiled_without_graph_breaks() -> None:
+    model = add_dca(network(image_first), patch=3).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same({"output": compiled(ODD_IMAGE)}, {"output": model(ODD_IMAGE)})
+
+
+@tracing
+@torch.no_grad()
+def test_added_and_exported() -> None:
+    model = add_dca(network(image_first), patch=3).eval()
+    exported = torch.export.export(model, (ODD_IMAGE,)).module()
+    assert_same({"output": exported(ODD_IMAGE)}, {"output": model(ODD_IMAGE)})
+
+
+def test_an_example_of_the_input() -> None:
+    def only_small(module: nn.Module, args: tuple) -> None:
+        if args[0].shape[3] != 50:
+            raise RuntimeError("too large")
+
+    model = network()
+    model.register_forward_pre_hook(only_small)
+    before = Snapshot(model)
+    message = (
+        "example: expected an input that the model's forward takes, got shape (1, 3, 256, 256), at which it raises "
+        "RuntimeError: too large"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        add_dca(model, patch=3)
+    before.assert_unchanged(model)
+    assert add_dca(model, patch=3, example=ODD_IMAGE).decoder.dca.features == [4, 8]
+
+
+class _Reversed(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x)[::-1])
+
+
+class _Alone(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder.heads[0](self.encoder(x)[0])
+
+
+class _Bottleneck(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder([x, self.encoder(x)[-1]])
+
+
+class _ByName(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(maps=self.encoder(x))
+
+
+def _with(**children: nn.Module) -> Network:
+    model = network()
+    for name, child in children.items():
+        setattr(model, name, child)
+    return model
+
+
+MAPS = "model: expected a decoder called with maps (B, C, H, W) from the largest to the smallest, got "
+SEAM = (
+    "with a child encoder and a child decoder that is called with the encoder's maps and is no Sequential, got the "
+    "children {}; a forward that has its skips as variables can call a dca_kernels.DCA on them"
+)
+WITHOUT_SEAM: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], str]] = {
+    "no_children": (nn.ReLU, {}, ValueError, "model: expected a ReLU " + SEAM.format("(none)")),
+    "other_children": (
+        lambda: nn.Sequential(nn.ReLU()),
+        {},
+        ValueError,
+        "model: expected a Sequential " + SEAM.format("0 (ReLU)"),
+    ),
+    "sequential": (
+        lambda: _with(decoder=nn.Sequential(Decoder())),
+        {},
+        ValueError,
+        "model: expected a Network " + SEAM.format("encoder (Encoder), decoder (Sequential)"),
+    ),
+    "twice": (
+        lambda: add_dca(network(), patch=3),
+        {},
+        ValueError,
+        "model: expected a decoder without an attribute dca, got a DCA",
+    ),
+    "three_dimensions": (
+        lambda: _with(encoder=nn.Conv3d(1, 8, 3)),
+        {},
+        ValueError,
+        "model: expected a network on images (B, C, H, W), got one with a Conv3d",
+    ),
+    "no_convolution": (
+        lambda: _with(encoder=nn.ReLU()),
+        {},
+        ValueError,
+        "example: expected an input of the model, since its encoder has no convolution, got None",
+    ),
+    "reversed": (lambda: _Reversed(), {}, ValueError, MAPS + "[(1, 16, 32, 32), (1, 8, 64, 64), (1, 4, 128, 128)]"),
+    "by_name": (lambda: _ByName(), {}, ValueError, MAPS + "[]"),
+    "not_called": (
+        lambda: _Alone(),
+        {},
+        ValueError,
+        "model: expected a forward that calls the decoder, got one that does not",
+    ),
+    "no_skips": (
+        lambda: _Bottleneck(),
+        {},
+        ValueError,
+        "model: expected a decoder called with at least one skip, "
+        "got maps of shapes [(1, 3, 256, 256), (1, 16, 32, 32)]",
+    ),
+    "features": (
+        network,
+        {"features": [1]},
+        TypeError,
+        "features: expected to be read off the model, got [1]",
+    ),
+    "example": (network, {"example": [1]}, TypeError, "example: expected a tensor (B, C, H, W) or None, got list"),
+    "strides": (network, {"strides": [1]}, TypeError, "strides: expected to be read off the model, got [1]"),
+    "patch": (network, {"patch": 0}, ValueError, "patch: expected integers of at least 1, got [0, 0]"),
+    "heads": (
+        network,
+        {"spatial_head": [4, 3]},
+        ValueError,
+        "spatial_head[1]: expected a divisor of features[1] = 8 and of their sum 12, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, arguments, error, message", WITHOUT_SEAM.values(), ids=WITHOUT_SEAM)
+def test_a_model_without_the_seam_stays(
+    make: Callable[[], nn.Module], arguments: dict, error: type[Exception], message: str
+) -> None:
+    model = make()
+    before = Snapshot(model)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        add_dca(model, **arguments)
+    before.assert_unchanged(model)
+
+
+def test_an_added_dca_is_fused_already() -> None:
+    (found,) = inspect(add_dca(network(), patch=3))
+    assert (found.name, found.fused) == ("decoder.dca", True)
