@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import __main__ as command_line
 from benchmarks import cases, providers, rows
-from tests.tools.test_benchmarks import row
+from tests.tools.rows import row
 
 
 @pytest.fixture(autouse=True)
