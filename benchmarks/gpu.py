@@ -16,9 +16,10 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from benchmarks import cases, command, compile, journal, run
+from benchmarks import cases, command, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
+from benchmarks.offline import compile
 from benchmarks.providers import EAGER
 from benchmarks.rows import LATEST
 from benchmarks.tune import TABLE

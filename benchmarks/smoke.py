@@ -18,10 +18,10 @@ import dca_kernels
 import reference
 from benchmarks import cases, command, journal, measure, parity, providers
 from benchmarks.cases import Problem
-from benchmarks.compile import said
 from benchmarks.determinism import differing
 from benchmarks.environment import describe, environment
 from benchmarks.group import lost
+from benchmarks.offline.compile import said
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 

@@ -21,11 +21,12 @@ from torch import Tensor
 
 import dca_kernels
 import reference
-from benchmarks import cases, command, compile, console, journal, measure, parity, providers, stand_in
+from benchmarks import cases, command, console, journal, measure, parity, providers
 from benchmarks.cases import Size
-from benchmarks.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.environment import environment
 from benchmarks.group import lost
+from benchmarks.offline import compile, stand_in
+from benchmarks.offline.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 

@@ -190,7 +190,7 @@ def test_gpus(
 
 def step_without_kernels(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, maps: list[torch.Tensor]) -> None:
     """A forward and backward up to the launches, as for an H100."""
-    from benchmarks import stand_in
+    from benchmarks.offline import stand_in
     from dca_kernels import launch
 
     monkeypatch.setattr(launch, "run", lambda kernel, programs, config, **arguments: None)

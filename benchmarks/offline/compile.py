@@ -25,12 +25,13 @@ from unittest import mock
 import torch
 
 import dca_kernels
-from benchmarks import cases, command, console, journal, measure, stand_in
+from benchmarks import cases, command, console, journal, measure
 from benchmarks.cases import Size
-from benchmarks.offline import Launch, digest, launches_of
+from benchmarks.offline import stand_in
+from benchmarks.offline.machine_code import Launch, digest, launches_of
 from dca_kernels import launch
 
-ESTIMATES = json.loads((Path(__file__).parent / "estimates.json").read_text())
+ESTIMATES = json.loads((Path(__file__).parents[1] / "estimates.json").read_text())
 START = 8.0  # seconds until all processes are there: an estimate
 
 Pairs = tuple[tuple[str, Any], ...]
