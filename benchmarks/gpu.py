@@ -20,7 +20,7 @@ from benchmarks import cases, command, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
 from benchmarks.offline import compile
-from benchmarks.providers import EAGER
+from benchmarks.providers import EAGER, PROVIDERS
 from benchmarks.rows import LATEST
 from benchmarks.tune import TABLE
 
@@ -34,8 +34,10 @@ OPTIONAL = {
 }
 
 GRAPHS = tuple(f"{name} graph" for name in EAGER)
-COMPILED = tuple(f"{name} compiled{graph}" for name in ("reference", "torch") for graph in ("", " graph"))
-MAX_AUTOTUNE = ("reference max-autotune", "reference max-autotune graph")
+COMPILED, MAX_AUTOTUNE = (
+    tuple(name for name, one in PROVIDERS.items() if one.compiled == compiled and one.implementation in EAGER)
+    for compiled in (" compiled", " max-autotune")
+)
 
 # The tests of kernels, before all others.
 KERNEL_TESTS = ("triton_backward", "triton", "triton_operator", "triton_memory", "golden", "precision", "generality")

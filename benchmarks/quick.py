@@ -10,7 +10,7 @@ from benchmarks import STOPPED, cases, command, console, measure, plots, report,
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
-from benchmarks.providers import EAGER, FUSED
+from benchmarks.providers import EAGER, FUSED, eager_on, providers_of
 from benchmarks.rows import Row
 
 PARTS = {
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def groups(chosen: argparse.Namespace) -> Iterator[tuple[str, Group]]:
     """Each group with its part: what a newcomer looks for first, first."""
     size, dtype = Size(cases.FEATURES, chosen.patch), cases.DTYPES[chosen.dtype]
-    eager = EAGER if measure.device().type == "cuda" else EAGER[:-1]
+    eager = eager_on(measure.device())
 
     def group(case: str, size: Size, batch: int, phase: str, named: Sequence[str], mode: str) -> Group:
         grid = f"grid {size.patch} x {size.patch}"
@@ -95,7 +95,8 @@ def groups(chosen: argparse.Namespace) -> Iterator[tuple[str, Group]]:
             yield "module", group("dca", size, batch, phase, (*eager, *compiled), cases.MODES[phase][-1])
     if "stages" in chosen.parts:
         for phase, case in itertools.product(chosen.mode, cases.STAGES):
-            yield "stages", group(case, size, 1, phase, eager, "backward" if phase == "train" else "forward")
+            named = [name for name in eager if name in providers_of(case)]
+            yield "stages", group(case, size, 1, phase, named, "backward" if phase == "train" else "forward")
     if "networks" in chosen.parts:
         for case in cases.HOSTS:
             (own,) = cases.sizes_of(case)
@@ -166,8 +167,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(f"image: {chosen.image or 'immunohistochemistry slide'}, {image.shape[0]} x {image.shape[1]}")
     print(f"environment: {describe(environment())}")
-    if measure.device().type == "cpu":
-        print("triton: not run: no GPU")
+    for name in EAGER:
+        if name not in eager_on(measure.device()):
+            print(f"{name}: not run: no GPU")
     found: list[Row] = []
     wanted = list(groups(chosen))
     try:
