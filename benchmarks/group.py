@@ -204,10 +204,20 @@ def _checked(
         if lost(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        return {"not_run": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}, None
+        return {"not_run": first_line(error)}, None
     if second > effort.longest:
         return values | {"not_run": f"a call takes {second:.0f} s, more than {effort.longest:g} s"}, None
     return values, subject
+
+
+def first_line(error: BaseException) -> str:
+    """What rows say of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+class Lost(RuntimeError):
+    """The GPU answers no more."""
 
 
 def lost(error: BaseException) -> bool:

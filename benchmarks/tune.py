@@ -24,7 +24,7 @@ import reference
 from benchmarks import cases, command, console, journal, measure, parity, providers
 from benchmarks.cases import Size
 from benchmarks.environment import environment
-from benchmarks.group import lost
+from benchmarks.group import Lost, lost
 from benchmarks.offline import compile, stand_in
 from benchmarks.offline.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.run import BROKEN
@@ -188,10 +188,6 @@ class Phase:
 
     def run(self) -> None:
         parity.results(copy.deepcopy(self.module), self.maps, self.gradients)  # whose buffers change
-
-
-class Lost(RuntimeError):
-    """The GPU answers no more."""
 
 
 class Probe:
