@@ -1,5 +1,6 @@
 """`python -m benchmarks gpu`: what a machine with a GPU can say, in steps of known length, each saved as it goes."""
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -339,7 +340,7 @@ def help_of_steps() -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "gpu",
         "On a machine with a GPU: whether the kernels are right, how long each one takes, and the module beside the "
@@ -376,7 +377,31 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FOLDER",
         help="folder that everything is written to",
     )
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def perform_all(chosen: argparse.Namespace, out: Path, deadline: float, variables: dict[str, str]) -> bool:
+    """Whether a step failed, or its time was over; each says what it found as soon as it ends."""
+    dry, failed = chosen.dry_run, False
+    waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
+    while waiting:
+        left = deadline - time.monotonic()
+        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
+        step = STEPS[waiting.pop(0)]
+        result = perform(step, seconds, out, dry, variables)
+        failed |= bool(result["status"]) or "stopped" in result
+        if step.name == "tune" and not dry:
+            shutil.copy(out / "configurations.json", TABLE)  # what follows is measured with it
+        journal.write(out / "journal.ndjson", "gpu", **result)
+        instead = f" (dry: {step.instead})" if dry else ""
+        print(", ".join(f"{key} {value}" for key, value in result.items()) + instead, flush=True)
+        for line in outcome(step.name, out):
+            print(f"  {line}", flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     dry = chosen.dry_run
     if not dry and not torch.cuda.is_available():
         return command.not_run("gpu", "no GPU", command.interpreted())
@@ -394,21 +419,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{name} is not installed: not run: {what}")
     shutil.copy(TABLE, out)
 
-    waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
-    failed = False
-    while waiting:
-        left = deadline - time.monotonic()
-        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
-        step = STEPS[waiting.pop(0)]
-        result = perform(step, seconds, out, dry, variables)
-        failed |= bool(result["status"]) or "stopped" in result
-        if step.name == "tune" and not dry:
-            shutil.copy(out / "configurations.json", TABLE)  # what follows is measured with it
-        journal.write(out / "journal.ndjson", "gpu", **result)
-        instead = f" (dry: {step.instead})" if dry else ""
-        print(", ".join(f"{key} {value}" for key, value in result.items()) + instead, flush=True)
-        for line in outcome(step.name, out):
-            print(f"  {line}", flush=True)
+    failed = perform_all(chosen, out, deadline, variables)
     print(f"everything is in {out}; what each step said is in its log.txt")
     return 1 if failed else 0
 

@@ -363,7 +363,7 @@ def documents(chosen: argparse.Namespace) -> dict[Path, str]:
     return written
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "report",
         "Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
@@ -393,7 +393,29 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def draw(results: Path, check: bool) -> list[Path]:
+    """Draw each machine's figures; those that differ from what the rows give, where they are only checked."""
+    stale = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, found in machines(results).items():
+            for name in plots.figures(found):
+                path = folder / f"{name}.png"
+                drawn = Path(scratch) / f"{name}.png" if check else path
+                if plots.draw(plots.FIGURES[name], found, drawn) is None:
+                    print(plots.NOT_DRAWN)
+                    break
+                if not check:
+                    print(f"figure: {path}")
+                elif not (path.exists() and path.read_bytes() == drawn.read_bytes()):
+                    stale.append(path)
+    return stale
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         written = documents(chosen)
     except (OSError, ValueError) as error:
@@ -404,18 +426,8 @@ def main(arguments: Sequence[str]) -> int:
     for document, text in () if chosen.check else written.items():
         document.write_text(text)
         print(f"document: {document}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder, found in machines(chosen.results).items():
-            for name in () if chosen.no_figures else plots.figures(found):
-                path = folder / f"{name}.png"
-                drawn = Path(scratch) / f"{name}.png" if chosen.check else path
-                if plots.draw(plots.FIGURES[name], found, drawn) is None:
-                    print(plots.NOT_DRAWN)
-                    break
-                if not chosen.check:
-                    print(f"figure: {path}")
-                elif not (path.exists() and path.read_bytes() == drawn.read_bytes()):
-                    stale.append(path)
+    if not chosen.no_figures:
+        stale += draw(chosen.results, chosen.check)
     if chosen.check and stale:
         print("\n".join(f"{path}: differs from what the rows give" for path in stale))
         return 1
