@@ -21,6 +21,7 @@ COMMANDS = {
     "offline": "reads the kernels' machine code and counts their bytes, without a GPU",
     "host": "times what a call costs the host, without a GPU",
 }
+MODULES = {"compile": "offline.compile", "offline": "offline.machine_code"}  # of commands that are not called as theirs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,8 +46,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def perform(command: str, arguments: Sequence[str]) -> int:
     """A command's exit status."""
+    name = MODULES.get(command, command)
     try:
-        module = importlib.import_module(f"benchmarks.{command}")  # what one needs, the others may lack
+        module = importlib.import_module(f"benchmarks.{name}")  # what one needs, the others may lack
     except ModuleNotFoundError as error:
         print(f"{command}: not run: {error.name} is not installed; install it first", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks import cases
+from benchmarks.providers import EAGER, IMPLEMENTATIONS
 
 NOT_RUN = 2  # exit status, as argparse's of a wrong option
 
@@ -98,11 +99,7 @@ PHASES = {
     "train": "training, BatchNorm takes the batch's statistics and a backward follows",
 }
 MODES = {"forward": "a forward", "backward": "a backward, in training", "full": "both, in training"}
-PROVIDERS = {
-    "reference": "the official module's operations in plain PyTorch",
-    "torch": "the fused module's operations in PyTorch",
-    "triton": "the fused module's kernels, on a GPU",
-    "without": "a network without the attention",
+PROVIDERS = {name: IMPLEMENTATIONS[name].says for name in (*EAGER, "without")} | {
     '"NAME compiled"': "by torch.compile",
     '"reference max-autotune"': "by torch.compile, which tries many kernels",
     '"NAME graph"': "replayed as a CUDA graph, compiled or not",

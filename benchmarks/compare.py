@@ -1,5 +1,6 @@
 """`python -m benchmarks compare BEFORE AFTER`: what got faster, what slower, and what took more memory."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def by_key(name: str, path: Path) -> dict[tuple[Any, ...], Row]:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "compare",
         "Compares two runs row by row. Times whose spans from the 20th to the 80th percentile overlap are the same. "
@@ -61,7 +62,11 @@ def main(arguments: Sequence[str]) -> int:
         help="largest ratio of after to before that is no regression",
     )
     parser.add_argument("--all", action="store_true", help="also list what stayed the same")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         before, after = (by_key(name, getattr(chosen, name)) for name in ("before", "after"))
     except (OSError, ValueError) as error:

@@ -26,8 +26,8 @@ def main(arguments: Sequence[str]) -> int:
         "",
         "--provider torch --size tiny --dtype float32 --repeats 10   # without a GPU",
     )
-    whose = command.listed({name: command.PROVIDERS[name] for name in ("torch", "triton")})
-    parser.add_argument("--provider", choices=("torch", "triton"), default="triton", help=whose)
+    whose = command.listed({name: command.PROVIDERS[name] for name in providers.FUSED})
+    parser.add_argument("--provider", choices=providers.FUSED, default="triton", help=whose)
     parser.add_argument(
         "--repeats", type=command.positive_integer, default=250, metavar="N", help="calls after the first one"
     )

@@ -1,5 +1,6 @@
 """`python -m benchmarks gpu`: what a machine with a GPU can say, in steps of known length, each saved as it goes."""
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -16,10 +17,11 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from benchmarks import cases, command, compile, journal, run
+from benchmarks import cases, command, journal, run
 from benchmarks import report as report_of
 from benchmarks.environment import ROOT, describe, environment
-from benchmarks.providers import EAGER
+from benchmarks.offline import compile
+from benchmarks.providers import EAGER, PROVIDERS
 from benchmarks.rows import LATEST
 from benchmarks.tune import TABLE
 
@@ -33,8 +35,10 @@ OPTIONAL = {
 }
 
 GRAPHS = tuple(f"{name} graph" for name in EAGER)
-COMPILED = tuple(f"{name} compiled{graph}" for name in ("reference", "torch") for graph in ("", " graph"))
-MAX_AUTOTUNE = ("reference max-autotune", "reference max-autotune graph")
+COMPILED, MAX_AUTOTUNE = (
+    tuple(name for name, one in PROVIDERS.items() if one.compiled == compiled and one.implementation in EAGER)
+    for compiled in (" compiled", " max-autotune")
+)
 
 # The tests of kernels, before all others.
 KERNEL_TESTS = ("triton_backward", "triton", "triton_operator", "triton_memory", "golden", "precision", "generality")
@@ -336,7 +340,7 @@ def help_of_steps() -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "gpu",
         "On a machine with a GPU: whether the kernels are right, how long each one takes, and the module beside the "
@@ -373,7 +377,31 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FOLDER",
         help="folder that everything is written to",
     )
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def perform_all(chosen: argparse.Namespace, out: Path, deadline: float, variables: dict[str, str]) -> bool:
+    """Whether a step failed, or its time was over; each says what it found as soon as it ends."""
+    dry, failed = chosen.dry_run, False
+    waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
+    while waiting:
+        left = deadline - time.monotonic()
+        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
+        step = STEPS[waiting.pop(0)]
+        result = perform(step, seconds, out, dry, variables)
+        failed |= bool(result["status"]) or "stopped" in result
+        if step.name == "tune" and not dry:
+            shutil.copy(out / "configurations.json", TABLE)  # what follows is measured with it
+        journal.write(out / "journal.ndjson", "gpu", **result)
+        instead = f" (dry: {step.instead})" if dry else ""
+        print(", ".join(f"{key} {value}" for key, value in result.items()) + instead, flush=True)
+        for line in outcome(step.name, out):
+            print(f"  {line}", flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     dry = chosen.dry_run
     if not dry and not torch.cuda.is_available():
         return command.not_run("gpu", "no GPU", command.interpreted())
@@ -391,21 +419,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{name} is not installed: not run: {what}")
     shutil.copy(TABLE, out)
 
-    waiting = list(chosen.steps or (STEPS if dry else DEFAULT))
-    failed = False
-    while waiting:
-        left = deadline - time.monotonic()
-        seconds = left if dry else shares(waiting, left)  # of a dry run the steps' seconds, a GPU's, say nothing
-        step = STEPS[waiting.pop(0)]
-        result = perform(step, seconds, out, dry, variables)
-        failed |= bool(result["status"]) or "stopped" in result
-        if step.name == "tune" and not dry:
-            shutil.copy(out / "configurations.json", TABLE)  # what follows is measured with it
-        journal.write(out / "journal.ndjson", "gpu", **result)
-        instead = f" (dry: {step.instead})" if dry else ""
-        print(", ".join(f"{key} {value}" for key, value in result.items()) + instead, flush=True)
-        for line in outcome(step.name, out):
-            print(f"  {line}", flush=True)
+    failed = perform_all(chosen, out, deadline, variables)
     print(f"everything is in {out}; what each step said is in its log.txt")
     return 1 if failed else 0
 

@@ -73,65 +73,107 @@ def call_of(subject: Subject, mode: str) -> Call:
 
 def measured(group: Group, image: np.ndarray, effort: Effort = Effort()) -> list[Row]:
     """The rows of a group: parity first, and no time of what is outside its budget."""
-    device, problem = measure.device(), group.problem
-    shared: dict[str, Any] = {"environment": environment()}
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    calls: dict[str, dict[str, Call]] = {mode: {} for mode in group.modes}
-    if any(PROVIDERS[name].compiled for name in group.providers):
-        torch.compiler.reset()  # the limit of recompilations is one module's, not a process's
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    one = _Measurement(group, image, effort)
+    one.prepare()
+    one.check()
+    one.time()
+    one.weigh()
+    return [group.row(*pair, environment=environment(), **values) for pair, values in one.found.items()]
 
-    batch = parity.gate_batch(problem, device)
-    gate = inputs = None
-    for name in group.providers:
-        reasons = {mode: providers.why_not(PROVIDERS[name], problem, mode, device) for mode in group.modes}
+
+class _Measurement:
+    """What is known of a group so far.
+
+    Attributes:
+        found: values of each row, by provider and mode.
+        calls: what is timed, by mode and provider.
+    """
+
+    def __init__(self, group: Group, image: np.ndarray, effort: Effort) -> None:
+        self.group, self.problem, self.image, self.effort = group, group.problem, image, effort
+        self.device = measure.device()
+        self.found: dict[tuple[str, str], dict[str, Any]] = {}
+        self.calls: dict[str, dict[str, Call]] = {mode: {} for mode in group.modes}
+
+    def prepare(self) -> None:
+        """Let go of what earlier groups left."""
+        if any(PROVIDERS[name].compiled for name in self.group.providers):
+            torch.compiler.reset()  # the limit of recompilations is one module's, not a process's
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def check(self) -> None:
+        """Hold each provider that runs here to float64, and keep its calls where it is to be timed."""
+        batch = parity.gate_batch(self.problem, self.device)
+        checked = None
+        for name in self.group.providers:
+            reasons = self._reasons(name, batch)
+            runnable = [mode for mode, reason in reasons.items() if reason is None]
+            values: dict[str, Any] = {}
+            if runnable:
+                checked = checked or self._gate(batch)
+                gate, inputs = checked
+                values, subject = _checked(gate, PROVIDERS[name], self.problem, inputs, self.effort)
+                for mode in runnable if subject is not None else []:
+                    self.calls[mode][name] = call_of(subject, mode)
+            for mode, reason in reasons.items():
+                self.found[name, mode] = dict(values) if reason is None else {"not_run": reason}
+
+    def _reasons(self, name: str, batch: int) -> dict[str, str | None]:
+        """Why a provider is not run in each mode, or None where it is; `batch` is the gate's."""
+        too_large = None
         if batch == 0:
-            needed = dataclasses.replace(problem, batch=1).reference_bytes(8)
-            reasons = {mode: reasons[mode] or f"parity needs about {needed / 1e9:.0f} GB of memory" for mode in reasons}
-        runnable = [mode for mode, reason in reasons.items() if reason is None]
-        values: dict[str, Any] = {}
-        if runnable:
-            if gate is None:
-                inputs = providers.inputs_of(problem, image, device)
-                smaller = dataclasses.replace(problem, batch=batch)
-                same = batch == problem.batch
-                gate = parity.Gate(smaller, *(inputs if same else providers.inputs_of(smaller, image, device)))
-            values, subject = _checked(gate, PROVIDERS[name], problem, inputs, effort)
-            for mode in runnable if subject is not None else []:
-                calls[mode][name] = call_of(subject, mode)
-        for mode in group.modes:
-            found[name, mode] = values if reasons[mode] is None else {"not_run": reasons[mode]}
-    del gate, inputs
+            needed = dataclasses.replace(self.problem, batch=1).reference_bytes(8)
+            too_large = f"parity needs about {needed / 1e9:.0f} GB of memory"
+        return {
+            mode: providers.why_not(PROVIDERS[name], self.problem, mode, self.device) or too_large
+            for mode in self.group.modes
+        }
 
-    for mode, of_mode in calls.items():
-        if not of_mode:
-            continue
-        shared_of_mode = _floor(problem, mode, effort)
-        rounds = 1
-        if not effort.small:
-            one_round = measure.seconds(lambda calls=of_mode: list(measure.latency(calls, 1)))
-            rounds = measure.rounds_for(one_round, effort.seconds / len(group.modes))
-        for samples in measure.latency(of_mode, rounds):  # noqa: B007  the last round has them all
-            pass
-        for name, call in of_mode.items():
-            times, hosts = zip(*samples[name], strict=True)
-            host = None if hosts[0] is None else float(np.median(hosts))
-            found[name, mode] = (
-                found[name, mode] | measure.percentiles(times) | {"rounds": rounds, "host_ms": host} | shared_of_mode
-            )
-            if device.type == "cuda":
+    def _gate(self, batch: int) -> tuple[parity.Gate, Any]:
+        """The gate at its batch, and the inputs and upstream gradients of the problem."""
+        inputs = providers.inputs_of(self.problem, self.image, self.device)
+        if batch == self.problem.batch:
+            return parity.Gate(self.problem, *inputs), inputs
+        smaller = dataclasses.replace(self.problem, batch=batch)
+        return parity.Gate(smaller, *providers.inputs_of(smaller, self.image, self.device)), inputs
+
+    def time(self) -> None:
+        """Time the calls of each mode in turns."""
+        for mode, calls in self.calls.items():
+            if not calls:
+                continue
+            least = _floor(self.problem, mode, self.effort)
+            rounds = 1
+            if not self.effort.small:
+                one_round = measure.seconds(lambda calls=calls: list(measure.latency(calls, 1)))
+                rounds = measure.rounds_for(one_round, self.effort.seconds / len(self.group.modes))
+            *_, samples = measure.latency(calls, rounds)
+            for name, call in calls.items():
+                times, hosts = zip(*samples[name], strict=True)
+                host = None if hosts[0] is None else float(np.median(hosts))
+                self.found[name, mode] |= measure.percentiles(times) | {"rounds": rounds, "host_ms": host} | least
                 call.prepare()
-                found[name, mode]["launches"] = measure.count_launches(call.run)
-                # A graph's memory is taken when it is captured, and stays.
-                weighed = effort.memory and not PROVIDERS[name].graph
-                found[name, mode] |= measure.memory(call) if weighed else {}
-            call.prepare()
-    if device.type == "cpu" and effort.memory:
-        for name in dict.fromkeys(name for of_mode in calls.values() for name in of_mode):
-            for mode, counts in _memory_elsewhere(name, problem, image, [m for m in calls if name in calls[m]]).items():
-                found[name, mode] = found[name, mode] | counts
-    return [group.row(name, mode, **shared, **values) for (name, mode), values in found.items()]
+
+    def weigh(self) -> None:
+        """Count launches on a GPU, and measure memory: there by the allocator, on a CPU in a process for each."""
+        if self.device.type == "cuda":
+            for mode, calls in self.calls.items():
+                for name, call in calls.items():
+                    self._count(name, mode, call)
+        elif self.effort.memory:
+            for name in self.group.providers:
+                modes = [mode for mode, calls in self.calls.items() if name in calls]
+                found = _memory_elsewhere(name, self.problem, self.image, modes) if modes else {}
+                for mode, counts in found.items():
+                    self.found[name, mode] |= counts
+
+    def _count(self, name: str, mode: str, call: Call) -> None:
+        call.prepare()
+        self.found[name, mode]["launches"] = measure.count_launches(call.run)
+        if self.effort.memory and not PROVIDERS[name].graph:  # a graph's is taken when it is captured, and stays
+            self.found[name, mode] |= measure.memory(call)
+        call.prepare()
 
 
 def _checked(
@@ -162,10 +204,20 @@ def _checked(
         if lost(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        return {"not_run": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}, None
+        return {"not_run": first_line(error)}, None
     if second > effort.longest:
         return values | {"not_run": f"a call takes {second:.0f} s, more than {effort.longest:g} s"}, None
     return values, subject
+
+
+def first_line(error: BaseException) -> str:
+    """What rows say of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+class Lost(RuntimeError):
+    """The GPU answers no more."""
 
 
 def lost(error: BaseException) -> bool:

@@ -12,8 +12,9 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import dca_kernels
-from benchmarks import cases, command, console, stand_in
+from benchmarks import cases, command, console
 from benchmarks.environment import describe, environment
+from benchmarks.offline import stand_in
 
 TARGET = "sm_90"
 ROUNDS = 9

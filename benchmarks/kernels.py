@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import calibrate, cases, command, journal, measure, providers, report
 from benchmarks.cases import Problem
-from benchmarks.compile import ESTIMATES
 from benchmarks.environment import describe, environment
 from benchmarks.group import Call, call_of
+from benchmarks.offline.compile import ESTIMATES
 from benchmarks.rows import RESULTS
 from dca_kernels import launch
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks import cases, console
 from benchmarks.environment import measured_on
+from benchmarks.providers import IMPLEMENTATIONS
 from benchmarks.rows import STEP_NAMES, Row
 
-COLOURS = {"without": "#ced4da", "reference": "#868e96", "torch": "#2b8a3e", "triton": "#5f3dc4"}
 LINES = {"": "-", "compiled": "--", "max-autotune": ":"}
 HATCHES = {"": "", "compiled": "//", "max-autotune": "xx"}
 MARKERS = {"": "o", "compiled": "^", "max-autotune": "D"}
@@ -39,7 +39,7 @@ def draw(figure_of: Callable[[Any, Sequence[Row]], None], found: Sequence[Row], 
 def style(provider: str, bar: bool = False) -> dict[str, Any]:
     """Colour by implementation, line, marker or hatch by compiler, filled marker or dots by CUDA graph."""
     implementation, compiled = provider.removesuffix(" graph").partition(" ")[::2]
-    graph, colour = provider.endswith(" graph"), COLOURS[implementation]
+    graph, colour = provider.endswith(" graph"), IMPLEMENTATIONS[implementation].colour
     if bar:
         return {"facecolor": colour, "hatch": HATCHES[compiled] + (".." if graph else ""), "edgecolor": "white"}
     fill = colour if graph else "white"
@@ -49,7 +49,7 @@ def style(provider: str, bar: bool = False) -> dict[str, Any]:
 def order(found: Sequence[Row]) -> list[str]:
     """Providers that have a time, the reference's first."""
     names = {row.provider for row in found if row.p50_ms is not None}
-    return sorted(names, key=lambda name: (list(COLOURS).index(name.split()[0]), name))
+    return sorted(names, key=lambda name: (list(IMPLEMENTATIONS).index(name.split()[0]), name))
 
 
 def bars(figure: Any, found: Sequence[Row]) -> None:

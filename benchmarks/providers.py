@@ -1,5 +1,9 @@
-"""Who is measured: the reference, the `torch` and the `triton` backend; eager, compiled, and as CUDA graphs."""
+"""Who is measured: the reference, the `torch` and the `triton` backend; eager, compiled, and as CUDA graphs.
 
+Another implementation of the attention is an entry of IMPLEMENTATIONS: commands, tables and figures follow from it.
+"""
+
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,11 +22,66 @@ from benchmarks.stages import ReferenceStage, TorchStage, TritonStage
 from dca_kernels import backends
 from reference import unets
 
-FUSED = ("torch", "triton")
-EAGER = ("reference", *FUSED)
-IMPLEMENTATIONS = ("without", *EAGER)
 # Without CUDA graphs of its own: those are providers of their own. On a CPU both names mean the same.
 COMPILED = {"": None, " compiled": "default", " max-autotune": "max-autotune-no-cudagraphs"}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Of the attention.
+
+    Attributes:
+        says: what it is, for `--help` and under tables.
+        colour: in figures.
+        dca: called as `reference.DCA` is, it makes a module that loads the reference's weights; None for no attention.
+        stage: makes a stage of that module, see benchmarks/stages.py; None where stages are not measured alone.
+        compiled: of COMPILED, what torch.compile is asked for.
+        ours: whether it is held to the error budget and compared with the reference.
+        kernels: whether it is of Triton kernels, which need a GPU or the interpreter.
+        wide_tokens: whether its tokens are float32 for maps of fewer bits.
+    """
+
+    says: str
+    colour: str
+    dca: Callable[..., nn.Module] | None
+    stage: Callable[..., Any] | None = None
+    compiled: Sequence[str] = ("", " compiled")
+    ours: bool = False
+    kernels: bool = False
+    wide_tokens: bool = False
+
+
+# In the order of tables and figures. Kernels are compiled as they are, and max-autotune is asked of the baseline, to be
+# fair to it.
+IMPLEMENTATIONS = {
+    "without": Implementation("a network without the attention", "#ced4da", None),
+    "reference": Implementation(
+        "the official module's operations in plain PyTorch",
+        "#868e96",
+        reference.DCA,
+        ReferenceStage,
+        compiled=tuple(COMPILED),
+    ),
+    "torch": Implementation(
+        "the fused module's operations in PyTorch",
+        "#2b8a3e",
+        functools.partial(dca_kernels.DCA, backend="torch"),
+        TorchStage,
+        ours=True,
+        wide_tokens=True,
+    ),
+    "triton": Implementation(
+        "the fused module's kernels, on a GPU",
+        "#5f3dc4",
+        functools.partial(dca_kernels.DCA, backend="triton"),
+        TritonStage,
+        compiled=("",),
+        ours=True,
+        kernels=True,
+    ),
+}
+EAGER = tuple(name for name, one in IMPLEMENTATIONS.items() if one.dca is not None)
+FUSED = tuple(name for name in EAGER if IMPLEMENTATIONS[name].ours)
 
 
 @dataclass(frozen=True)
@@ -37,6 +96,12 @@ class Provider:
     def ours(self) -> bool:
         return self.implementation in FUSED
 
+    def offers(self, case: str) -> bool:
+        one = IMPLEMENTATIONS[self.implementation]
+        if one.dca is None:
+            return case in cases.HOSTS
+        return case not in cases.STAGES or one.stage is not None
+
     @property
     def name(self) -> str:
         return self.implementation + self.compiled + (" graph" if self.graph else "")
@@ -45,14 +110,17 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in itertools.starmap(Provider, itertools.product(IMPLEMENTATIONS, COMPILED, (False, True)))
-    # Kernels are compiled as they are, and max-autotune is asked of the baseline, to be fair to it.
-    if not (provider.implementation == "triton" and provider.compiled)
-    and not (provider.implementation in ("torch", "without") and provider.compiled == " max-autotune")
+    if provider.compiled in IMPLEMENTATIONS[provider.implementation].compiled
 }
 
 
 def providers_of(case: str) -> list[str]:
-    return [name for name, p in PROVIDERS.items() if p.implementation != "without" or case in cases.HOSTS]
+    return [name for name, provider in PROVIDERS.items() if provider.offers(case)]
+
+
+def eager_on(device: torch.device) -> list[str]:
+    """Those that a device of this kind runs, whether or not kernels are interpreted."""
+    return [name for name in EAGER if device.type == "cuda" or not IMPLEMENTATIONS[name].kernels]
 
 
 def why_no_kernels(device: torch.device) -> str | None:
@@ -65,7 +133,7 @@ def why_not(provider: Provider, problem: Problem, mode: str, device: torch.devic
     """Why a provider is not run on a device, or None where it is."""
     if provider.graph and device.type != "cuda":
         return "no GPU"
-    if provider.implementation == "triton":
+    if IMPLEMENTATIONS[provider.implementation].kernels:
         reason = why_no_kernels(device)
         if reason is not None:
             return reason
@@ -144,18 +212,19 @@ def build(
     """The provider on copies of the inputs, with the case's weights; `changed` may alter its module (for tests)."""
     module = _module(provider.implementation, problem).to(inputs[0].device, problem.dtype).train(problem.training)
     changed(module)
-    if provider.implementation == "triton" and problem.case in cases.STAGES:
-        return TritonStage(module, problem.case, [x.to(problem.dtype) for x in inputs], gradients)
-    if problem.case == "dca":
+    one = IMPLEMENTATIONS[provider.implementation]
+    if problem.case in cases.STAGES and one.stage is not None:
+        if one.kernels:
+            return one.stage(module, problem.case, [x.to(problem.dtype) for x in inputs], gradients)
+        module = one.stage(module, problem.case)
+    elif problem.case == "dca":
         module = _Spread(module)
-    elif problem.case in cases.STAGES:
-        module = (ReferenceStage if provider.implementation == "reference" else TorchStage)(module, problem.case)
     needs = gradients is not None and problem.case not in cases.HOSTS  # no one differentiates for an image
     tokens = 0 if problem.case in ("dca", "patch_embed", *cases.HOSTS) else len(problem.size.features)
     wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    dtypes = [wide if provider.implementation == "torch" and i < tokens else problem.dtype for i in range(len(inputs))]
+    dtypes = [wide if one.wide_tokens and i < tokens else problem.dtype for i in range(len(inputs))]
     leaves = [x.detach().to(dtype, copy=True).requires_grad_(needs) for x, dtype in zip(inputs, dtypes, strict=True)]
-    if gradients is not None and provider.implementation == "torch" and problem.case in cases.STAGES[:3]:
+    if gradients is not None and one.wide_tokens and problem.case in cases.STAGES[:3]:
         gradients = [g.to(wide) for g in gradients]
     if provider.compiled:
         module = torch.compile(module, mode=COMPILED[provider.compiled], dynamic=False)
@@ -165,25 +234,19 @@ def build(
 def _module(implementation: str, problem: Problem) -> nn.Module:
     """The module of an implementation; all have the reference's weights."""
     size = problem.size
-    if problem.case not in cases.HOSTS:
-        torch.manual_seed(cases.SEED)
-        plain: nn.Module = reference.DCA(size.features, None, size.patch)
-        if implementation == "reference":
-            return plain
-        other: nn.Module = dca_kernels.DCA(size.features, None, size.patch, backend=implementation)
-    else:
-        host = getattr(unets, problem.case)
-        torch.manual_seed(cases.SEED)
-        if implementation == "without":
-            return host(dca=False, patch=size.patch)
-        plain = host(dca=True, patch=size.patch)
-        if implementation == "reference":
-            return plain
 
-        def factory(*args: Any) -> nn.Module:
-            return dca_kernels.DCA(*args, backend=implementation)
+    def make(dca: Callable[..., nn.Module] | None) -> nn.Module:
+        if problem.case in cases.HOSTS:
+            return getattr(unets, problem.case)(dca=dca or False, patch=size.patch)
+        return dca(size.features, None, size.patch)
 
-        other = host(dca=factory, patch=size.patch)
+    torch.manual_seed(cases.SEED)
+    if implementation == "without":
+        return make(None)
+    plain = make(reference.DCA)
+    if implementation == "reference":
+        return plain
+    other = make(IMPLEMENTATIONS[implementation].dca)
     other.load_state_dict(plain.state_dict())
     return other
 

@@ -4,21 +4,49 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import STOPPED, cases, command, console, measure, plots, report, rows
-from benchmarks.cases import Problem, Size
+import numpy as np
+
+from benchmarks import STOPPED, cases, command, console, measure, plots, report, rows, run
+from benchmarks.cases import Size
 from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, measured
-from benchmarks.providers import EAGER, FUSED
+from benchmarks.providers import EAGER, FUSED, eager_on
 from benchmarks.rows import Row
 
+
+@dataclass(frozen=True)
+class Part:
+    """A preset of `run`: its cases, the mode that is timed in each phase, and how long; one image but of the module."""
+
+    says: str
+    cases: Sequence[str]
+    modes: dict[str, str]
+    effort: Effort
+
+
 PARTS = {
-    "module": "all of Dual Cross-Attention, at each batch",
-    "stages": "each of its four stages alone, one image",
-    "networks": "a training step of the paper's six networks, on one image of half the paper's side (a minute)",
+    "module": Part(
+        "all of Dual Cross-Attention, at each batch",
+        ("dca",),
+        {"eval": "forward", "train": "full"},
+        Effort(3.0, longest=120.0),
+    ),
+    "stages": Part(
+        "each of its four stages alone, one image",
+        cases.STAGES,
+        {"eval": "forward", "train": "backward"},
+        Effort(1.0, longest=120.0, memory=False),
+    ),
+    "networks": Part(
+        "a training step of the paper's six networks, on one image of half the paper's side (a minute)",
+        cases.HOSTS,
+        {"train": "full"},
+        Effort(3.0, longest=120.0, memory=False),
+    ),
 }
-SECONDS = {"module": 3.0, "stages": 1.0, "networks": 3.0}  # to time one case
 NOISY = 0.5  # of the median: where what lies between the 20th and the 80th percentile is more, something else ran
 COLUMNS = {
     "max error, RMS error": "of the outputs, from the official operations in float64",
@@ -45,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=PARTS,
         default=["module", "stages"],
-        help=f"what to run. {command.listed(PARTS)}",
+        help=f"what to run. {command.listed({name: part.says for name, part in PARTS.items()})}",
     )
     parser.add_argument(
         "--compiled",
@@ -82,25 +110,23 @@ def parser() -> argparse.ArgumentParser:
 
 def groups(chosen: argparse.Namespace) -> Iterator[tuple[str, Group]]:
     """Each group with its part: what a newcomer looks for first, first."""
-    size, dtype = Size(cases.FEATURES, chosen.patch), cases.DTYPES[chosen.dtype]
-    eager = EAGER if measure.device().type == "cuda" else EAGER[:-1]
 
-    def group(case: str, size: Size, batch: int, phase: str, named: Sequence[str], mode: str) -> Group:
-        grid = f"grid {size.patch} x {size.patch}"
-        return Group(grid, Problem(case, size, batch, dtype, phase == "train"), tuple(named), (mode,))
+    def sizes(case: str) -> dict[str, Size]:
+        size = Size(cases.FEATURES, chosen.patch)
+        if case in cases.HOSTS:
+            (own,) = (cases.SIZES[name] for name in cases.sizes_of(case))
+            size = Size(own.features, own.patch // 2)
+        return {f"grid {size.patch} x {size.patch}": size}
 
-    if "module" in chosen.parts:
-        for batch, phase in itertools.product(chosen.batch, chosen.mode):
-            compiled = ("reference compiled",) if chosen.compiled and phase == "eval" else ()
-            yield "module", group("dca", size, batch, phase, (*eager, *compiled), cases.MODES[phase][-1])
-    if "stages" in chosen.parts:
-        for phase, case in itertools.product(chosen.mode, cases.STAGES):
-            yield "stages", group(case, size, 1, phase, eager, "backward" if phase == "train" else "forward")
-    if "networks" in chosen.parts:
-        for case in cases.HOSTS:
-            (own,) = cases.sizes_of(case)
-            half = Size(cases.SIZES[own].features, cases.SIZES[own].patch // 2)
-            yield "networks", group(case, half, 1, "train", ("without", *eager), "full")
+    for name, part in ((name, part) for name, part in PARTS.items() if name in chosen.parts):
+        batches = chosen.batch if name == "module" else [1]
+        phases = [phase for phase in chosen.mode if phase in part.modes] or list(part.modes)
+        for batch, phase in itertools.product(batches, phases):
+            compiled = ["reference compiled"] if chosen.compiled and (name, phase) == ("module", "eval") else []
+            named = ["without", *eager_on(measure.device()), *compiled]
+            fixed = [chosen.dtype], [batch], [phase], [part.modes[phase]], named
+            for group in run.Selection(part.cases, sizes, *fixed).groups():
+                yield name, group
 
 
 def summary(found: Sequence[Row]) -> str:
@@ -157,32 +183,24 @@ def compared(base: Row, ours: Row) -> str:
     return said
 
 
-def main(arguments: Sequence[str]) -> int:
-    chosen = parser().parse_args(arguments)
-    try:
-        image = cases.load_image(chosen.image)
-    except (OSError, ValueError) as error:
-        print(f"--image: {error}", file=sys.stderr)
-        return 2
-    print(f"image: {chosen.image or 'immunohistochemistry slide'}, {image.shape[0]} x {image.shape[1]}")
-    print(f"environment: {describe(environment())}")
-    if measure.device().type == "cpu":
-        print("triton: not run: no GPU")
+def rows_of(wanted: dict[Group, Effort], image: np.ndarray, file: Path) -> list[Row]:
+    """What was measured until Ctrl-C, each group in a line and in the file, whose last run's rows stay until then."""
     found: list[Row] = []
-    wanted = list(groups(chosen))
+    turns = run.measured_in_turn(list(wanted), lambda group: measured(group, image, wanted[group]), leave=False)
     try:
-        for part, group in console.progress(wanted, lambda item: str(item[1]), leave=False):
-            new = measured(group, image, Effort(SECONDS[part], longest=120.0, memory=part == "module"))
+        for group, new in turns:
             if not found:
-                chosen.json.unlink(missing_ok=True)  # the last run's
-            rows.append(new, chosen.json)
+                file.unlink(missing_ok=True)
+            rows.append(new, file)
             found += new
             console.say(f"{group}: {summary(new)}")
     except KeyboardInterrupt:
         print("\nstopped" + ": what follows is what was measured by then" * bool(found))
+    return found
 
-    if not found:
-        return STOPPED
+
+def show(found: Sequence[Row], file: Path, plot: Path) -> None:
+    """Tables and a figure."""
     module = [row for row in found if row.case == "dca"]
     tables = (
         (table(module), COLUMNS),
@@ -192,13 +210,17 @@ def main(arguments: Sequence[str]) -> int:
     for text, columns in tables:
         if text:
             print(f"\n{text}\n\n{console.legend(columns, text)}")
-    print(f"\nrows: {chosen.json}")
+    print(f"\nrows: {file}")
     if module:
-        drawn = plots.draw(plots.bars, module, chosen.plot)
+        drawn = plots.draw(plots.bars, module, plot)
         print(plots.NOT_DRAWN if drawn is None else f"figure: {drawn}")
+
+
+def conclude(found: Sequence[Row]) -> bool:
+    """Say whether it is right and how much faster; whether nothing of ours is wrong."""
     if any(row.wrong for row in found):
         print("parity: FAILED. A fused module is outside its error budget; nothing was timed where it is.")
-        return 1
+        return False
     checked = any(row.parity is not None for row in found)
     print(f"parity: {'within the error budget everywhere' if checked else 'nothing was checked'}")
     if spread := noisy(found):
@@ -206,8 +228,31 @@ def main(arguments: Sequence[str]) -> int:
             f"note: the times of {'; '.join(spread)} vary by more than half: something else ran on this machine, and "
             "these ratios may be wrong"
         )
+    module = [row for row in found if row.case == "dca"]
     for row in (row for row in module if row.provider in FUSED):
         line = compared(baseline(module, row), row)
         if line:
             print(line)
-    return 0 if len(found) == sum(len(group.providers) for _, group in wanted) else STOPPED
+    return True
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
+    try:
+        image = cases.load_image(chosen.image)
+    except (OSError, ValueError) as error:
+        print(f"--image: {error}", file=sys.stderr)
+        return 2
+    print(f"image: {chosen.image or 'immunohistochemistry slide'}, {image.shape[0]} x {image.shape[1]}")
+    print(f"environment: {describe(environment())}")
+    for name in EAGER:
+        if name not in eager_on(measure.device()):
+            print(f"{name}: not run: no GPU")
+    wanted = {group: PARTS[name].effort for name, group in groups(chosen)}
+    found = rows_of(wanted, image, chosen.json)
+    if not found:
+        return STOPPED
+    show(found, chosen.json, chosen.plot)
+    if not conclude(found):
+        return 1
+    return 0 if len(found) == sum(len(group.providers) for group in wanted) else STOPPED

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import cases, command, console, journal, plots, rows
 from benchmarks.environment import ROOT, measured_on
-from benchmarks.providers import EAGER, FUSED, PROVIDERS
+from benchmarks.providers import EAGER, FUSED, IMPLEMENTATIONS, PROVIDERS
 from benchmarks.rows import RESULTS, Row
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
@@ -25,21 +25,23 @@ BEST = "speed-up at best"
 SUMMARY_BATCHES = (1, 32)
 BAR = 50  # characters of the longest bar
 TIMES = "the median of a call (± half of what lies between the 20th and the 80th percentile)"
+OFFICIAL_AND_OURS = ("reference", *FUSED)
 COLUMNS = {
     "module": {
-        "reference, torch, triton": f"the official operations and the two backends: {TIMES}; compiled: by "
+        ", ".join(OFFICIAL_AND_OURS): f"the official operations and the two backends: {TIMES}; compiled: by "
         "torch.compile; graph: replayed as a CUDA graph",
+        **{name: one.says for name, one in IMPLEMENTATIONS.items() if name not in ("without", *OFFICIAL_AND_OURS)},
         BEST: "the fastest reference's time over our fastest one's, compiled and graphs included",
         "reference peak MB, ours peak MB": "memory at the peak above the inputs, called eagerly; ours: of the backend "
         "that takes less",
     },
     "stages": {
         "floor": "what this machine's memory and arithmetic, measured in the same run, allow at best",
-        "reference, torch, triton": "the median of the fastest of eager, compiled and graph (the floor's share of it)",
+        ", ".join(EAGER): "the median of the fastest of eager, compiled and graph (the floor's share of it)",
         BEST: "the reference's time over our fastest one's",
     },
     "hosts": {
-        "without DCA, reference, torch, triton": f"a training step of the network: {TIMES}",
+        ", ".join(("without DCA", *EAGER)): f"a training step of the network: {TIMES}",
         "reference adds, ours adds": "that step's time over the one without DCA: a small difference of large times",
         BEST: "the step's time with the reference over the one with our fastest",
     },
@@ -137,7 +139,7 @@ def hosts(found: Sequence[Row]) -> str:
     groups = grouped(found, lambda r: r.case in cases.HOSTS and (r.phase, r.mode) == ("train", "full"))
     lines = []
     for (case, _, batch, dtype, *_), group in groups.items():
-        of = {name: best(group, name) for name in ("without", "reference", *FUSED)}
+        of = {name: best(group, name) for name in ("without", *EAGER)}
         ours = best(group, *FUSED)
         if of["without"] is None or of["reference"] is None or ours is None:
             continue
@@ -361,7 +363,7 @@ def documents(chosen: argparse.Namespace) -> dict[Path, str]:
     return written
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "report",
         "Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
@@ -391,7 +393,29 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--no-figures", action="store_true", help="tables alone: figures can be drawn elsewhere, later")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where something differs")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def draw(results: Path, check: bool) -> list[Path]:
+    """Draw each machine's figures; those that differ from what the rows give, where they are only checked."""
+    stale = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, found in machines(results).items():
+            for name in plots.figures(found):
+                path = folder / f"{name}.png"
+                drawn = Path(scratch) / f"{name}.png" if check else path
+                if plots.draw(plots.FIGURES[name], found, drawn) is None:
+                    print(plots.NOT_DRAWN)
+                    break
+                if not check:
+                    print(f"figure: {path}")
+                elif not (path.exists() and path.read_bytes() == drawn.read_bytes()):
+                    stale.append(path)
+    return stale
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     try:
         written = documents(chosen)
     except (OSError, ValueError) as error:
@@ -402,18 +426,8 @@ def main(arguments: Sequence[str]) -> int:
     for document, text in () if chosen.check else written.items():
         document.write_text(text)
         print(f"document: {document}")
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder, found in machines(chosen.results).items():
-            for name in () if chosen.no_figures else plots.figures(found):
-                path = folder / f"{name}.png"
-                drawn = Path(scratch) / f"{name}.png" if chosen.check else path
-                if plots.draw(plots.FIGURES[name], found, drawn) is None:
-                    print(plots.NOT_DRAWN)
-                    break
-                if not chosen.check:
-                    print(f"figure: {path}")
-                elif not (path.exists() and path.read_bytes() == drawn.read_bytes()):
-                    stale.append(path)
+    if not chosen.no_figures:
+        stale += draw(chosen.results, chosen.check)
     if chosen.check and stale:
         print("\n".join(f"{path}: differs from what the rows give" for path in stale))
         return 1

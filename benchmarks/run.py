@@ -1,4 +1,7 @@
-"""`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there."""
+"""`python -m benchmarks run`: every case, provider and mode of a selection, each row as soon as it is there.
+
+The main job (benchmarks/quick.py) is made of such selections, too.
+"""
 
 import argparse
 import concurrent.futures
@@ -8,28 +11,71 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
 from benchmarks import cases, command, console, measure, providers, rows
-from benchmarks.cases import Problem
+from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment, source
-from benchmarks.group import Effort, Group, lost, measured
+from benchmarks.group import Effort, Group, Lost, first_line, lost, measured
+from benchmarks.rows import Row
 
 BROKEN = 3  # exit status: the GPU's context is lost, and another process must go on
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What is run: every combination of these that there is. `sizes` are a case's, by their names in rows."""
+
+    cases: Sequence[str]
+    sizes: Callable[[str], Mapping[str, Size]]
+    dtypes: Sequence[str]
+    batches: Sequence[int]
+    phases: Sequence[str]
+    modes: Sequence[str]
+    providers: Sequence[str]
+
+    def groups(self) -> Iterator[Group]:
+        for case, dtype, batch, phase in itertools.product(self.cases, self.dtypes, self.batches, self.phases):
+            named = tuple(p for p in self.providers if p in providers.providers_of(case))
+            modes = tuple(m for m in cases.MODES[phase] if m in self.modes)
+            for name, size in self.sizes(case).items() if modes and named else []:
+                yield Group(name, Problem(case, size, batch, cases.DTYPES[dtype], phase == "train"), named, modes)
+
+
+def measured_in_turn(
+    wanted: Sequence[Group], measure: Callable[[Group], list[Row]], leave: bool = True
+) -> Iterator[tuple[Group, list[Row]]]:
+    """Each group with its rows, as soon as they are measured; `leave`: the bar of what is done stays when all is.
+
+    Raises:
+        Lost: the GPU answers no more; the last rows say why.
+    """
+    for group in console.progress(wanted, Group.__str__, leave=leave):
+        gone = None
+        try:
+            new = measure(group)
+        except RuntimeError as error:
+            found = {"not_run": first_line(error), "environment": environment()}
+            new = [group.row(*pair, **found) for pair in itertools.product(group.providers, group.modes)]
+            gone = Lost(first_line(error)) if lost(error) else None
+        yield group, new
+        if gone is not None:
+            raise gone
+
+
 def groups(chosen: argparse.Namespace) -> Iterator[Group]:
-    """The selection, in the registry's order."""
-    for case, dtype, batch, phase in itertools.product(chosen.case, chosen.dtype, chosen.batch, chosen.phase):
-        sizes = sizes_of(case, chosen)
-        named = tuple(p for p in providers.providers_of(case) if p in chosen.provider)
-        modes = tuple(m for m in cases.MODES[phase] if m in chosen.mode)
-        for size in sizes if modes and named else []:
-            problem = Problem(case, cases.SIZES[size], batch, cases.DTYPES[dtype], phase == "train")
-            yield Group(size, problem, named, modes)
+    """The selection, with providers in the registry's order."""
+    named = [name for name in providers.PROVIDERS if name in chosen.provider]
+
+    def sizes(case: str) -> dict[str, Size]:
+        return {name: cases.SIZES[name] for name in sizes_of(case, chosen)}
+
+    selected = Selection(chosen.case, sizes, chosen.dtype, chosen.batch, chosen.phase, chosen.mode, named)
+    return selected.groups()
 
 
 def sizes_of(case: str, chosen: argparse.Namespace) -> list[str]:
@@ -160,24 +206,15 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.ahead:
         compile_ahead(left, chosen.ahead)
     status = 0
-    for group in console.progress(left, Group.__str__):
-        try:
-            new = measured(group, image, effort)
-        except RuntimeError as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            new = [
-                group.row(*pair, not_run=reason, environment=environment())
-                for pair in itertools.product(group.providers, group.modes)
-            ]
-            if lost(error):
-                status = BROKEN
-        rows.append(new, chosen.out)
-        if status == BROKEN:
-            print("the GPU answers no more; run the same command again to go on", flush=True)
-            return status
-        for row in (row for row in new if row.wrong):
-            error = console.small(row.max_error)
-            console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}, max error {error}")
-            status = 1
+    try:
+        for _, new in measured_in_turn(left, lambda group: measured(group, image, effort)):
+            rows.append(new, chosen.out)
+            for row in (row for row in new if row.wrong):
+                error = console.small(row.max_error)
+                console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}, max error {error}")
+                status = 1
+    except Lost:
+        print("the GPU answers no more; run the same command again to go on", flush=True)
+        return BROKEN
     print(f"rows: {chosen.out}")
     return status

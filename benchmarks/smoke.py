@@ -1,5 +1,6 @@
 """`python -m benchmarks smoke`: whether the kernels are right on this machine, a line a case, without a stop."""
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -18,10 +19,10 @@ import dca_kernels
 import reference
 from benchmarks import cases, command, journal, measure, parity, providers
 from benchmarks.cases import Problem
-from benchmarks.compile import said
 from benchmarks.determinism import differing
 from benchmarks.environment import describe, environment
 from benchmarks.group import lost
+from benchmarks.offline.compile import said
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 
@@ -204,7 +205,7 @@ def compilations() -> Iterator[list[str]]:
         yield names
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "smoke",
         "Checks the kernels against the golden vectors (float64) and against the reference (every dtype, evaluation "
@@ -226,18 +227,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help=command.listed(KINDS))
     parser.add_argument("--golden", nargs="+", metavar="NAME", help="names of golden vectors (default: all)")
     parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def vectors_of(chosen: argparse.Namespace) -> list[str]:
+    """The golden vectors that are checked."""
+    if "golden" not in chosen.kind:
+        return []
+    from tests.oracle import GOLDEN  # here: it needs pytest
+
+    vectors = chosen.golden or list(GOLDEN)
+    unknown = [name for name in vectors if name not in GOLDEN]
+    if unknown:
+        parser().error(f"argument --golden: expected names of {', '.join(GOLDEN)}, got {unknown[0]!r}")
+    return vectors
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     reason = providers.why_no_kernels(measure.device())
     if reason is not None:
         return command.not_run("smoke", reason, command.interpreted("smoke"))
-    vectors = []
-    if "golden" in chosen.kind:
-        from tests.oracle import GOLDEN
-
-        vectors = chosen.golden or list(GOLDEN)
-        unknown = [name for name in vectors if name not in GOLDEN]
-        if unknown:
-            parser.error(f"argument --golden: expected names of {', '.join(GOLDEN)}, got {unknown[0]!r}")
+    vectors = vectors_of(chosen)
     print(f"environment: {describe(environment())}", flush=True)
     here = {key: value for key, value in environment().items() if key != "date"}
     entries = [entry for entry in journal.read(chosen.journal) if here.items() <= entry["environment"].items()]

@@ -1,5 +1,6 @@
 """Measures the candidate configurations of every kernel and writes the fastest into `configurations.json`."""
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -21,11 +22,12 @@ from torch import Tensor
 
 import dca_kernels
 import reference
-from benchmarks import cases, command, compile, console, journal, measure, parity, providers, stand_in
+from benchmarks import cases, command, console, journal, measure, parity, providers
 from benchmarks.cases import Size
-from benchmarks.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.environment import environment
-from benchmarks.group import lost
+from benchmarks.group import Lost, lost
+from benchmarks.offline import compile, stand_in
+from benchmarks.offline.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.run import BROKEN
 from dca_kernels import launch
 
@@ -187,10 +189,6 @@ class Phase:
 
     def run(self) -> None:
         parity.results(copy.deepcopy(self.module), self.maps, self.gradients)  # whose buffers change
-
-
-class Lost(RuntimeError):
-    """The GPU answers no more."""
 
 
 class Probe:
@@ -392,7 +390,7 @@ def tune(kernels: Sequence[Tuned], jobs: Iterable[Compiled], deadline: float, ke
             raise lost_by
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "tune",
         "Tries candidate configurations of every kernel at the paper's sizes, forward and backward, the most promising "
@@ -429,7 +427,29 @@ def main(arguments: Sequence[str]) -> int:
         "--table", type=command.file, default=TABLE, metavar="FILE", help="table of configurations that is changed"
     )
     parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def probed(calls: dict[str, list[Call]], target: str, processes: int) -> list[Tuned]:
+    """Each kernel with the time of its present configuration; the calls are those that launch it."""
+    device = measure.device()
+    every = list(dict.fromkeys(itertools.chain.from_iterable(calls.values())))
+    if device.type == "cuda":  # the present ones, all at once
+        for _ in ready(compile.distinct(every, target) if target in stand_in.TARGETS else [], target, processes):
+            pass
+    phases = {call: Phase.of(call, device) for call in every}
+    kernels = []
+    for kernel, of_kernel in calls.items():
+        probe = Probe(kernel, [phases[call] for call in of_kernel])
+        present, reason = probe.attempt(probe.present)
+        kernels.append(Tuned(probe, of_kernel, present, present, probe.present))
+        if reason is not None:
+            print(f"{kernel}: the present configuration failed: {reason}", flush=True)
+    return kernels
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     device, dtype, size = measure.device(), cases.DTYPES[chosen.dtype], cases.SIZES[chosen.size]
     reason = providers.why_no_kernels(device)
     if reason is not None:
@@ -442,19 +462,7 @@ def main(arguments: Sequence[str]) -> int:
         target = "sm_90"
         print(f"no GPU: candidates are compiled for {target}, and what is timed is the interpreter", flush=True)
     calls = {kernel: calls_of(kernel, size, chosen.batch, dtype) for kernel in chosen.kernel}
-    every = list(dict.fromkeys(itertools.chain.from_iterable(calls.values())))
-    if device.type == "cuda":  # the present ones, all at once
-        for _ in ready(compile.distinct(every, target) if target in stand_in.TARGETS else [], target, chosen.processes):
-            pass
-    phases = {call: Phase.of(call, device) for call in every}
-    kernels = []
-    for kernel, of_kernel in calls.items():
-        probe = Probe(kernel, [phases[call] for call in of_kernel])
-        present, reason = probe.attempt(probe.present)
-        kernels.append(Tuned(probe, of_kernel, present, present, probe.present))
-        if reason is not None:
-            print(f"{kernel}: the present configuration failed: {reason}", flush=True)
-
+    kernels = probed(calls, target, chosen.processes)
     shared = {"dtype": chosen.dtype, "batch": chosen.batch, "size": chosen.size}
 
     def put(tuned: Tuned) -> None:

@@ -62,7 +62,7 @@ def read_folders(chosen: argparse.Namespace, folder: Path) -> Data:
     return as_instances(found) if chosen.instances else found
 
 
-def arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     """Of `python -m examples.train`."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.train",
@@ -72,6 +72,13 @@ def arguments() -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_data_and_network(parser)
+    _add_training(parser)
+    _add_run(parser)
+    return parser
+
+
+def _add_data_and_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER", help=f"{LAYOUTS} (default: the nuclei image of the stardist package)")
     add_folders(parser)
@@ -107,6 +114,10 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="side of the crops to train on, and of the tiles to predict (default: %(default)s)",
     )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--batch", type=int, default=4, metavar="B", help="crops in a batch, a process (default: %(default)s)")
     add(
         "--epochs",
@@ -141,6 +152,11 @@ def arguments() -> argparse.Namespace:
         help="with background. 2: background and foreground. More: a mask's pixels are class indices, 0 .. N-1, in one "
         "channel or in a palette; at most 256 (default: 9 of Synapse, 2 of any other data set)",
     )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """What changes neither data nor network: how and where it runs."""
+    add = parser.add_argument
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--fsdp", action="store_true", help="shard gradients and optimizer over the processes (torchrun)")
     add(
@@ -158,7 +174,15 @@ def arguments() -> argparse.Namespace:
         help="where everything goes, and all processes look (default: runs/DATA-HOST-DCA)",
     )
     add("--restart", action="store_true", help="begin anew where --out holds a run")
-    chosen = parser.parse_args()
+
+
+def _deepest(chosen: argparse.Namespace) -> int:
+    """Side of the network's smallest maps."""
+    return chosen.crop // (8 if chosen.host == "ResUNetPP" else 16)
+
+
+def _check(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with a line where an option cannot be, or not beside another one."""
     folders(chosen, parser, chosen.data, "--data")
     for name in ("patch", "resize", "crop", "batch", "epochs", "steps"):
         value = getattr(chosen, name)
@@ -168,8 +192,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--crop: expected a multiple of 16, which the networks halve four times, got {chosen.crop}")
     if chosen.resize is not None and chosen.resize < chosen.crop:
         parser.error(f"--resize: expected at least --crop {chosen.crop}, got {chosen.resize}")
-    deepest = chosen.crop // (8 if chosen.host == "ResUNetPP" else 16)  # side of the network's smallest maps
-    if deepest == 1 and chosen.batch == 1:  # BatchNorm cannot train on one pixel
+    if _deepest(chosen) == 1 and chosen.batch == 1:  # BatchNorm cannot train on one pixel
         side = f"{chosen.crop} x {chosen.crop}"
         parser.error(f"--batch: expected at least 2 crops of {side}, or a --crop of {2 * chosen.crop}, got 1")
     if chosen.classes is not None and not 2 <= chosen.classes <= CLASSES:
@@ -185,7 +208,14 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--seed: expected an integer below 2**64, got {chosen.seed}")
     if chosen.fsdp and "RANK" not in os.environ:
         parser.error("--fsdp: expected several processes: torchrun --nproc-per-node N -m examples.train ...")
-    chosen.patch = chosen.patch or 2 * deepest
+
+
+def arguments() -> argparse.Namespace:
+    """Of `python -m examples.train`."""
+    parser = _parser()
+    chosen = parser.parse_args()
+    _check(chosen, parser)
+    chosen.patch = chosen.patch or 2 * _deepest(chosen)
     folder = chosen.data or chosen.images
     source = folder.resolve().name if folder else "nuclei"
     chosen.out = chosen.out or Path("runs") / f"{source}-{chosen.host}-{chosen.dca}"

@@ -20,7 +20,7 @@ from triton._C.libtriton import ir
 from triton.compiler import make_backend
 
 import dca_kernels
-from benchmarks import stand_in
+from benchmarks.offline import stand_in
 
 Change = Callable[[nn.Module, list[Tensor]], None]
 

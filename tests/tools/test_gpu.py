@@ -16,8 +16,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import compile, gpu, journal, run, stand_in
+from benchmarks import gpu, journal, run
 from benchmarks.environment import environment
+from benchmarks.offline import compile, stand_in
 from tests.oracle import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,8 @@ def test_few_packages_are_needed(tmp_path: Path) -> None:
     journal.write(tmp_path / "journal.ndjson", "smoke", case="a", well=False, found="off", where="conv")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({list(gpu.OPTIONAL)!r}))\n"
-        "from benchmarks import compile, determinism, gpu, kernels, report, run, smoke, tune\n"
+        "from benchmarks import determinism, gpu, kernels, report, run, smoke, tune\n"
+        "from benchmarks.offline import compile\n"
         f"to = ['--results', {str(tmp_path)!r}, '--document', {str(tmp_path / 'report.md')!r}]\n"
         f"raise SystemExit(report.main([*to, '--no-figures', '--journal', {str(tmp_path / 'journal.ndjson')!r}]))"
     )
@@ -195,7 +197,8 @@ def test_a_cache_that_was_carried_is_used(tmp_path: Path) -> None:
     shutil.move(here / "cache", there / "cache")
     code = (
         "import torch\n"
-        "from benchmarks import cases, providers, smoke, stand_in\n"
+        "from benchmarks import cases, providers, smoke\n"
+        "from benchmarks.offline import stand_in\n"
         "last, rows = torch.channels_last, torch.contiguous_format\n"
         "for dtype, layout in ((torch.float32, last), (torch.float32, rows), (torch.float64, rows)):\n"
         "    problem = cases.Problem('dca', cases.SIZES['tiny'], 1, dtype, False)\n"

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import stand_in
+from benchmarks.offline import stand_in
 from tests.compiled import output_of
 
 pytestmark = pytest.mark.slow

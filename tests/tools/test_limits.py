@@ -12,7 +12,7 @@ from dca_kernels import backends
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import stand_in
+from benchmarks.offline import stand_in
 from dca_kernels import launch
 
 

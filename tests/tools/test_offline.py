@@ -75,14 +75,14 @@ def test_the_table_belongs_to_these_kernels() -> None:
     code = """
 import json, sys
 from pathlib import Path
-from benchmarks import offline, stand_in
+from benchmarks.offline import machine_code, stand_in
 rows = {(r["target"], r["digest"]): r for r in json.loads(Path(sys.argv[1]).read_text())["rows"]}
-missing = {key: job for key, job in offline.plan(list(stand_in.TARGETS)).items() if key not in rows}
+missing = {key: job for key, job in machine_code.plan(list(stand_in.TARGETS)).items() if key not in rows}
 assert not missing, ("run `python -m benchmarks offline`: not in the table", list(missing.values())[:9], len(missing))
-case = next(c for c in offline.CASES if c.name == "eval" and c.dtype == offline.torch.bfloat16)
-for one in offline.record(case, "sm_90"):
+case = next(c for c in machine_code.CASES if c.name == "eval" and c.dtype == machine_code.torch.bfloat16)
+for one in machine_code.record(case, "sm_90"):
     if one.name in ("patch_embed", "spatial_attention", "conv"):
-        fresh = offline.row(case, "sm_90", one)
+        fresh = machine_code.row(case, "sm_90", one)
         kept = rows["sm_90", fresh["digest"]]
         assert {**fresh, "case": ""} == {**kept, "case": ""}, (fresh, kept)
 """
@@ -120,8 +120,8 @@ def test_only_the_highest_precision_goes_without_tensor_cores(
 
 LARGE = """
 import torch
-from benchmarks import stand_in
-from benchmarks.offline import launches_of
+from benchmarks.offline import stand_in
+from benchmarks.offline.machine_code import launches_of
 from dca_kernels import DCA
 for target, shapes, patch in (
     ("sm_90", ((32, 224, 224), (256, 112, 112)), 112),
@@ -146,8 +146,8 @@ def test_shared_memory_fits_where_a_map_is_as_small_as_the_grid() -> None:
 
 PACKED = """
 import torch
-from benchmarks import stand_in
-from benchmarks.offline import launches_of
+from benchmarks.offline import stand_in
+from benchmarks.offline.machine_code import launches_of
 from dca_kernels import DCA
 for shapes, patch in (
     (((32, 224, 224), (64, 112, 112), (128, 56, 56), (256, 28, 28)), 28),

@@ -1,4 +1,4 @@
-"""What benchmarks/traffic.py counts, against bytes, sectors and products that are known by hand."""
+"""What benchmarks/offline/traffic.py counts, against bytes, sectors and products that are known by hand."""
 
 import contextlib
 import functools
@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels
-from benchmarks import cases, traffic
+from benchmarks import cases
 from benchmarks.environment import ROOT
+from benchmarks.offline import traffic
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import cases, compile, journal, kernels, report, stand_in, tune
+from benchmarks import cases, journal, kernels, report, tune
 from benchmarks.cases import Problem
-from benchmarks.compile import Compiled
+from benchmarks.offline import compile, stand_in
+from benchmarks.offline.compile import Compiled
 from dca_kernels import DCA, launch
 from tests.oracle import INTERPRETED
 

@@ -8,6 +8,7 @@ needs, the paper's module in four dtypes, both layouts, evaluation and training,
 about 7 minutes of one core, which makes half a minute of 16.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import itertools
@@ -25,12 +26,13 @@ from unittest import mock
 import torch
 
 import dca_kernels
-from benchmarks import cases, command, console, journal, measure, stand_in
+from benchmarks import cases, command, console, journal, measure
 from benchmarks.cases import Size
-from benchmarks.offline import Launch, digest, launches_of
+from benchmarks.offline import stand_in
+from benchmarks.offline.machine_code import Launch, digest, launches_of
 from dca_kernels import launch
 
-ESTIMATES = json.loads((Path(__file__).parent / "estimates.json").read_text())
+ESTIMATES = json.loads((Path(__file__).parents[1] / "estimates.json").read_text())
 START = 8.0  # seconds until all processes are there: an estimate
 
 Pairs = tuple[tuple[str, Any], ...]
@@ -226,7 +228,7 @@ def golden_calls() -> list[Call]:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "compile",
         "Compiles the kernels of the module, in both layouts of its maps, and of the golden vectors, for a kind of GPU "
@@ -263,7 +265,25 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--count", action="store_true", help="only say how many there are, and estimate the time")
     parser.add_argument("--journal", type=command.file, metavar="FILE", help=command.JOURNAL)
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def compile_all(jobs: Sequence[Job], chosen: argparse.Namespace) -> int:
+    """How many failed: each is said, and written to the journal."""
+    failed = 0
+    with Pool(chosen.target, chosen.processes) as pool:
+        pool.submit(jobs)
+        for one in console.progress(pool.done(), desc="compiling", total=len(jobs), mininterval=5):
+            if one.error is not None:
+                failed += 1
+                call = str(one.job.calls[0])
+                print(f"{one.job.kernel}: FAILED to compile: {one.error}; {call}", flush=True)
+                journal.write(chosen.journal, "compile", kernel=one.job.kernel, failed=one.error, call=call)
+    return failed
+
+
+def main(arguments: Sequence[str]) -> int:
+    chosen = parser().parse_args(arguments)
     reason = stand_in.why_not_compiled()
     if reason is not None:
         return command.not_run("compile", reason, "unset it")
@@ -279,16 +299,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{len(jobs)} kernels in {chosen.processes} processes, estimated {seconds:.0f} s from nothing", flush=True)
     if chosen.count:
         return 0
-    begin, failed = time.monotonic(), 0
-    with Pool(chosen.target, chosen.processes) as pool:
-        pool.submit(jobs)
-        for one in console.progress(pool.done(), desc="compiling", total=len(jobs), mininterval=5):
-            if one.error is not None:
-                failed += 1
-                print(f"{one.job.kernel}: FAILED to compile: {one.error}; {one.job.calls[0]}", flush=True)
-                journal.write(
-                    chosen.journal, "compile", kernel=one.job.kernel, failed=one.error, call=str(one.job.calls[0])
-                )
+    begin = time.monotonic()
+    failed = compile_all(jobs, chosen)
     took = round(time.monotonic() - begin, 1)
     counts = {"kernels": len(jobs), "failures": failed, "seconds": took, "estimated_seconds": round(seconds)}
     journal.write(chosen.journal, "compile", target=chosen.target, processes=chosen.processes, **counts)

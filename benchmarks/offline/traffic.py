@@ -1,6 +1,6 @@
 """What a forward or a training step moves and computes, counted without a GPU: interpreted, and of plain PyTorch.
 
-Nothing here is a time that was measured. `python -m benchmarks.traffic` prints the tables.
+Nothing here is a time that was measured. `python -m benchmarks.offline.traffic` prints the tables.
 """
 
 import argparse
@@ -524,7 +524,7 @@ def _markdown(lines: list[list[Any]], headers: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.traffic",
+        prog="python -m benchmarks.offline.traffic",
         description="Counts kernels, bytes and products of a forward and of a training step, of the Triton kernels in "
         "Triton's CPU interpreter and of the reference. No GPU is needed and no time is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -1,4 +1,4 @@
-"""What can be known of the kernels without a GPU: each is compiled for every target, and its machine code is read."""
+"""`python -m benchmarks offline`: every kernel is compiled for every target, and its machine code is read."""
 
 import ast
 import concurrent.futures
@@ -27,11 +27,13 @@ from tqdm import tqdm
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
 import dca_kernels
-from benchmarks import cases, command, stand_in
+from benchmarks import cases, command
+from benchmarks.offline import stand_in
+from benchmarks.rows import RESULTS
 
 Row = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results" / "offline"
+OFFLINE = RESULTS / "offline"
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=RESULTS,
+        default=OFFLINE,
         metavar="FOLDER",
         help="folder that machine_code.json and traffic.json are written to",
     )
@@ -304,5 +306,5 @@ def main(arguments: Sequence[str]) -> int:
     rows = [known[key] for key in jobs]
     print(f"\nMachine code by triton {triton.__version__}; the worst of each kernel's cases:\n\n{table(rows)}\n")
 
-    traffic = [sys.executable, "-m", "benchmarks.traffic", "--json", str(chosen.out / "traffic.json")]
+    traffic = [sys.executable, "-m", "benchmarks.offline.traffic", "--json", str(chosen.out / "traffic.json")]
     return subprocess.run(traffic, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode

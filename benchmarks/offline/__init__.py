@@ -1,0 +1,1 @@
+"""What can be known of the kernels without a GPU; nothing here times them."""
