@@ -21,7 +21,7 @@ from benchmarks.environment import describe, environment
 from benchmarks.group import Call, call_of
 from benchmarks.offline.compile import ESTIMATES
 from benchmarks.rows import RESULTS
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 TRAFFIC = RESULTS / "offline" / "traffic.json"
 REPLAYS = 5

@@ -24,7 +24,7 @@ from benchmarks.environment import describe, environment
 from benchmarks.group import lost
 from benchmarks.offline.compile import said
 from benchmarks.run import BROKEN
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 KINDS = {
     "golden": "what the official module computed, in float64",

@@ -1,12 +1,14 @@
 """The four stages alone, of each implementation, on the same token values; each as the module would run it."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dca_kernels import fused
+from dca_kernels import contract, torch_backend
+from dca_kernels.contract import Contract
 
 
 class _Stage(nn.Module):
@@ -32,25 +34,26 @@ class ReferenceStage(_Stage):
         return dca.upsample(inputs[:scales], inputs[scales:])
 
 
+def contract_of(dca: Any, backend: ModuleType, dtype: torch.dtype) -> Contract:
+    """What a backend is given for maps of a dtype, which is the module's own."""
+    norms = [head[0] for head in dca.bn_relu]
+    operands = backend.operand_dtype([torch.empty(0, dtype=dtype, device=next(dca.parameters()).device)])
+    return contract.read(dca, norms, operands, [dtype] * len(norms))
+
+
 class TorchStage(_Stage):
     """A stage of the `torch` backend, whose tokens are float32, or float64 for float64 maps."""
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
-        dca, block = self.dca, self.dca.attention[0]
-        operands = fused.operand_dtype([dca.avg_map[0].proj.depthwise.weight])  # which has the maps' dtype
+        # The maps have the parameters' dtype.
+        its = contract_of(self.dca, torch_backend, next(self.dca.parameters()).dtype)
         if self.stage == "patch_embed":
-            norms = [head[0] for head in dca.bn_relu]
-            return fused.patch_embed(inputs, dca.avg_map, dca.grid, norms)[0]
-        if self.stage == "channel_attention":
-            removed = [False] * len(inputs)
-            return fused.channel_attention(inputs, block.channel_norm, block.c_attention, removed, operands)
-        if self.stage == "spatial_attention":  # in training BatchNorm behind it removes what it adds to a channel
-            removed = [dca.training] * len(inputs)
-            return fused.spatial_attention(inputs, block.spatial_norm, block.s_attention, removed, operands)
-        scales = len(inputs) // 2
-        tokens, maps = inputs[:scales], inputs[scales:]
-        dtypes = [x.dtype for x in maps]
-        return fused.upsample(tokens, maps, dca.upconvs, [head[0] for head in dca.bn_relu], dca.grid, dtypes)
+            return torch_backend.patch_embed.patch_embed(inputs, its)[0]
+        if self.stage == "upsample":
+            scales = len(inputs) // 2
+            return torch_backend.upsample.upsample(inputs[:scales], inputs[scales:], its)
+        stage = getattr(torch_backend, self.stage)
+        return getattr(stage, self.stage)(inputs, its, 0)
 
 
 class TritonStage:
@@ -60,76 +63,57 @@ class TritonStage:
     """
 
     def __init__(self, dca: Any, stage: str, inputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
-        from dca_kernels import parameters, patch_embed  # these import triton
-        from dca_kernels.tokens import Tokens, normalised_of, statistics_of
+        from dca_kernels import triton_backend  # imports triton
+        from dca_kernels.triton_backend.tokens import Tokens, with_normalised, with_statistics
 
-        self.stage, self.training, self.douts = stage, gradients is not None, gradients
-        self.has_backward = self.training and stage != "patch_embed"
-        scales, self.dtype = len(dca.features), inputs[0].dtype
-        norms = [head[0] for head in dca.bn_relu]
-        spec = parameters.describe(dca, norms, self.dtype)
-        flat, buffers = parameters.flatten(dca, norms)
-        self.parameters = parameters.unflatten(spec, [t.detach() for t in flat], buffers)
-        self.grid, self.from_batch, self.channels = dca.grid, spec.from_batch, tuple(dca.features)
-        self.of_channels, self.of_tokens = self.parameters.blocks[0]
+        scales, channels, dtype = len(dca.features), tuple(dca.features), inputs[0].dtype
+        self.stage, self.channels, self.douts = stage, channels, gradients
+        self.has_backward = gradients is not None and stage != "patch_embed"
+        self.contract = contract_of(dca, triton_backend, dtype)._replace(backward=gradients is not None)
         self.maps = [x.detach() for x in (inputs if stage == "patch_embed" else inputs[scales:])]
         self.saved: Any = None
         if stage == "patch_embed":
             return
-        self.tokens = Tokens(torch.cat([t.detach() for t in inputs[:scales]], 2), self.channels)
+        block = self.contract.blocks[0]
+        self.tokens = Tokens(torch.cat([t.detach() for t in inputs[:scales]], 2), channels)
         if stage == "channel_attention":
-            self.tokens.statistics, self.tokens.sums = statistics_of(self.tokens, self.of_channels.norms)
+            self.tokens = with_statistics(self.tokens, block.channel_attention)
         elif stage == "spatial_attention":
-            self.tokens.normalised, self.tokens.level = normalised_of(self.tokens, self.of_tokens.norms)
+            self.tokens = with_normalised(self.tokens, block.spatial_attention)
         else:
-            self.moments = patch_embed.patch_embed(self.maps, *self._embedding())[1]
+            self.embedded = triton_backend.patch_embed.patch_embed(self.maps, self.contract)[1]
         if gradients is not None and stage != "upsample":
             self.douts = [torch.cat(list(gradients), 2)]
 
-    def _embedding(self) -> tuple[Any, ...]:
-        return self.parameters.avg_map, self.grid, self.dtype, self.of_channels.norms, self.from_batch
-
     @torch.no_grad()
     def forward(self) -> list[Tensor]:
-        from dca_kernels import channel_attention, patch_embed, spatial_attention, upsample
+        from dca_kernels import triton_backend
 
-        if self.stage == "patch_embed":
-            tokens, _ = patch_embed.patch_embed(self.maps, *self._embedding())
-        elif self.stage == "channel_attention":
-            following = self.of_tokens.norms
-            tokens, self.saved = channel_attention.channel_attention(self.tokens, self.of_channels, following)
-        elif self.stage == "spatial_attention":
-            tokens, self.saved = spatial_attention.spatial_attention(self.tokens, self.of_tokens, self.training)
-        else:
-            upconvs, norms = self.parameters.upconvs, self.parameters.norms
-            outs, self.saved = upsample.upsample(
-                self.tokens, self.maps, self.moments, upconvs, norms, self.grid, self.training
-            )
+        if self.stage == "upsample":
+            outs, self.saved = triton_backend.upsample.upsample(self.tokens, self.embedded, self.contract)
             return outs
-        return list(tokens.values.split(self.channels, 2))
+        if self.stage == "patch_embed":
+            tokens, _ = triton_backend.patch_embed.patch_embed(self.maps, self.contract)
+        else:
+            stage = getattr(triton_backend, self.stage)
+            tokens, self.saved = getattr(stage, self.stage)(self.tokens, self.contract, 0)
+        return list(tokens.plain.split(self.channels, 2))
 
     @torch.no_grad()
     def backward(self) -> list[Tensor]:
         """Gradients of the inputs, for `upsample` of its tokens and then of its maps."""
-        from dca_kernels import channel_attention, spatial_attention, upsample
+        from dca_kernels.triton_backend import map_gradient, passes
 
-        scales, dmaps = len(self.channels), []
-        if self.stage == "channel_attention":
-            kept = [False] * scales
-            dtokens, _ = channel_attention.channel_attention_backward(self.saved, *self.douts, self.of_channels, kept)
-        elif self.stage == "spatial_attention":
-            removed = self.from_batch
-            dtokens, _ = spatial_attention.spatial_attention_backward(self.saved, *self.douts, self.of_tokens, removed)
-        else:
-            norms = self.parameters.norms
-            last = upsample.upsample_backward(self.saved, self.douts, self.parameters.upconvs, norms, self.grid, True)
-            dtokens = last.tokens
-            none = torch.zeros_like(dtokens)  # what would have come back from the attention
-            avg_map, wanted = self.parameters.avg_map, [True] * scales
-            dmaps, _ = upsample.map_gradients(
-                self.saved, last.removed, none, self.douts, avg_map, norms, self.grid, wanted
-            )
-        return [*dtokens.split(self.channels, 2), *dmaps]
+        if self.stage != "upsample":
+            stage = passes.CHANNEL_ATTENTION if self.stage == "channel_attention" else passes.SPATIAL_ATTENTION
+            dtokens, _ = stage.backward(self.saved, *self.douts, self.contract, 0)
+            return list(dtokens.split(self.channels, 2))
+        last = passes.upsample_backward.upsample_backward(self.saved, self.maps, self.douts, self.contract, True)
+        none = torch.zeros_like(last.dtokens)  # what would have come back from the attention
+        dmaps, _ = map_gradient.map_gradients(
+            self.saved, self.maps, last.through_statistics, none, self.douts, self.contract, [True] * len(self.maps)
+        )
+        return [*last.dtokens.split(self.channels, 2), *dmaps]
 
     def release(self) -> None:
         self.saved = None

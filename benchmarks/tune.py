@@ -29,7 +29,7 @@ from benchmarks.group import Lost, lost
 from benchmarks.offline import compile, stand_in
 from benchmarks.offline.compile import Call, Compiled, Job, Pool, replaced
 from benchmarks.run import BROKEN
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 TABLE = Path(launch.__file__).parent / "configurations.json"
 WARPS = (4, 8)
@@ -62,8 +62,8 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "block_p": (64, 128),
         "num_warps": (4, 8, 16),
     },
-    "merge_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
-    "merge_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
+    "upsample_backward_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
+    "upsample_backward_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
     "map_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
     "map_gradient_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
     "upsample_contiguous": {
@@ -103,7 +103,7 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
         {"block_c": 4, "num_warps": 8},
         {"block_c": 16, "num_warps": 16},
     ),
-    "merge_gradient_contiguous": (
+    "upsample_backward_contiguous": (
         {"tile": 1024},
         {"maxnreg": 96},
         {"maxnreg": None},
@@ -140,7 +140,7 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
     "mixing_gradient": ({"block_c": 64, "num_warps": 4}, {"num_stages": 4}),
     "mixing": ({"num_warps": 4}, {"block_c": 4, "num_warps": 4}),
     "conv": ({"num_stages": 3}, {"block_n": 128}),
-    "merge_gradient_channels_last": ({"tile": 2048, "num_warps": 4, "maxnreg": 128}, {"maxnreg": 128}),
+    "upsample_backward_channels_last": ({"tile": 2048, "num_warps": 4, "maxnreg": 128}, {"maxnreg": 128}),
     "map_gradient_channels_last": ({"tile": 2048, "num_warps": 4}, {"tile": 2048}),
     "upsample_channels_last": ({"tile": 4096, "num_warps": 4}, {"tile": 2048, "num_warps": 4}),
     "tokens": ({"block_n": 8, "num_warps": 4}, {"num_warps": 4}),

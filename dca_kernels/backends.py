@@ -1,8 +1,8 @@
 """Which implementation runs, and why.
 
-Order: the module's `backend` argument, then `use_backend(...)`, then the environment variable DCA_BACKEND, then "auto".
-An argument of "auto" leaves the choice to the next in line. A backend asked for by name either runs or raises. Where
-something needs the submodules called, no backend is asked: see `dca_kernels.plain`.
+The first of these that is not "auto" names the backend: the module's `backend` argument, `use_backend(...)`, the
+environment variable DCA_BACKEND. A backend that is asked for by name either runs or raises. Where all are "auto",
+`automatic` chooses. Where something needs the submodules called, no backend runs: see `dca_kernels.plain`.
 """
 
 import contextlib
@@ -13,17 +13,20 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dca_kernels import fused
-from dca_kernels.parameters import power_of_two
+from dca_kernels import torch_backend
+
+if TYPE_CHECKING:
+    from dca_kernels.module import DCA
 
 NAMES = ("torch", "triton")
-# Where `auto` runs the kernels: the compute capability and the dtypes in which they were measured to be right, at 1, 8
-# and 32 images, in evaluation and training, and faster than `torch` takes its host alone (benchmarks/results/NOTES.md).
+# Where `auto` runs the kernels: the compute capability, and the dtypes in which they were measured at 1, 8 and 32
+# images, in evaluation and training. They were right, and took less time than the host alone takes for `torch`
+# (benchmarks/results/NOTES.md).
 MEASURED = {(9, 0): (torch.bfloat16, torch.float32)}
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # here: torch.compile of PyTorch 2.11 cannot trace it
 
@@ -36,7 +39,12 @@ MOST_IN_A_ROW = 4096  # channels of a scale, at least 16, times columns of a win
 
 _logger = logging.getLogger("dca_kernels")
 _in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
-_latest = "auto"  # what a thread set `_in_context` to last, where torch.compile sees that it changes
+_latest = "auto"  # what `_in_context` was set to last, in any thread: torch.compile sees when a global changes
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -58,10 +66,10 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every DCA inside the `with` block, whose own `backend` is "auto", on the named backend.
+    """Run every DCA inside the `with` block on the named backend, where the DCA's `backend` is "auto".
 
-    The block counts for its own thread or task. Only a compiled module goes by the block that any thread entered or
-    left last, and is compiled anew when it names another backend.
+    The block counts for the thread or task that entered it. A compiled module is the exception: it goes by the block
+    that any thread entered or left last, and is compiled again when that names another backend.
 
     Raises:
         ValueError: `name` is not "auto", "torch" or "triton".
@@ -84,14 +92,14 @@ def check_name(name: str, source: str) -> str:
 
 
 def tokens_dtype(maps: Sequence[Tensor]) -> torch.dtype:
-    """Of the kernels' tokens and operands: the maps', under autocast its own, which leaves float64 alone."""
+    """The dtype of the kernels' tokens and operands: the maps', or autocast's, which leaves float64 alone."""
     device = maps[0].device.type
     if torch.is_autocast_enabled(device) and maps[0].dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return maps[0].dtype
 
 
-def too_large(dca: Any, maps: Sequence[Tensor]) -> str | None:
+def too_large(dca: "DCA", maps: Sequence[Tensor]) -> str | None:
     """What of a module and its maps is more than the kernels' tiles hold, or None."""
     total = sum(dca.features)
     if max(dca.features) > MOST_CHANNELS or total > MOST_OF_ALL:
@@ -102,7 +110,7 @@ def too_large(dca: Any, maps: Sequence[Tensor]) -> str | None:
         columns, windows = x.shape[3], dca.grid[1]
         if columns > MOST_COLUMNS:
             return f"more than {MOST_COLUMNS} columns of a map"
-        if not torch.compiler.is_compiling():  # where it may be dynamic
+        if not torch.compiler.is_compiling():  # where the number of columns may be dynamic
             widest = -(-columns // windows) + (columns % windows != 0)
             if max(16, power_of_two(channels)) * power_of_two(widest) > MOST_IN_A_ROW:
                 return f"more than {MOST_IN_A_ROW} values in a row of a window"
@@ -116,7 +124,7 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str |
         argument: the module's `backend`.
         device: of the maps.
         dtype: of the tokens.
-        large: what is too large for the kernels, see `too_large`.
+        large: what is too large for the kernels, in words (see `too_large`); None where nothing is.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
@@ -160,7 +168,7 @@ def _say_automatic(name: str, device_type: str, dtype: torch.dtype, reason: str)
 def load(name: str) -> ModuleType:
     """The module that holds a backend's `refine`."""
     if name == "torch":
-        return fused
-    from dca_kernels import pipeline  # imports triton
+        return torch_backend
+    from dca_kernels import triton_backend  # imports triton
 
-    return pipeline
+    return triton_backend

@@ -1,15 +1,14 @@
-"""The submodules of a DCA: the official module's names, and its operations where a submodule is called.
+"""The submodules of a DCA, with the official module's names. A call of one does the official module's operations.
 
-A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all. What holds parameters
-itself is PyTorch's own; its parent has its `sizes`, by name: of a convolution in, out and groups, of a LayerNorm its
-normalized shape.
+A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all. PyTorch's modules hold the
+parameters. The parent of such a module has its size in `sizes`, by name: (in, out, groups) of a convolution, the
+normalized shape of a LayerNorm.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +35,9 @@ class DepthwiseProjection(nn.Module):
         self.proj = DepthwiseConv(channels)
 
     @property
-    def leaf(self) -> Any:
-        """`proj.depthwise`, past the lookup of `nn.Module`, whose time a call would spend on each."""
-        return self._modules["proj"]._modules["depthwise"]  # type: ignore[union-attr]
+    def convolution(self) -> nn.Conv2d:
+        """`proj.depthwise`, without `nn.Module.__getattr__`: a call reads them all, and would spend time on that."""
+        return self._modules["proj"]._modules["depthwise"]  # type: ignore[union-attr, return-value]
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         x = tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, P_h, P_w)
@@ -46,7 +45,7 @@ class DepthwiseProjection(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """One scale's cross-attention over channels: its C_i channels attend to the C channels of all (paper, eq. 3)."""
+    """One scale's cross-attention over channels: its C_i channels attend to all C channels (paper, eq. 3)."""
 
     def __init__(self, total: int, channels: int, heads: int) -> None:
         super().__init__()
@@ -56,16 +55,16 @@ class ChannelAttention(nn.Module):
         self.v_map = DepthwiseProjection(total)
         self.projection = DepthwiseProjection(channels)
 
-    def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
-        maps = (self.q_map(own, grid), self.k_map(every, grid), self.v_map(every, grid))  # (B, N, C_i or C)
-        q, k, v = (t.transpose(1, 2).unflatten(1, (self.heads, -1)) for t in maps)  # (B, h, C_i / h or C / h, N)
-        logits = q @ k.transpose(2, 3) * self.total**-0.5  # whatever the number of heads
+    def forward(self, tokens: Tensor, joined: Tensor, grid: tuple[int, int]) -> Tensor:
+        projected = (self.q_map(tokens, grid), self.k_map(joined, grid), self.v_map(joined, grid))  # (B, N, C_i or C)
+        q, k, v = (t.transpose(1, 2).unflatten(1, (self.heads, -1)) for t in projected)  # (B, h, C_i / h or C / h, N)
+        logits = q @ k.transpose(2, 3) * self.total**-0.5  # the same for any number of heads
         weights = torch.softmax(logits, -1)  # (B, h, C_i / h, C / h)
         return self.projection((weights @ v).flatten(1, 2).transpose(1, 2), grid)  # (B, N, C_i)
 
 
 class SpatialAttention(nn.Module):
-    """One scale's cross-attention over tokens: values are its own, queries and keys of all (paper, eq. 4)."""
+    """One scale's cross-attention over tokens: values are of its C_i channels, queries and keys of all C (eq. 4)."""
 
     def __init__(self, total: int, channels: int, heads: int) -> None:
         super().__init__()
@@ -75,9 +74,9 @@ class SpatialAttention(nn.Module):
         self.v_map = DepthwiseProjection(channels)
         self.projection = DepthwiseProjection(channels)
 
-    def forward(self, own: Tensor, every: Tensor, grid: tuple[int, int]) -> Tensor:
-        maps = (self.q_map(every, grid), self.k_map(every, grid), self.v_map(own, grid))  # (B, N, C or C_i)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in maps)  # (B, h, N, C / h or C_i / h)
+    def forward(self, tokens: Tensor, joined: Tensor, grid: tuple[int, int]) -> Tensor:
+        projected = (self.q_map(joined, grid), self.k_map(joined, grid), self.v_map(tokens, grid))  # (B, N, C or C_i)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in projected)  # (B, h, N, C / h or C_i / h)
         logits = q @ k.transpose(2, 3) * (self.total // self.heads) ** -0.5  # of one head's channels
         weights = torch.softmax(logits, -1)  # (B, h, N, N)
         return self.projection((weights @ v).transpose(1, 2).flatten(2), grid)  # (B, N, C_i)
@@ -95,7 +94,7 @@ class Block(nn.Module):
     """Channel, then spatial cross-attention, each with its LayerNorms and its residual."""
 
     def __init__(self, features: Sequence[int], channel_heads: Sequence[int], spatial_heads: Sequence[int]) -> None:
-        """Without heads, there is no such attention."""
+        """Make the attentions that heads are given for."""
         super().__init__()
         total = sum(features)
         if channel_heads:
@@ -113,9 +112,9 @@ class Block(nn.Module):
         for norms, attentions in (("channel_norm", "c_attention"), ("spatial_norm", "s_attention")):
             if hasattr(self, attentions):
                 normed = [norm(t) for norm, t in zip(getattr(self, norms), tokens, strict=True)]  # S of (B, N, C_i)
-                every = torch.cat(normed, 2)  # (B, N, C)
+                joined = torch.cat(normed, 2)  # (B, N, C)
                 scales = zip(tokens, getattr(self, attentions), normed, strict=True)
-                tokens = [t + attention(own, every, grid) for t, attention, own in scales]
+                tokens = [t + attention(n, joined, grid) for t, attention, n in scales]
         return tokens  # S of (B, N, C_i)
 
 
@@ -139,9 +138,9 @@ class UpsampleConv(nn.Module):
         self.conv = PointwiseConv(channels)
 
     @property
-    def leaf(self) -> Any:
-        """`conv.conv`, past the lookup of `nn.Module`."""
-        return self._modules["conv"]._modules["conv"]  # type: ignore[union-attr]
+    def convolution(self) -> nn.Conv2d:
+        """`conv.conv`, without `nn.Module.__getattr__`."""
+        return self._modules["conv"]._modules["conv"]  # type: ignore[union-attr, return-value]
 
     def forward(self, z: Tensor, size: Sequence[int]) -> Tensor:
         return self.conv(F.interpolate(z, size=size, mode="bilinear", align_corners=True))  # (B, C_i, H_i, W_i)

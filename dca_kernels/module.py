@@ -5,14 +5,13 @@ import functools
 import logging
 import operator
 from collections.abc import Iterable, Sequence, Sized
-from typing import Any
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dca_kernels import backends, plain
-from dca_kernels.fused import uses_batch_statistics
+from dca_kernels import backends, contract, plain
 from dca_kernels.layers import Block, DepthwiseProjection, UpsampleConv
 
 _logger = logging.getLogger("dca_kernels")
@@ -26,8 +25,8 @@ class DCA(nn.Module):
 
     Args:
         features: channels C_i of each skip map.
-        strides: accepted for the official signature, and only its length is checked: each map is upsampled to its own
-            size.
+        strides: accepted since the official module takes it; only its length is checked. Each map is upsampled to the
+            size that it has.
         patch: token grid, P for P x P or (P_h, P_w).
         channel_att: whether a block has channel cross-attention.
         spatial_att: whether a block has spatial cross-attention.
@@ -77,37 +76,37 @@ class DCA(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Refine the skip maps.
 
-        A backend does (`dca_kernels.backends`), or plain PyTorch operations where something needs the submodules called
-        (`dca_kernels.plain`).
+        A backend computes them (`dca_kernels.backends`). Where something needs the submodules called, plain PyTorch
+        operations do (`dca_kernels.plain`).
 
         Args:
             maps: list or tuple of S tensors (B, C_i, H_i, W_i) of one floating dtype, the parameters', on one device.
-                Under autocast their dtypes may differ. Any H_i x W_i and any B, also 0.
+                Under autocast their dtypes may differ. Every H_i x W_i may be another size, and B may be 0.
 
         Returns:
             S tensors of the same shapes. Their dtype is the maps'; under autocast it is the one that the map's and the
-            autocast dtype promote to, as for the official module. channels_last where the map is. Of maps of a subclass
-            of Tensor, what its `__torch_function__` makes of them, as of the official module.
+            autocast dtype promote to, as for the official module. An output is channels_last where its map is. Where a
+            map is of a subclass of Tensor, its `__torch_function__` makes the outputs, as for the official module.
 
         Raises:
-            TypeError, ValueError: `maps` is not as above, or a submodule is not the one that the constructor put there;
-                nothing is changed.
+            TypeError, ValueError: `maps` is not as above, or a submodule is not the one that the constructor put there.
+                Nothing is changed.
             RuntimeError: the backend asked for cannot run; the message says why.
         """
-        in_list: Sequence[Any] = maps if isinstance(maps, list | tuple) else []
+        in_list: Sequence[object] = maps if isinstance(maps, list | tuple) else []
         proxies = [x for x in (maps, *in_list) if isinstance(x, fx.Proxy)]
         if proxies:
-            return self._leaf(maps, proxies[0].tracer)
+            return self._as_leaf(maps, cast(fx.Tracer, proxies[0].tracer))
         overriding = [x for x in in_list if _overrides(x)]
         if overriding:
             outs = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
             # Attention computes each output from all maps.
             return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
         self._check(maps)
-        if not torch.jit.is_tracing():  # there, sizes are tensors
+        if not torch.jit.is_tracing():  # which makes tensors of sizes
             self._check_sizes(maps)
         reason = plain.hooked(self)
-        if reason is None:  # a hook may bring the parameters only when it is called
+        if reason is None:  # otherwise, the hook may bring the parameters, and only when it is called
             dtypes = self._output_dtypes(maps)
             reason = plain.taken_apart(maps)
         if reason is not None:
@@ -121,17 +120,19 @@ class DCA(nn.Module):
             if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
         large = backends.too_large(self, maps)
-        backend = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
-        outs = backends.load(backend).refine(self, maps, norms, dtypes)
+        name = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
+        backend = backends.load(name)
+        outs = backend.refine(maps, contract.read(self, norms, backend.operand_dtype(maps), dtypes))
         return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
 
-    def _leaf(self, maps: Any, tracer: Any) -> tuple[Any, ...]:
-        """What `torch.fx.symbolic_trace` gets: one call of this module, whose checks and algebra are for tensors."""
+    def _as_leaf(self, maps: object, tracer: fx.Tracer) -> tuple[Tensor, ...]:
+        """One call of this module in the graph of `torch.fx.symbolic_trace`: checks and algebra are for tensors."""
         if tracer.root is self:
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
         if plain.is_hooked(self):
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy, which the DCA's hooks would see: hook later")
-        outputs = tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {})
+        # The proxy stands for the outputs.
+        outputs = cast(Sequence[Tensor], tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {}))
         return tuple(outputs[i] for i in range(len(self.features)))
 
     def extra_repr(self) -> str:
@@ -139,7 +140,7 @@ class DCA(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _check(self, maps: Sequence[Tensor]) -> None:
-        """Raise for what is no list of maps."""
+        """Raise where `maps` is not a list of S tensors of floating dtypes."""
         if not isinstance(maps, (list, tuple)):
             raise TypeError(f"maps: expected a list or tuple of tensors, got {type(maps).__name__}")
         if len(maps) != len(self.features):
@@ -151,7 +152,7 @@ class DCA(nn.Module):
                 raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
 
     def _check_sizes(self, maps: Sequence[Tensor]) -> None:
-        """Raise for sizes that do not go together, with `features` or with BatchNorm in training."""
+        """Raise for sizes that contradict `features` or each other, or that BatchNorm cannot train on."""
         for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
             if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
                 raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
@@ -159,30 +160,30 @@ class DCA(nn.Module):
                 raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
             norm = next(iter(head._modules.values()), None)
-            if isinstance(norm, nn.BatchNorm2d) and uses_batch_statistics(norm) and x.numel() == x.shape[1]:
+            if isinstance(norm, nn.BatchNorm2d) and contract.uses_batch_statistics(norm) and x.numel() == x.shape[1]:
                 raise ValueError(
                     f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
                 )
 
     def _output_dtypes(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
-        """The dtype of each output; raise for maps that do not go with the parameters."""
-        first: Any = self.avg_map[0]  # not `parameters()`: replicas of nn.DataParallel have none
-        weight: Tensor = first.proj.depthwise.weight
-        own = weight.dtype
+        """The dtype of each output; raise for maps of another device or dtype than the parameters."""
+        first = cast(DepthwiseProjection, self.avg_map[0])
+        weight = first.convolution.weight  # not of `parameters()`: replicas of nn.DataParallel have none
         for i, x in enumerate(maps):
             if x.device != weight.device:
                 raise ValueError(f"maps[{i}]: expected device {weight.device}, as the parameters, got {x.device}")
         device_type = maps[0].device.type
         if maps[0].is_meta or not torch.is_autocast_enabled(device_type):
             for i, x in enumerate(maps):
-                if x.dtype != own:
-                    raise TypeError(f"maps[{i}]: expected dtype {own}, as the parameters, got {x.dtype}")
+                if x.dtype != weight.dtype:
+                    raise TypeError(f"maps[{i}]: expected dtype {weight.dtype}, as the parameters, got {x.dtype}")
             return [x.dtype for x in maps]
         for i, x in enumerate(maps):
-            if (x.dtype == torch.float64) != (own == torch.float64):  # autocast leaves float64 alone
-                raise TypeError(f"maps[{i}]: expected a dtype that autocast brings to that of {own}, got {x.dtype}")
-        if own == torch.float64:
-            return [own] * len(maps)
+            if (x.dtype == torch.float64) != (weight.dtype == torch.float64):  # autocast leaves float64 alone
+                expected = f"a dtype that autocast brings to that of {weight.dtype}"
+                raise TypeError(f"maps[{i}]: expected {expected}, got {x.dtype}")
+        if weight.dtype == torch.float64:
+            return [weight.dtype] * len(maps)
         autocast = torch.get_autocast_dtype(device_type)
         return [torch.promote_types(x.dtype, autocast) for x in maps]
 
@@ -190,14 +191,22 @@ class DCA(nn.Module):
 def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
     """The BatchNorm of a `bn_relu` that is a plain BatchNorm2d and ReLU with nothing hooked in, else None.
 
-    Only such a one may be fused; any other is called as it is.
+    A backend fuses only such a one; any other is called as it is.
     """
-    modules: list[Any] = [head, *head._modules.values()]
-    if [type(m) for m in modules] != [nn.Sequential, nn.BatchNorm2d, nn.ReLU]:
+    if type(head) is not nn.Sequential or len(head) != 2:
         return None
-    if plain.has_global_hook() or any(plain.is_hooked(m) for m in modules):
+    norm, relu = head
+    if type(norm) is not nn.BatchNorm2d or type(relu) is not nn.ReLU:
         return None
-    return modules[1]
+    if plain.has_global_hook() or any(plain.is_hooked(m) for m in (head, norm, relu)):
+        return None
+    return norm
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 @functools.cache  # one log line each
@@ -206,21 +215,20 @@ def _say_called(i: int, kind: str) -> None:
 
 
 def _overrides(x: object) -> bool:
-    """Whether operations on a tensor are its subclass's affair (MONAI's MetaTensor, torchvision's tv_tensors)."""
-    kind: Any = type(x)
-    if kind is Tensor or not isinstance(x, Tensor):
+    """Whether a subclass of Tensor decides what operations return (MONAI's MetaTensor, torchvision's tv_tensors)."""
+    if type(x) is Tensor or not isinstance(x, Tensor):
         return False
-    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
-def _computed_from(y: Tensor, *sources: Any) -> Any:
+def _computed_from(y: Tensor, *sources: object) -> Tensor:
     """What the `__torch_function__` of its sources makes of a result."""
     if has_torch_function(sources):
         return handle_torch_function(_computed_from, sources, y, *sources)
     return y
 
 
-def _positive_ints(name: str, values: Iterable[int]) -> list[int]:
+def _positive_ints(name: str, values: object) -> list[int]:
     if not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected a list of integers, got {values!r}")
     try:
@@ -233,12 +241,13 @@ def _positive_ints(name: str, values: Iterable[int]) -> list[int]:
 
 
 def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:
-    sides: Any = patch
-    with contextlib.suppress(TypeError):  # an array has the method for integers too, and raises
-        sides = [operator.index(sides)] * 2
+    sides: object = patch
+    if isinstance(patch, SupportsIndex):
+        with contextlib.suppress(TypeError):  # an array has the method for integers too, and raises
+            sides = [operator.index(patch)] * 2
     if not isinstance(sides, Sized) or len(sides) != 2:
         raise ValueError(f"patch: expected one integer or (P_h, P_w), got {patch!r}")
-    height, width = _positive_ints("patch", sides)  # type: ignore[arg-type]
+    height, width = _positive_ints("patch", sides)
     return height, width
 
 

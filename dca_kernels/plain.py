@@ -1,14 +1,14 @@
 """A DCA as plain PyTorch operations that call its submodules, and when it runs as such.
 
-A backend reads the submodules' parameters and calls none of them. What watches them (hooks), or takes a call apart that
-a backend makes as a whole (`torch.jit.trace`, an ONNX export, `torch.func`), gets the official module's operations in
-its place, with their N x N matrices, at their speed. The log of `dca_kernels` says so.
+A backend reads the submodules' parameters, calls no submodule, and computes a call as a whole. Hooks watch the
+submodules, and `torch.jit.trace`, an ONNX export and `torch.func` take a call apart. For these, the official module's
+operations run in the backend's place, with their N x N matrices, at their speed. The log of `dca_kernels` says so.
 """
 
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,11 @@ from torch.utils.module_tracker import ModuleTracker
 
 from dca_kernels import layers
 
-SIZED = frozenset({layers.DepthwiseConv, layers.PointwiseConv, layers.LayerNorms})  # parents of what holds parameters
+if TYPE_CHECKING:
+    from dca_kernels.module import DCA
+
+# Parents of the submodules that hold parameters.
+SIZED = frozenset({layers.DepthwiseConv, layers.PointwiseConv, layers.LayerNorms})
 PARENTS = frozenset(
     {
         *SIZED,
@@ -40,7 +44,7 @@ _logger = logging.getLogger("dca_kernels")
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)  # forward pre-hooks that compute a parameter
 
 
-def refine(dca: Any, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def refine(dca: "DCA", maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The skip maps refined by a DCA, operation for operation as by the official module.
 
     Args:
@@ -61,7 +65,7 @@ def refine(dca: Any, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def taken_apart(maps: Sequence[Tensor]) -> str | None:
-    """What takes this call apart, so that no backend can make it as a whole; None where nothing does."""
+    """What takes this call apart, so that no backend can compute it as a whole; None where nothing does."""
     if _is_transformed():
         return "a transform of torch.func"
     if forward_ad._current_level >= 0:
@@ -79,12 +83,15 @@ def taken_apart(maps: Sequence[Tensor]) -> str | None:
 
 
 def _called_while_tracing(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, which would load the compiler: it calls the function while it traces."""
+    """Do what `torch.compiler.assume_constant_result` does, without its import of the compiler.
+
+    The compiler calls such a function while it traces, and does not trace it.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_called_while_tracing  # the compiler is within the transform itself then
+@_called_while_tracing  # then, the compiler itself runs within the transform
 def _is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
@@ -103,44 +110,44 @@ def _say_once(reason: str) -> None:
     )
 
 
-def hooked(dca: Any) -> str | None:
-    """Which submodule has a hook or a forward of its own, of those that no backend calls; None where none has.
+def hooked(dca: "DCA") -> str | None:
+    """Which submodule has a hook or a forward put on it, of those that no backend calls; None where none has.
 
     Raises:
-        TypeError: the parameters of one do not say all that calling it would do.
+        TypeError: the parameters of a submodule do not say all that calling it would do.
     """
-    rest: list[Any] = [dca.avg_map, dca.attention, dca.upconvs]
+    modules: list[nn.Module | None] = [dca.avg_map, dca.attention, dca.upconvs]
     watched = None
-    for parent in rest:
-        if type(parent) not in PARENTS:
+    for parent in modules:
+        if parent is None or type(parent) not in PARENTS:
             _refuse(dca, parent, _class_of(parent))
         if watched is None and is_hooked(parent) and not isinstance(parent, nn.ModuleList):  # which is never called
             watched = parent
         if type(parent) not in SIZED:
-            rest += parent._modules.values()
+            modules += parent._modules.values()
             continue
         kind = nn.LayerNorm if type(parent) is layers.LayerNorms else nn.Conv2d
-        for name, size in parent.sizes.items():
-            leaf = parent._modules[name]
-            came = refusal(leaf, kind, size)
-            if came is not None:
-                _refuse(dca, leaf, came)
-            if watched is None and is_hooked(leaf):
-                watched = leaf
+        for name, size in vars(parent)["sizes"].items():
+            child = parent._modules[name]
+            got = got_instead(child, kind, size)
+            if got is not None:
+                _refuse(dca, child, got)
+            if watched is None and child is not None and is_hooked(child):
+                watched = child
     if watched is not None:
         return f"a hook on {_path(dca, watched)}"
     return "a hook on every module" if has_global_hook() else None
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something sees or changes what goes into a module, out of it, or back through it."""
+    """Whether something sees or changes a module's inputs, outputs or gradients."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     return "forward" in vars(module)
 
 
 def has_global_hook() -> bool:
-    """Whether a hook is called for every module, but for those that note names only (`FlopCounterMode`'s)."""
+    """Whether a hook is called for every module; one that only notes names (`FlopCounterMode`'s) does not count."""
     if not registries._has_any_global_hook():
         return False
     forward = registries._global_forward_hooks, registries._global_forward_pre_hooks
@@ -149,15 +156,15 @@ def has_global_hook() -> bool:
     return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in callables)
 
 
-def refusal(module: Any, kind: type[nn.Module], size: tuple[int, ...]) -> str | None:
-    """What came in the place of a module whose parameters say all that calling it would do; None where one did.
+def got_instead(module: nn.Module | None, kind: type[nn.Module], size: tuple[object, ...]) -> str | None:
+    """What a submodule is, in words, where its parameters do not say all that calling it would do; None where they do.
 
     Args:
         module: the submodule.
-        kind: `nn.Conv2d` or `nn.LayerNorm`, which it should be, with a bias and nothing hidden in a subclass.
-        size: see `dca_kernels.layers`.
+        kind: what it should be, `nn.Conv2d` or `nn.LayerNorm`, with a bias and with nothing that a subclass hides.
+        size: what `size_of` should be.
     """
-    if type(module) is not kind and not _inherits_all(type(module), kind):
+    if module is None or (type(module) is not kind and not _inherits_all(type(module), kind)):
         return _class_of(module)
     if module._forward_pre_hooks:
         for hook in module._forward_pre_hooks.values():
@@ -173,32 +180,33 @@ def refusal(module: Any, kind: type[nn.Module], size: tuple[int, ...]) -> str | 
     return None
 
 
-def size_of(module: Any) -> tuple[int, ...]:
-    """Of a convolution or a LayerNorm, as in `dca_kernels.layers`."""
+def size_of(module: nn.Module) -> tuple[object, ...]:
+    """The size of a convolution or a LayerNorm, as in `sizes` of `dca_kernels.layers`."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape
     return module.in_channels, module.out_channels, module.groups
 
 
 def _inherits_all(kind: type, known: type) -> bool:
-    """Whether calling a class does what calling `known` does; true of parametrized modules."""
+    """Whether a module of a class is called as one of `known` is; true of parametrized modules."""
     if not issubclass(kind, known) or any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
         return False
     called = ("__call__", "_call_impl", "forward", "_conv_forward")
     return all(getattr(kind, name, None) is getattr(known, name, None) for name in called)
 
 
-def _class_of(module: nn.Module) -> str:
+def _class_of(module: nn.Module | None) -> str:
     kind = type(module)
     return f"a {kind.__module__}.{kind.__qualname__}"
 
 
-def _refuse(dca: nn.Module, module: nn.Module, came: str) -> None:
+def _refuse(dca: nn.Module, module: nn.Module | None, got: str) -> NoReturn:
     raise TypeError(
         f"{_path(dca, module)}: expected the submodule that DCA made, whose parameters are read in place of a call, "
-        f"got {came} (shard or compile a DCA as a whole, fully_shard(dca); leave it out of quantization and LoRA)"
+        f"got {got} (shard or compile a DCA as a whole, fully_shard(dca); leave it out of quantization and LoRA)"
     )
 
 
-def _path(dca: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in dca.named_modules() if other is module)
+def _path(dca: nn.Module, module: nn.Module | None) -> str:
+    children = ((name, *child) for name, parent in dca.named_modules() for child in parent._modules.items())
+    return next(f"{name}.{child}".removeprefix(".") for name, child, other in children if other is module)

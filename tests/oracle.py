@@ -322,17 +322,20 @@ def promoted(module: nn.Module, config: Config) -> nn.Module:
 
 @contextmanager
 def resized_blocks(factor: float) -> Iterator[None]:
-    """Kernels take blocks of `factor` times the size, down to 16: their results should be the same."""
-    from dca_kernels import launch
+    """Kernels take blocks of `factor` times the size, down to 16: their results should be the same.
+
+    No block grows beyond 1024: two of them are as many elements as a tensor may have in Triton.
+    """
+    from dca_kernels.triton_backend import launch
+
+    def changed(name: str, size: int) -> int:
+        if name == "tile":
+            return max(min(size, 256), int(factor * size))
+        return max(min(size, 16), min(max(size, 1024), int(factor * size)))
 
     def resized(*args) -> dict[str, int]:
-        smallest = {"tile": 256}
-        return {
-            name: max(min(size, smallest.get(name, 16)), int(factor * size))
-            if name == "tile" or name.startswith("block")
-            else size
-            for name, size in configuration(*args).items()
-        }
+        found = configuration(*args)
+        return {n: changed(n, size) if n == "tile" or n.startswith("block") else size for n, size in found.items()}
 
     configuration = launch.configuration
     with pytest.MonkeyPatch.context() as patch:

@@ -30,7 +30,7 @@ from benchmarks import cases, command, console, journal, measure
 from benchmarks.cases import Size
 from benchmarks.offline import stand_in
 from benchmarks.offline.machine_code import Launch, digest, launches_of
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 ESTIMATES = json.loads((Path(__file__).parents[1] / "estimates.json").read_text())
 START = 8.0  # seconds until all processes are there: an estimate

@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from dca_kernels import backends, launch
+from dca_kernels import backends
+from dca_kernels.triton_backend import launch
 
 SOURCE = Path(__file__).with_suffix(".c")
 

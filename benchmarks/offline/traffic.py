@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,9 +36,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # How often each mode at least goes over the maps: two reads and a write of a forward; of a backward, two reads of the
 # map and of the upstream gradient each, and a write of the map's gradient.
 PASSES = {"eval": 3, "train": 3, "step": 8}
-
-_MAPS = re.compile(r"d?(maps|outs)")  # d: gradients
-_PARAMETERS = re.compile(r".*(weights|biases|gammas|betas)|means|variances|counters|tables_ptr")
 
 
 @dataclass(frozen=True)
@@ -104,13 +100,63 @@ GPUS = {"H200": Gpu(4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "tf
 # Triton kernels
 
 
+class _Groups:
+    """Whose memory is whose: maps, outputs and their gradients, and parameters; what else kernels get is tokens'."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, str] = {}  # by a storage's address
+        self._kept: list[Tensor] = []  # no later tensor may get the same addresses
+
+    def note(self, group: str, structure: object) -> None:
+        for tensor in tree_leaves(structure):
+            if isinstance(tensor, Tensor):
+                self._of[tensor.untyped_storage().data_ptr()] = group
+                self._kept.append(tensor)
+
+    def of(self, address: int) -> str:
+        return self._of.get(address, "tokens")
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what the stages are given inside the `with` block, by the structures that they are given it in."""
+        from dca_kernels.contract import flatten
+        from dca_kernels.triton_backend import batch_statistics, passes, upsample_backward
+
+        def forward(method: Callable, maps: Any, contract: Any) -> Any:
+            outs, saved = method(maps, contract)
+            self.note("maps", [*maps, *outs])
+            self.note("parameters", flatten(contract))
+            return outs, saved
+
+        def backward(method: Callable, maps: Any, contract: Any, saved: Any, douts: Any, wanted: Any) -> Any:
+            dmaps, gradients = method(maps, contract, saved, douts, wanted)
+            self.note("maps", [*maps, *douts, *dmaps])
+            self.note("parameters", flatten(contract))
+            return dmaps, gradients
+
+        def tables(method: Callable, *sizes: Any) -> Tensor:
+            made = method(*sizes)
+            self.note("parameters", made)
+            return made
+
+        wrappers = (
+            (passes, "forward", forward),
+            (passes, "backward", backward),
+            (batch_statistics, "interpolation_tables", tables),
+            (upsample_backward, "interpolation_tables", tables),
+        )
+        with contextlib.ExitStack() as stack:
+            for owner, name, wrapper in wrappers:
+                stack.enter_context(mock.patch.object(owner, name, _wrapped(getattr(owner, name), wrapper)))
+            yield
+
+
 class _Buffer:
     """One tensor's memory as one launch sees it: which sectors it loads and stores."""
 
-    def __init__(self, tensor: Tensor, group: str) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self.tensor = tensor  # keeps the memory: no later tensor may get the same addresses
-        self.group = group
         self.begin, self.end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         self.loaded = np.zeros(-(-self.end // SECTOR) - self.begin // SECTOR, dtype=bool)
         self.stored = np.zeros_like(self.loaded)
@@ -126,10 +172,9 @@ class _Launch:
         self.loaded = self.stored = 0
         self.products: Counter[str] = Counter()
         self.buffers: dict[int, _Buffer] = {}
-        for name, value in arguments.items():
-            for tensor in tree_leaves(value):
-                if isinstance(tensor, Tensor):
-                    self.buffers.setdefault(tensor.untyped_storage().data_ptr(), _Buffer(tensor, _group(name)))
+        for tensor in tree_leaves(list(arguments.values())):
+            if isinstance(tensor, Tensor):
+                self.buffers.setdefault(tensor.untyped_storage().data_ptr(), _Buffer(tensor))
 
     def load(self, pointers: Any, mask: Any) -> None:
         self.loaded += self._touch(pointers, mask, "loaded")
@@ -161,41 +206,41 @@ class _Launch:
         name = a.dtype.scalar.name
         self.products[precision.name.lower() if name == "fp32" else name] += 2 * a.data.size * b.data.shape[-1]
 
-    def sectors(self, direction: str) -> dict[str, int]:
+    def sectors(self, direction: str, groups: _Groups) -> dict[str, int]:
         """Bytes of the marked sectors of each group."""
-        return {
-            group: SECTOR * sum(int(getattr(b, direction).sum()) for b in self.buffers.values() if b.group == group)
-            for group in GROUPS
-        }
+        found = dict.fromkeys(GROUPS, 0)
+        for address, buffer in self.buffers.items():
+            found[groups.of(address)] += SECTOR * int(getattr(buffer, direction).sum())
+        return found
 
 
-def _group(argument: str) -> str:
-    """Which of GROUPS a kernel's argument belongs to, by the names that all kernels share."""
-    if _MAPS.fullmatch(argument):
-        return "maps"
-    return "parameters" if _PARAMETERS.fullmatch(argument) else "tokens"
-
-
-def count_kernels(run: Callable[[], object]) -> list[KernelTraffic]:
+def count_kernels(run: Callable[[], object], **known: object) -> list[KernelTraffic]:
     """What each launch that `run` makes in Triton's interpreter moves and computes, in order.
 
     Values only matter where a kernel branches on them: in bfloat16 they are wrong unless the interpreter is corrected.
+
+    Args:
+        run: calls of a DCA, or of kernels.
+        known: tensors of each of GROUPS, beside those that a DCA's stages are given.
 
     Raises:
         RuntimeError: kernels are compiled.
     """
     launches: list[_Launch] = []
-    with _recorded(launches):
+    groups = _Groups()
+    with _recorded(launches), groups.noted():
         run()
-    handed_on = _handed_on(launches)
+    for group, tensors in known.items():
+        groups.note(group, tensors)
+    handed_on = _handed_on(launches, groups)
     return [
         KernelTraffic(
             kernel=launch.kernel,
             programs=launch.programs,
             requested_loaded=launch.loaded,
             requested_stored=launch.stored,
-            loaded=launch.sectors("loaded"),
-            stored=launch.sectors("stored"),
+            loaded=launch.sectors("loaded", groups),
+            stored=launch.sectors("stored", groups),
             handed_on=bytes_handed_on,
             products=dict(launch.products),
         )
@@ -267,7 +312,7 @@ def _wrapped(method: Callable, wrapper: Callable) -> Callable:
     return lambda *args, **kwargs: wrapper(method, *args, **kwargs)
 
 
-def _handed_on(launches: Sequence[_Launch]) -> list[int]:
+def _handed_on(launches: Sequence[_Launch], groups: _Groups) -> list[int]:
     """For each launch, the bytes of tokens that it stores last before a later launch loads them."""
     wanted: dict[int, np.ndarray] = {}
     bytes_handed_on = []
@@ -275,7 +320,7 @@ def _handed_on(launches: Sequence[_Launch]) -> list[int]:
         bytes_handed_on.append(0)
         for address, buffer in launch.buffers.items():
             later = wanted.setdefault(address, np.zeros_like(buffer.loaded))
-            if buffer.group == "tokens":
+            if groups.of(address) == "tokens":
                 bytes_handed_on[-1] += SECTOR * int((buffer.stored & later).sum())
             wanted[address] = later & ~buffer.stored | buffer.loaded
     return bytes_handed_on[::-1]
@@ -391,7 +436,8 @@ def main_table(
 def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    from dca_kernels import launch, pipeline
+    from dca_kernels import triton_backend
+    from dca_kernels.triton_backend import launch
 
     cpu = torch.device("cpu")
     maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], cpu, cases.FEATURES)
@@ -406,7 +452,7 @@ def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
             kernels = count_kernels(run["fused"])
         with (
             mock.patch.object(launch, "run", lambda *args, **kwargs: None),
-            mock.patch.object(pipeline, "watched", lambda: False),  # or it would be one operator
+            mock.patch.object(triton_backend, "watched", lambda: False),  # or it would be one operator
         ):
             between = count_reference(run["fused"])
     operators = count_reference(run["reference"])

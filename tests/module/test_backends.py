@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dca_kernels
-from dca_kernels import backends, fused, use_backend
+from dca_kernels import backends, torch_backend, use_backend
+from dca_kernels.torch_backend import patch_embed
 from tests.oracle import Config, needs_triton, random_maps
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_unknown_names(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("source", ["backend", "use_backend", "DCA_BACKEND"])
 def test_a_named_backend_never_falls_back(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(fused, "patch_embed", lambda *args: called.append(args))
+    monkeypatch.setattr(patch_embed, "patch_embed", lambda *args: called.append(args))
     module = dca_kernels.DCA([8, 16], patch=4, backend="triton" if source == "backend" else "auto")
     if source == "DCA_BACKEND":
         monkeypatch.setenv("DCA_BACKEND", "triton")
@@ -188,7 +189,7 @@ def test_gpus(
 
 
 def test_what_is_too_large_is_what_the_table_says() -> None:
-    path = Path(backends.__file__).parent / "configurations.json"
+    path = Path(backends.__file__).parent / "triton_backend" / "configurations.json"
     largest = {
         kernel: max(row.get("if", {}).get("max_size", 2**31) for row in entry["rows"])
         for kernel, entry in json.loads(path.read_text()).items()
@@ -235,11 +236,11 @@ def test_auto_does_not_take_triton_even_where_it_runs(
 
 @needs_triton
 def test_each_way_of_naming_triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dca_kernels import pipeline
+    from dca_kernels import triton_backend
 
     monkeypatch.setattr(backends, "why_not", lambda name, device: None)
-    monkeypatch.setattr(pipeline, "refine", lambda dca, maps, norms, dtypes: ["refined"] * len(maps))
-    monkeypatch.setattr(fused, "refine", lambda *args: pytest.fail("the torch backend ran"))
+    monkeypatch.setattr(triton_backend, "refine", lambda maps, contract: ["refined"] * len(maps))
+    monkeypatch.setattr(torch_backend, "refine", lambda *args: pytest.fail("the torch backend ran"))
     maps = random_maps(Config(), torch.float32)
     module = dca_kernels.DCA([8, 16], patch=4)
     assert dca_kernels.DCA([8, 16], patch=4, backend="triton")(maps) == ("refined", "refined")

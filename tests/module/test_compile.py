@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels.flops  # noqa: F401
-from dca_kernels import fused, use_backend
+from dca_kernels import use_backend
 from tests.module.test_autocast import under
 from tests.oracle import (
     Config,
@@ -155,49 +155,50 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def spatial_arguments(scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Two images with 7 tokens of 12 channels, 4 of them the scale's own, in two heads."""
-    every = normal(2, 7, 12)
-    own = every.detach()[:, :, 2:6].requires_grad_()
-    return every, own, (scale * normal(12, seed=1)).detach().requires_grad_(), normal(2, 2, 7, seed=2)
+    """Two images with 7 tokens of 12 channels, 4 of them the values, in two heads."""
+    tokens = normal(2, 7, 12)
+    values = tokens.detach()[:, :, 2:6].requires_grad_()
+    return tokens, values, (scale * normal(12, seed=1)).detach().requires_grad_(), normal(2, 2, 7, seed=2)
 
 
-def merge_arguments(mean: Tensor | None, variance: Tensor | None) -> tuple:
+def upsample_arguments(mean: Tensor | None, variance: Tensor | None) -> tuple:
     x, z = normal(2, 3, 8, 10), normal(2, 3, 4, 5, seed=1)
     return x, z, normal(3, seed=2), normal(3, seed=3), mean, variance, 1e-5, torch.float64
 
 
 def _spatial(scale: float) -> tuple[tuple, tuple]:
     arguments = spatial_arguments(scale)
-    out, normaliser = fused._spatial_attention(*arguments)
+    out, normaliser = torch.ops.dca_kernels.spatial_attention(*arguments)
     return arguments, (*arguments, out, normaliser, normal(*out.shape, seed=4))
 
 
-def _merged(mean: Tensor | None, variance: Tensor | None) -> tuple[tuple, tuple]:
-    arguments = merge_arguments(mean, variance)
-    out, *statistics = fused._merge(*arguments)
+def _upsampled(mean: Tensor | None, variance: Tensor | None) -> tuple[tuple, tuple]:
+    arguments = upsample_arguments(mean, variance)
+    out, *statistics = torch.ops.dca_kernels.upsample(*arguments)
     return arguments, (*arguments[:4], *statistics, normal(*out.shape, seed=4), 1e-5, mean is None)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[], tuple[tuple, tuple]]]] = {
     "spatial_attention": ("spatial_attention", lambda: _spatial(1.0)),
     "spatial_attention_by_rows": ("spatial_attention", lambda: _spatial(100.0)),
-    "merge_by_the_batch": ("merge", lambda: _merged(None, None)),
-    "merge_by_the_buffers": ("merge", lambda: _merged(normal(3, seed=5), torch.ones(3, dtype=torch.float64))),
+    "upsample_by_the_batch": ("upsample", lambda: _upsampled(None, None)),
+    "upsample_by_the_buffers": ("upsample", lambda: _upsampled(normal(3, seed=5), torch.ones(3, dtype=torch.float64))),
 }
 
 
 @pytest.mark.parametrize("name, arguments", OPERATORS.values(), ids=OPERATORS)
 def test_operators_are_as_declared(name: str, arguments: Callable) -> None:
     forward, backward = arguments()
-    opcheck(getattr(fused, f"_{name}"), forward)
-    opcheck(getattr(fused, f"_{name}_backward"), tuple(a.detach() if isinstance(a, Tensor) else a for a in backward))
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward)
+    opcheck(getattr(torch.ops.dca_kernels, name).default, forward)
+    opcheck(getattr(torch.ops.dca_kernels, f"{name}_backward").default, detached)
 
 
 def test_flops_of_spatial_attention() -> None:
     arguments, backward_arguments = _spatial(1.0)
     with FlopCounterMode(display=False) as counter:
-        fused._spatial_attention(*arguments)
-        fused._spatial_attention_backward(*backward_arguments)
+        torch.ops.dca_kernels.spatial_attention(*arguments)
+        torch.ops.dca_kernels.spatial_attention_backward(*backward_arguments)
     images, tokens, channels, width = 2, 7, 12, 4 + 2  # one tile; a column for each head's normaliser
     assert counter.get_flop_counts()["Global"] == {
         torch.ops.dca_kernels.spatial_attention: 2 * images * tokens**2 * (channels + width),
@@ -206,16 +207,16 @@ def test_flops_of_spatial_attention() -> None:
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_flops_of_merge(train: bool) -> None:
+def test_flops_of_upsample(train: bool) -> None:
     statistics = (None, None) if train else (normal(3, seed=5), torch.ones(3, dtype=torch.float64))
-    arguments, backward_arguments = _merged(*statistics)
+    arguments, backward_arguments = _upsampled(*statistics)
     with FlopCounterMode(display=False) as counter:
-        fused._merge(*arguments)
-        fused._merge_backward(*backward_arguments)
+        torch.ops.dca_kernels.upsample(*arguments)
+        torch.ops.dca_kernels.upsample_backward(*backward_arguments)
     columns, rows = 6 * 4 * 5 * 10, 6 * 4 * 8 * 10  # 6 planes, 4 x 5 to 8 x 10
     assert counter.get_flop_counts()["Global"] == {
-        torch.ops.dca_kernels.merge: 2 * (columns + rows * (2 if train else 1)),
-        torch.ops.dca_kernels.merge_backward: 2 * (2 * columns + 3 * rows),
+        torch.ops.dca_kernels.upsample: 2 * (columns + rows * (2 if train else 1)),
+        torch.ops.dca_kernels.upsample_backward: 2 * (2 * columns + 3 * rows),
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dca_kernels import fused
+from dca_kernels.torch_backend import spatial_tiles
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -29,8 +29,8 @@ TOKENS = 8 * 128
 
 
 INSIDE = {
-    fused._spatial_attention: fused._attend_tiles,
-    fused._spatial_attention_backward: fused._attend_tiles_backward,
+    spatial_tiles.attend_tiles: spatial_tiles._attend_tiles,
+    spatial_tiles.attend_tiles_backward: spatial_tiles._attend_tiles_backward,
 }
 
 
@@ -63,7 +63,7 @@ def largest_tensor(implementation: str, train: bool) -> int:
 @both_modes
 @each_backend
 def test_scores_are_never_all_in_memory(train: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "TILE_BYTES", 2**20)  # a sixteenth of all: the tokens are few
+    monkeypatch.setattr(spatial_tiles, "TILE_BYTES", 2**20)  # a sixteenth of all: the tokens are few
     one_head = TOKENS**2 * torch.float32.itemsize
     assert largest_tensor("reference", train) >= one_head  # the recorder sees scores where there are some
     assert largest_tensor(backend, train) < one_head
@@ -71,13 +71,13 @@ def test_scores_are_never_all_in_memory(train: bool, backend: str, monkeypatch: 
 
 def test_the_recorder_sees_inside_operators() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "TILE_BYTES", 4 * TOKENS**2 * torch.float32.itemsize)  # one tile
+        patch.setattr(spatial_tiles, "TILE_BYTES", 4 * TOKENS**2 * torch.float32.itemsize)  # one tile
         assert largest_tensor("torch", train=True) >= TOKENS**2 * torch.float32.itemsize
 
 
 def test_rows_are_a_bounded_block_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "TILE_BYTES", 2**20)
-    monkeypatch.setattr(fused, "MAX_EXPONENT", -1.0)
+    monkeypatch.setattr(spatial_tiles, "TILE_BYTES", 2**20)
+    monkeypatch.setattr(spatial_tiles, "MAX_EXPONENT", -1.0)
     assert largest_tensor("torch", train=True) < TOKENS**2 * torch.float32.itemsize
 
 

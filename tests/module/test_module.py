@@ -277,6 +277,15 @@ def test_exchanged_submodules_are_refused(name: str, exchange: Callable, came: s
     assert_refused(module, name, came, backend)
 
 
+@pytest.mark.parametrize("name", ["upconvs", "attention.0.channel_norm", "avg_map.1.proj.depthwise"])
+@each_backend
+def test_removed_submodules_are_refused(name: str, backend: str) -> None:
+    module, _ = pair(Config(), backend)
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, None)
+    assert_refused(module, name, "NoneType", backend)
+
+
 def assert_refused(module: nn.Module, name: str, came: str, backend: str) -> None:
     before = {name: b.clone() for name, b in module.named_buffers()}
     with pytest.raises(TypeError, match=rf"^{re.escape(name)}: expected .*, got .*{re.escape(came)}"):

@@ -1,6 +1,6 @@
 """The `torch` backend's 16-bit operands, which it takes on CUDA: forced here on a CPU.
 
-The same code runs but for one call, `fused._multiply`. For values as wide as the keys, a CPU's attention rounds weights
+The same code runs but for one call, `common.multiply`. For values as wide as the keys, a CPU's attention rounds weights
 and their gradients to 16 bit, as a GPU's does; for narrower ones it would compute in float32.
 """
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from dca_kernels import fused
+from dca_kernels import contract, torch_backend
+from dca_kernels.torch_backend import channel_attention, common, spatial_attention, upsample
 from tests.module.test_autocast import CONFIG as UNDER_AUTOCAST
 from tests.module.test_autocast import under
 from tests.module.test_compile import SMALL
@@ -46,14 +47,14 @@ attention = F.scaled_dot_product_attention
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA."""
-    monkeypatch.setattr(fused, "operand_dtype", lambda maps: maps[0].dtype)
+    monkeypatch.setattr(torch_backend, "operand_dtype", lambda maps: maps[0].dtype)
 
 
 @pytest.fixture
 def operands(forced: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.dtype]]:
     """The dtypes of the operands that reach the products and the attention."""
     seen: dict[str, list[torch.dtype]] = {"product": [], "attention": []}
-    multiply = fused._multiply
+    multiply = common.multiply
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         seen["product"] += [a.dtype, b.dtype]
@@ -64,7 +65,8 @@ def operands(forced: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[to
         wide = F.pad(values, (0, keys.shape[-1] - values.shape[-1]))
         return attention(query, keys, wide, scale=scale)[..., : values.shape[-1]]
 
-    monkeypatch.setattr(fused, "_multiply", product)
+    for module in (common, channel_attention):
+        monkeypatch.setattr(module, "multiply", product)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     return seen
 
@@ -139,8 +141,8 @@ def assert_rounded_at(size: float, actual: Tensor, exact: Tensor, dtype: torch.d
 
 
 STAGES: dict[str, tuple[Callable, str, str]] = {
-    "channel_attention": (fused.channel_attention, "channel_norm", "c_attention"),
-    "spatial_attention": (fused.spatial_attention, "spatial_norm", "s_attention"),
+    "channel_attention": (channel_attention.channel_attention, "channel_norm", "c_attention"),
+    "spatial_attention": (spatial_attention.spatial_attention, "spatial_norm", "s_attention"),
 }
 
 
@@ -150,15 +152,16 @@ def test_tokens_are_centred_before_they_are_rounded(
     attend: Callable, norms: str, attentions: str, dtype: torch.dtype, operands: dict[str, list[torch.dtype]]
 ) -> None:
     """They differ by a hundredth of their size; that costs nothing where they are rounded by what they differ."""
-    block = pair(CONFIG)[0].attention[0]
+    module = pair(CONFIG)[0]
+    block = module.attention[0]
     for norm, attention in zip(getattr(block, norms), getattr(block, attentions), strict=True):
         norm.weight.data.mul_(0.01)
         norm.bias.data.add_(1)
         attention.k_map.proj.depthwise.weight.data.mul_(100)  # else all tokens have the same attention weight
     tokens = [normal(2, 35, channels, dtype=torch.float64, seed=channels) for channels in CONFIG.features]
-    modules = getattr(block, norms), getattr(block, attentions)
-    exact = attend(tokens, *modules, [False] * SCALES, torch.float64)
-    actual = attend([t.float() for t in tokens], *modules, [False] * SCALES, dtype)
+    given = contract.read(module, [None] * SCALES, torch.float64, [torch.float64] * SCALES)
+    exact = attend(tokens, given, 0)
+    actual = attend([t.float() for t in tokens], given._replace(dtype=dtype), 0)
     for ours, theirs in zip(actual, exact, strict=True):
         assert_rounded_at(0.01, ours, theirs, dtype)
 
@@ -166,16 +169,16 @@ def test_tokens_are_centred_before_they_are_rounded(
 @each_dtype
 def test_the_convolution_centres_before_it_rounds(dtype: torch.dtype) -> None:
     weight, tokens = normal(8, 8, dtype=torch.float64), 100 + normal(2, 35, 8, dtype=torch.float64)
-    actual = fused._pointwise(weight.float(), tokens.float(), dtype)
+    actual = upsample._convolve(weight.float(), tokens.float(), dtype)
     assert_rounded_at(1.0, actual.mT, tokens @ weight.mT, dtype)
 
 
 def attended_by(key_scores: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, ...]:
     """`_attend_flash`, and the gradients of tokens and key scores for an upstream gradient of some size."""
-    wide = fused.accumulation_dtype(dtype)
+    wide = contract.accumulation_dtype(dtype)
     every, pair = (t.to(wide) for t in (normal(2, 35, 20), normal(20, seed=1)))
     every, key_scores = every.requires_grad_(), key_scores.to(wide).requires_grad_()
-    out = fused._attend_flash(every, every[:, :, :8], pair, key_scores, dtype)
+    out = spatial_attention._attend_flash(every, every[:, :, :8], pair, key_scores, dtype)
     return out.detach(), *torch.autograd.grad(out, (every, key_scores), factor * normal(*out.shape, seed=2).to(wide))
 
 
@@ -200,8 +203,8 @@ def test_operands_of_any_size(dtype: torch.dtype, power: int, operands: dict[str
     scores = torch.zeros(2, 2, 35)
     assert_scaled(attended_by(scores, dtype, factor)[1:], attended_by(scores, dtype)[1:])
     a, b = normal(2, 5, 7).requires_grad_(), normal(2, 7, 3, seed=1).requires_grad_()
-    assert_scaled((fused._product(factor * a, b, dtype),), (fused._product(a, b, dtype),))
-    for out in (fused._product(a, b, dtype), fused._Gram.apply(a, [3, 4], dtype)):
+    assert_scaled((common.product(factor * a, b, dtype),), (common.product(a, b, dtype),))
+    for out in (common.product(a, b, dtype), channel_attention._Gram.apply(a, [3, 4], dtype)):
         upstream = normal(*out.shape, seed=2)
         of_both = [
             [g for g in torch.autograd.grad(out, (a, b), u, retain_graph=True, allow_unused=True) if g is not None]
@@ -213,7 +216,7 @@ def test_operands_of_any_size(dtype: torch.dtype, power: int, operands: dict[str
 def test_a_product_on_cuda_has_a_float32_result() -> None:
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2, 3, 4), (2, 4, 5)))
-        product = fused._multiply(a, b)
+        product = common.multiply(a, b)
     assert (product.shape, product.dtype, product.device.type) == ((2, 3, 5), torch.float32, "cuda")
 
 
@@ -222,11 +225,11 @@ def test_the_dtype_of_operands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     with FakeTensorMode():
         maps = {device: torch.empty(3, dtype=dtype, device=device) for device in ("cpu", "cuda")}
         other = torch.empty(3, device="cuda")
-        assert fused.operand_dtype([maps["cpu"]]) == fused.accumulation_dtype(dtype)
-        assert fused.operand_dtype([maps["cuda"]]) == dtype
-        assert fused.operand_dtype([maps["cuda"], other]) == fused.accumulation_dtype(dtype)
+        assert torch_backend.operand_dtype([maps["cpu"]]) == contract.accumulation_dtype(dtype)
+        assert torch_backend.operand_dtype([maps["cuda"]]) == dtype
+        assert torch_backend.operand_dtype([maps["cuda"], other]) == contract.accumulation_dtype(dtype)
         monkeypatch.setattr(torch.version, "hip", "6.4")
-        assert fused.operand_dtype([maps["cuda"]]) == fused.accumulation_dtype(dtype)
+        assert torch_backend.operand_dtype([maps["cuda"]]) == contract.accumulation_dtype(dtype)
 
 
 # What must go on working
@@ -255,7 +258,7 @@ def test_second_derivatives(dtype: torch.dtype, forced: None) -> None:
 
     def penalty(operand: torch.dtype) -> Tensor:
         a, b = normal(2, 35, 7).requires_grad_(), normal(2, 7, 7, seed=1).requires_grad_()
-        product = fused._product(a, b, operand) + fused._Gram.apply(a, [3, 4], operand).sum()
+        product = common.product(a, b, operand) + channel_attention._Gram.apply(a, [3, 4], operand).sum()
         first = torch.autograd.grad(product.square().sum(), (a, b), create_graph=True)
         return torch.cat([g.flatten() for g in torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))])
 
@@ -320,6 +323,6 @@ def test_less_is_saved_than_by_flash_attention_in_float32(
     maps = [x.requires_grad_() for x in random_maps(config, dtype)]
     ours = saved_bytes(module, maps)
     assert operands["attention"]
-    monkeypatch.setattr(fused, "operand_dtype", lambda maps: torch.float32)
-    monkeypatch.setattr(fused, "_attend", fused._attend_flash)
+    monkeypatch.setattr(torch_backend, "operand_dtype", lambda maps: torch.float32)
+    monkeypatch.setattr(spatial_attention, "_attend", spatial_attention._attend_flash)
     assert ours < saved_bytes(module, maps)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dca_kernels import fused
+from dca_kernels.torch_backend import common, spatial_attention, spatial_tiles, upsample
 from reference.budget import off_the_kink
 from tests.oracle import (
     TRAINABLE,
@@ -165,8 +165,12 @@ def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend:
 
 
 def test_rows_of_rounded_tokens_are_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = fused._row_weights
-    monkeypatch.setattr(fused, "_row_weights", lambda span, y, *rest: rows(span, y.half().float(), *rest))  # as in tf32
+    weights = spatial_tiles._row_weights
+
+    def of_rounded(rows: slice, tokens: Tensor, *rest: Tensor) -> Tensor:
+        return weights(rows, tokens.half().float(), *rest)  # as in tf32
+
+    monkeypatch.setattr(spatial_tiles, "_row_weights", of_rounded)
     draws = [runs("torch", torch.float32, True, "large_affine", seed, backward=False) for seed in SEEDS]
     with pytest.raises(AssertionError, match="of the budget"):
         assert_all_within_budget(draws, torch.float32)
@@ -231,8 +235,8 @@ def test_zero_gamma_stops_the_gradient_of_the_maps() -> None:
 def row_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each call of the row-wise softmax."""
     calls: list[int] = []
-    rows = fused._row_weights
-    monkeypatch.setattr(fused, "_row_weights", lambda *args: calls.append(1) or rows(*args))
+    rows = spatial_tiles._row_weights
+    monkeypatch.setattr(spatial_tiles, "_row_weights", lambda *args: calls.append(1) or rows(*args))
     return calls
 
 
@@ -261,11 +265,12 @@ RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), 
 
 
 def with_settings(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Results:
-    """Results of the torch backend in float64 with some of its module's names replaced."""
+    """Results of the torch backend in float64 with some of its modules' names replaced."""
     module, _ = pair(RAGGED)
     with monkeypatch.context() as patch:
         for name, value in settings.items():
-            patch.setattr(fused, name, value)
+            (holder,) = (m for m in (spatial_attention, spatial_tiles, upsample) if hasattr(m, name))
+            patch.setattr(holder, name, value)
         return evaluate(module, random_maps(RAGGED))
 
 
@@ -274,7 +279,7 @@ PATHS: dict[str, dict[str, object]] = {
     "rows": ROWS,
     "rows_ragged": ROWS | {"TILE_BYTES": 4 * 35 * 8 * 4},
     "rows_one_by_one": ROWS | {"TILE_BYTES": 1},
-    "flash": {"_attend": fused._attend_flash},
+    "flash": {"_attend": spatial_attention._attend_flash},
     "tiles_ragged": {"TILE_BYTES": 4 * 8 * 10**2},  # 10, 10, 10 and 5 tokens with 4 heads
     "tiles_of_one": {"TILE_BYTES": 1},
     "planes_ragged": {"PLANE_BYTES": 11 * 15 * 8 * 3 * RAGGED.batch},  # 3, 3 and 2 channels of the first map
@@ -303,6 +308,6 @@ def test_paths_agree(settings: dict[str, object], monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_spans_cover_all(length: int, most: int, multiple: int, sizes: list[int]) -> None:
-    spans = fused._spans(length, most, multiple)
+    spans = common.spans(length, most, multiple)
     assert [span.stop - span.start for span in spans] == sizes
     assert [i for span in spans for i in range(span.start, span.stop)] == list(range(length))

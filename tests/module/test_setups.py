@@ -18,7 +18,7 @@ from torch.nn.parallel import replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dca_kernels import fused
+from dca_kernels import torch_backend
 from tests.module.test_module import CONFIGS
 from tests.oracle import (
     BACKENDS,
@@ -254,7 +254,7 @@ def test_outputs_that_are_all_unused_give_none(backend: str, context: Callable) 
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("config", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_an_unused_output_with_operands_in_16_bit(config: Config, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "operand_dtype", lambda maps: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(torch_backend, "operand_dtype", lambda maps: torch.bfloat16)  # as on a GPU
     of_both = [
         gradients_of_one_output(module, config, "torch", Sink.apply, used)
         for module in pair(config, dtype=torch.float32)

@@ -34,9 +34,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl
 
-from dca_kernels import launch
-from dca_kernels.primitives import kernel, sum_images
-from dca_kernels.spatial_attention import _sum_levelled
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.primitives import kernel, sum_images
+from dca_kernels.triton_backend.spatial_attention_backward import sum_with_level
 
 TINY = Config((4, 6), (2, 3), channel_head=(2, 1), spatial_head=(1, 2), sizes=((4, 6), (2, 3)), batch=1)
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)), spatial_head=(2, 4))
@@ -199,10 +199,10 @@ def launches_only() -> Iterator[list[tuple[str, str]]]:
     """Nothing runs: stage and name of each kernel that would, and whether it leaves out the tokens' gradient."""
     launches: list[tuple[str, str]] = []
 
-    def note(kernel: Any, programs: int, config: dict[str, int], dtokens_ptr: Any = 0, **arguments: Any) -> None:
+    def note(kernel: Any, programs: int, config: dict[str, int], dtokens: Any = 0, **arguments: Any) -> None:
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel")
-        stage = kernel.fn.__module__.removeprefix("dca_kernels.")
-        launches.append((stage, name + " without dtokens" * (dtokens_ptr is None)))
+        stage = kernel.fn.__module__.removeprefix("dca_kernels.triton_backend.")
+        launches.append((stage, name + " without dtokens" * (dtokens is None)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", note)
@@ -220,9 +220,9 @@ def test_every_subset_goes_back_to_its_first_stage() -> None:
             assert by_stage.setdefault(first, launches) == launches, groups
     maps, channel, spatial, upsampling = (by_stage[first][8:] for first in range(4))
     assert maps[: len(channel)] == channel and channel[: len(spatial)] == spatial
-    assert ("upsample", "map_gradient") in set(maps) - set(channel)
-    assert "channel_attention" in {stage for stage, _ in channel} - {stage for stage, _ in spatial}
-    assert "spatial_attention" in {stage for stage, _ in spatial} - {stage for stage, _ in upsampling}
+    assert ("map_gradient", "map_gradient") in set(maps) - set(channel)
+    assert "channel_attention_backward" in {stage for stage, _ in channel} - {stage for stage, _ in spatial}
+    assert "spatial_attention_backward" in {stage for stage, _ in spatial} - {stage for stage, _ in upsampling}
     # Of the upsampling alone not even the tokens' gradient.
     assert upsampling != spatial[: len(upsampling)]
     assert [(stage, name.removesuffix(" without dtokens")) for stage, name in upsampling] == spatial[: len(upsampling)]
@@ -281,17 +281,17 @@ def test_a_parameter_changed_in_place_is_noticed() -> None:
 
 @kernel
 def _sums_kernel(
-    x_ptr, level_ptr, out_ptr, batch,
+    x, level, out, batch,
     BLOCKS: tl.constexpr, USED: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x (B, BLOCKS, 2, C), level (B, C) to out (3, C): of the first USED blocks, then of all with their level."""
     offs = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs < C
-    used = sum_images(x_ptr, offs, mask, batch, USED, 2 * C, BLOCKS * 2 * C, tl.float32)
-    levelled, plain = _sum_levelled(x_ptr, level_ptr, offs, mask, batch, BLOCKS, 2 * C, C, tl.float32)
-    tl.store(out_ptr + offs, used, mask=mask)
-    tl.store(out_ptr + C + offs, levelled, mask=mask)
-    tl.store(out_ptr + 2 * C + offs, plain, mask=mask)
+    used = sum_images(x, offs, mask, batch, USED, 2 * C, BLOCKS * 2 * C, tl.float32)
+    levelled, plain = sum_with_level(x, level, offs, mask, batch, BLOCKS, 2 * C, C, tl.float32)
+    tl.store(out + offs, used, mask=mask)
+    tl.store(out + C + offs, levelled, mask=mask)
+    tl.store(out + 2 * C + offs, plain, mask=mask)
 
 
 @pytest.mark.parametrize(("batch", "blocks", "used"), [(40, 28, 28), (3, 300, 299), (1, 1, 1)])
@@ -299,9 +299,7 @@ def test_sums_over_images_that_take_several_steps(batch: int, blocks: int, used:
     x = torch.randn(batch, blocks, 2, 20, device=DEVICE)
     level = torch.randn(batch, 20, device=DEVICE)
     out = torch.empty(3, 20, device=DEVICE)
-    _sums_kernel[(3,)](
-        x_ptr=x, level_ptr=level, out_ptr=out, batch=batch, BLOCKS=blocks, USED=used, C=20, BLOCK_C=8, num_warps=4
-    )
+    _sums_kernel[(3,)](x=x, level=level, out=out, batch=batch, BLOCKS=blocks, USED=used, C=20, BLOCK_C=8, num_warps=4)
     first, second = x.double().unbind(2)
     levelled = (first + second * level.double()[:, None]).sum((0, 1))
     expected = torch.stack([first[:, :used].sum((0, 1)), levelled, second.sum((0, 1))])

@@ -29,7 +29,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 pytestmark = pytest.mark.slow
 

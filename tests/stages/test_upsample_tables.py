@@ -5,14 +5,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dca_kernels import upsample
+from dca_kernels.triton_backend import grid
 
 
 def test_tables_outlive_the_sizes_that_came_after() -> None:
     """A CUDA graph replays with their addresses."""
 
     def tables(size: int) -> torch.Tensor:
-        return upsample._tables(((size, size),), (2, 2), torch.float32, torch.device("cpu"))
+        return grid.interpolation_tables(((size, size),), (2, 2), torch.float32, torch.device("cpu"))
 
     first = tables(2)
     for size in range(3, 203):
@@ -23,4 +23,4 @@ def test_tables_outlive_the_sizes_that_came_after() -> None:
 def test_tables_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"maps: expected sizes .* got \(\(301, 7\),\) for the first time"):
-        upsample._tables(((301, 7),), (2, 2), torch.float32, torch.device("cuda"))
+        grid.interpolation_tables(((301, 7),), (2, 2), torch.float32, torch.device("cuda"))

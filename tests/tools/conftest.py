@@ -19,7 +19,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable[..., None]], None]]:
     """After each launch of a kernel, something is done to its arguments."""
-    from dca_kernels import launch
+    from dca_kernels.triton_backend import launch
 
     run_it = launch.run
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dca_kernels
 from benchmarks.offline import stand_in
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 TARGET = "sm_90"
 
@@ -29,7 +29,6 @@ class Size(NamedTuple):
 
 
 SIZES = {"tiny": Size((8, 16), 4, (16, 8)), "paper": Size((32, 64, 128, 256), 28, (224, 112, 56, 28))}
-NORM_ARGUMENTS = {"gammas": "weight", "betas": "bias", "means": "running_mean", "variances": "running_var"}
 
 
 class Call(NamedTuple):
@@ -51,23 +50,24 @@ def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
         return list(getattr(call, argument))
     if argument == "counters":
         return [norm.num_batches_tracked for norm in norms if norm.training]
-    if argument in NORM_ARGUMENTS:
-        # `mix` normalises for the attention behind it.
-        before = block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm
-        own = before if kernel.startswith(("centre", "mix", "spatial", "layer_norm")) else norms
-        return [getattr(norm, NORM_ARGUMENTS[argument]) for norm in own]
-    prefix, _, kind = argument.rpartition("_")
-    if kind not in ("weights", "biases"):
-        return None
-    if prefix in ("q", "k", "v"):
-        modules = [getattr(attention, f"{prefix}_map").proj.depthwise for attention in attentions]
-    elif prefix == "p":
-        modules = [attention.projection.proj.depthwise for attention in attentions]
-    elif prefix == "conv" or kernel in ("conv", "grid_gradient"):
+    if argument == "buffers":
+        return [t for norm in norms for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    if argument == "parameters":
+        names = ("q_map", "k_map", "v_map", "projection")
+        of_attention = [[getattr(attention, name).proj.depthwise for name in names] for attention in attentions]
+        layer_norms = block.spatial_norm if kernel.startswith("spatial") else block.channel_norm
+        modules = [m for norm, maps in zip(layer_norms, of_attention, strict=True) for m in (norm, *maps)]
+    elif argument == "norms":  # `mix` normalises for the attention behind it
+        modules = list(block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm)
+    elif argument == "affines":
+        modules = norms
+    elif argument == "convolutions":
         modules = [upconv.conv.conv for upconv in call.module.upconvs]
-    else:
+    elif argument == "projections":
         modules = [embedding.proj.depthwise for embedding in call.module.avg_map]
-    return [module.weight if kind == "weights" else module.bias for module in modules]
+    else:
+        return None
+    return [t for module in modules for t in (module.weight, module.bias)]
 
 
 def leaves(argument: Any) -> Iterator[Any]:

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.slow
 FORWARD = ["patch_embed", "centre", "covariance", "mixing", "mix", "spatial_attention", "conv", "upsample"]
 TRAINING = [*FORWARD[:-1], "batch_statistics", "upsample"]
 BACKWARD = [
-    *("merge_gradient", "norm_gradient", "grid_gradient", "conv_gradient"),
+    *("upsample_backward", "norm_gradients", "grid_gradient", "conv_gradient"),
     *("expected_gradient", "spatial_attention_backward", "layer_norm_backward", "spatial_gradients"),
     *("mixing_gradient", "mixing_backward", "mix_backward", "channel_gradients"),
-    *("map_gradient", "avg_map_gradient"),
+    *("map_gradient", "patch_embed_gradients"),
 ]
 # Of several images, the convolutions' gradients are sums of partial ones.
 STEP = {1: [*TRAINING, *BACKWARD], 2: [*TRAINING, *BACKWARD[:4], "sum_partials", *BACKWARD[4:]]}
@@ -25,8 +25,8 @@ STEP = {1: [*TRAINING, *BACKWARD], 2: [*TRAINING, *BACKWARD[:4], "sum_partials",
 OF_IMAGE_SIZE = {
     "eval": ["patch_embed", "upsample"],
     "train": [
-        *("patch_embed", "batch_statistics", "upsample", "merge_gradient", "norm_gradient", "grid_gradient"),
-        *("map_gradient", "avg_map_gradient"),
+        *("patch_embed", "batch_statistics", "upsample", "upsample_backward", "norm_gradients", "grid_gradient"),
+        *("map_gradient", "patch_embed_gradients"),
     ],
 }
 

@@ -13,7 +13,7 @@ from dca_kernels import backends
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.offline import stand_in
-from dca_kernels import launch
+from dca_kernels.triton_backend import launch
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 
-from dca_kernels import launch, spatial_attention
-from dca_kernels.tokens import Tokens
+from dca_kernels.contract import Affine, Attention, Projections
+from dca_kernels.triton_backend import launch, spatial_attention
+from dca_kernels.triton_backend.tokens import Tokens
 from tests.compiled import ROOT, output_of
 
 pytestmark = pytest.mark.slow
@@ -17,9 +18,9 @@ OFFLINE = ROOT / "benchmarks" / "results" / "offline"
 CODE = json.loads((OFFLINE / "machine_code.json").read_text())
 TRAFFIC = json.loads((OFFLINE / "traffic.json").read_text())
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
-MEMORY_BOUND = ("patch_embed", "upsample", "merge_gradient", "map_gradient")
+MEMORY_BOUND = ("patch_embed", "upsample", "upsample_backward", "map_gradient")
 FORWARD_PRODUCTS = ("covariance", "mix", "spatial_attention", "conv")
-BACKWARD_PRODUCTS = ("merge_gradient", "conv_gradient", "mixing_gradient", "mix_backward")
+BACKWARD_PRODUCTS = ("upsample_backward", "conv_gradient", "mixing_gradient", "mix_backward")
 PRODUCTS = (*FORWARD_PRODUCTS, *BACKWARD_PRODUCTS, "spatial_attention_backward")
 
 
@@ -114,8 +115,10 @@ def test_only_the_highest_precision_goes_without_tensor_cores(
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     tokens = Tokens(torch.empty(1, 784, 480), (32, 64, 128, 256))
-    _, arguments = spatial_attention._configured("spatial_attention_backward", tokens, (4, 4, 4, 4))
-    assert arguments["PRECISION"] == products
+    nothing = Affine(torch.empty(0), torch.empty(0))
+    attention = (Attention(nothing, Projections(*[nothing] * 4), heads=4, eps=1e-6, shift_cancels=False),) * 4
+    _, chosen = spatial_attention.configured("spatial_attention_backward", tokens.launcher, attention)
+    assert chosen == products
 
 
 LARGE = """

@@ -61,8 +61,13 @@ def _increment_kernel(x_ptr, outs, index):
     tl.store(outs + index, 1.0)
 
 
-def run_toy(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    maps, weights = (torch.zeros(16, dtype=dtype),), (torch.eye(16, dtype=dtype),)
+def toy_operands(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Its maps and its weights."""
+    return (torch.zeros(16, dtype=dtype),), (torch.eye(16, dtype=dtype),)
+
+
+def run_toy(dtype: torch.dtype = torch.float32, operands: tuple | None = None) -> torch.Tensor:
+    maps, weights = operands or toy_operands(dtype)
     x, out = torch.ones(20, 16, dtype=dtype), torch.zeros(20, 16, dtype=dtype)
     _toy_kernel[(2,)](maps, x, weights, out_ptr=out, N=20)
     return out
@@ -75,7 +80,8 @@ def run_toy(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     ids=["float32", "float16", "bfloat16"],
 )
 def test_kernel_by_hand(dtype: torch.dtype, size: int, arithmetic: str) -> None:
-    (toy,) = traffic.count_kernels(lambda: run_toy(dtype))
+    maps, weights = toy_operands(dtype)
+    (toy,) = traffic.count_kernels(lambda: run_toy(dtype, (maps, weights)), maps=maps, parameters=weights)
     assert (toy.kernel, toy.programs) == ("toy", 2)
     assert toy.requested_loaded == (20 * 8 + 2 * 16 * 16 + 2) * size
     assert toy.requested_stored == 20 * 4 * size
@@ -105,13 +111,14 @@ def test_what_a_later_kernel_loads_is_handed_on() -> None:
 def test_maps_are_not_handed_on() -> None:
     """What goes through a map would raise the bound of the map's own traffic."""
 
+    between = torch.zeros(16)
+
     def run() -> None:
-        between = torch.zeros(16)
         _increment_kernel[(1,)](torch.zeros(16), between, 0)
         _increment_kernel[(1,)](between, torch.zeros(16), 0)
 
-    first, second = traffic.count_kernels(run)
-    assert first.stored["maps"] == second.loaded["tokens"] == 32
+    first, second = traffic.count_kernels(run, maps=between)
+    assert first.stored["maps"] == second.loaded["maps"] == 32
     assert first.handed_on == second.handed_on == 0
 
 
@@ -201,7 +208,7 @@ def test_gradients_of_maps_are_maps() -> None:
     kernels = traffic.count_kernels(lambda: cases.step(module, maps, gradients))
     assert sum(kernel.stored["maps"] for kernel in kernels) == 2 * maps[0].nbytes  # the output's and the gradient's
     *_, last, of_parameters = kernels
-    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "avg_map_gradient")
+    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "patch_embed_gradients")
     assert last.loaded["maps"] == 2 * maps[0].nbytes  # the map's and the upstream gradient's
 
 
@@ -311,7 +318,7 @@ def test_a_step_is_a_forward_and_a_backward(two_maps: list[torch.Tensor]) -> Non
     ours, theirs = traffic._count(2, "step", "float32", "H200")
     kernels = ours["kernels"]
     names = [kernel["kernel"] for kernel in kernels]
-    assert names[0] == "patch_embed" and names[8:10] == ["upsample", "merge_gradient"] and "map_gradient" in names
+    assert names[0] == "patch_embed" and names[8:10] == ["upsample", "upsample_backward"] and "map_gradient" in names
     assert ours["launches"] == len(kernels) < theirs["launches"]  # no operator of plain PyTorch between them
     map_bytes = sum(x.nbytes for x in two_maps)
     # The channels' first pixels, for batch_statistics and for grid_gradient: two of the second map share a sector.

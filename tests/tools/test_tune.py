@@ -17,7 +17,8 @@ from benchmarks import cases, journal, kernels, report, tune
 from benchmarks.cases import Problem
 from benchmarks.offline import compile, stand_in
 from benchmarks.offline.compile import Compiled
-from dca_kernels import DCA, launch
+from dca_kernels import DCA
+from dca_kernels.triton_backend import launch
 from tests.oracle import INTERPRETED
 
 TINY = cases.SIZES["tiny"]
@@ -134,11 +135,11 @@ def test_tuning_goes_on_past_what_fails(
 ) -> None:
     """One candidate does not compile, one raises where it is launched, one is wrong, one is slower, one is faster."""
 
-    def change(config: dict[str, int], tokens_ptr: torch.Tensor, **arguments: Any) -> None:
+    def change(config: dict[str, int], tokens: torch.Tensor, **arguments: Any) -> None:
         if config["num_warps"] == 2:
             raise ValueError("out of resources")
         if config["num_warps"] == 16:
-            tokens_ptr.mul_(1.01)
+            tokens.mul_(1.01)
 
     spoiled("patch_embed", change)
     times = {4: 7.0, 1: 3.0}

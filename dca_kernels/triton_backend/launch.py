@@ -1,9 +1,8 @@
-"""Host side shared by the `triton` backend's stages: where the tokens lie, which blocks, one place that launches."""
+"""The host's side of every kernel: its block sizes, its constants, one place that launches."""
 
 import contextlib
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dca_kernels.parameters import power_of_two
+from dca_kernels.backends import power_of_two
+from dca_kernels.contract import accumulation_dtype
+from dca_kernels.triton_backend.primitives import Shape
 
 MAX_PROGRAMS = 2**31 - 1
 
@@ -19,11 +20,6 @@ MAX_PROGRAMS = 2**31 - 1
 COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def triton_type(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype."""
-    return TYPES[dtype]
 
 
 @functools.cache
@@ -86,7 +82,6 @@ def precision(dtype: torch.dtype, target: str) -> str:
     return "tf32"
 
 
-@functools.cache
 def padded(size: int) -> int:
     """As `primitives.padded`, which is slow to call from here."""
     return max(16, power_of_two(size))
@@ -95,6 +90,46 @@ def padded(size: int) -> int:
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`."""
     return -(-size // block)
+
+
+class Launcher:
+    """Launches a stage's kernels: what they have in common is looked up once.
+
+    A kernel's constants are filled in by their names: SHAPE, ACC, OPERAND (the tokens' dtype), PRECISION (of products
+    of it), and of its row of `configurations.json` BLOCK_C and the like.
+
+    Args:
+        device: of the tokens.
+        dtype: of the tokens.
+        shape: of the token grid.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
+        self.target, self.device, self.dtype, self.shape = architecture(device), device, dtype, shape
+        self.precision = precision(dtype, self.target)
+        self._constants = {
+            "SHAPE": shape,
+            "ACC": TYPES[accumulation_dtype(dtype)],
+            "OPERAND": TYPES[dtype],
+            "PRECISION": self.precision,
+        }
+
+    def config(self, name: str, size: int = 0) -> dict[str, int]:
+        """A kernel's row of `configurations.json`, which says what `size` is."""
+        return configuration(name, self.target, self.dtype, size)
+
+    def __call__(self, kernel: Any, config: dict[str, int], programs: int, **arguments: Any) -> None:
+        """Launch a kernel with the blocks of its row, on so many programs."""
+        for name, key in _constants(kernel):
+            if name not in arguments:
+                arguments[name] = self._constants[name] if name in self._constants else config[key]
+        run(kernel, programs, config, **arguments)
+
+
+@functools.cache
+def _constants(kernel: Any) -> list[tuple[str, str]]:
+    """The names of a kernel's constants, and their keys in `configurations.json`."""
+    return [(name, name.lower()) for name in kernel.arg_names if name.isupper()]
 
 
 def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
@@ -117,30 +152,14 @@ def compiler_options(config: dict[str, int]) -> dict[str, int]:
 
 
 def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
-    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
+    tensor = _first_tensor(arguments)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def sizes(maps: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Height and width of each scale's map."""
-    return tuple((x.shape[2], x.shape[3]) for x in maps)
-
-
-def strides(tensors: Iterable[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
-    """The strides of each scale's tensor, None where there is none."""
-    return tuple(None if t is None else t.stride() for t in tensors)
-
-
-def weights(parts: Iterable[Any]) -> tuple[Tensor, ...]:
-    """The weight of each scale."""
-    return tuple(part.weight for part in parts)
-
-
-def biases(parts: Iterable[Any]) -> tuple[Tensor, ...]:
-    """The bias of each scale."""
-    return tuple(part.bias for part in parts)
-
-
-def epsilons(norms: Iterable[Any]) -> tuple[float, ...]:
-    """`eps` of each scale's norm."""
-    return tuple(norm.eps for norm in norms)
+def _first_tensor(arguments: dict[str, Any]) -> Tensor:
+    for argument in arguments.values():
+        while isinstance(argument, tuple) and argument:
+            argument = argument[0]
+        if isinstance(argument, Tensor):
+            return argument
+    raise TypeError("a kernel without tensors")

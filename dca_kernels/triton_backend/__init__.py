@@ -1,0 +1,68 @@
+"""The `triton` backend: the four stages as kernels, each of which prepares its tokens for the next.
+
+Eager calls go straight to the kernels. What traces or watches a call (torch.compile, torch.export, dispatch modes) sees
+it as one operator, `dca_kernels::refine`, with `dca_kernels::refine_backward` for its gradients. README.md beside this
+file says where to begin to read.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from dca_kernels.backends import tokens_dtype
+from dca_kernels.contract import Contract, flatten, learned, unflatten, update_buffers
+from dca_kernels.triton_backend import operator, passes
+
+
+def operand_dtype(maps: Sequence[Tensor]) -> torch.dtype:
+    """Of the tokens and the products' operands: the maps', under autocast its own."""
+    return tokens_dtype(maps)
+
+
+def refine(maps: Sequence[Tensor], contract: Contract) -> list[Tensor]:
+    """The skip maps refined by a DCA's blocks: at most nine launches where it has one block.
+
+    Args:
+        maps: S tensors (B, C_i, H_i, W_i), any strides.
+        contract: of the call.
+
+    Returns:
+        S tensors (B, C_i, H_i, W_i). Tokens and the operands of products have the contract's dtype; sums and statistics
+        are float32, or float64 for float64 maps.
+
+    Raises:
+        ValueError: a map's image is too large for 32-bit indices, or a size too large for the kernels' tiles.
+    """
+    parameters = flatten(learned(contract))
+    if contract.backward and not any(t.requires_grad for t in (*maps, *parameters)):
+        contract = contract._replace(backward=False)
+    if watched():
+        return _refine_watched(maps, contract, parameters)
+    if not all([passes.is_aligned(t) for t in parameters]):
+        copies = unflatten(learned(contract), iter(passes.aligned(parameters)))
+        contract = copies._replace(buffers=contract.buffers)
+    if contract.backward:
+        return list(operator.Refine.apply(contract, *maps, *parameters))
+    return passes.forward(maps, contract)[0]
+
+
+def _refine_watched(maps: Sequence[Tensor], contract: Contract, parameters: list[Tensor]) -> list[Tensor]:
+    """By the operator, which changes no buffer: they are updated behind it."""
+    norms = tuple([None if norm is None else norm._replace(updates=False) for norm in contract.norms])
+    text, floats = operator.described(contract._replace(norms=norms))
+    buffers = flatten(contract.buffers)
+    outs = torch.ops.dca_kernels.refine(list(maps), parameters, buffers, floats, text)
+    if any(norm is not None and norm.updates for norm in contract.norms):
+        mean, variance = (row.split([x.shape[1] for x in maps]) for row in outs[-1].detach())
+        for i, (norm, its, x) in enumerate(zip(contract.norms, contract.buffers, maps, strict=True)):
+            if norm is not None and its is not None:
+                bias = contract.upsample[i].bias.detach()
+                update_buffers(norm, its, mean[i] + bias, variance[i], x.numel() // x.shape[1])
+    return outs[: len(maps)]
+
+
+def watched() -> bool:
+    """Whether something traces this call, or watches what it dispatches."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None

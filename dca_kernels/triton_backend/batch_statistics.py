@@ -1,0 +1,289 @@
+"""BatchNorm's statistics of up(z) + x, from parts of the token grid's size, and what it does with them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Contract, accumulation_dtype, from_batch
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.grid import (
+    COLUMN_SUMS,
+    DIAGONAL,
+    NEXT_DIAGONAL,
+    TABLES,
+    column_table,
+    interpolation,
+    interpolation_tables,
+    layout_of,
+    load_grid,
+    row_table,
+    window_begin,
+)
+from dca_kernels.triton_backend.patch_embed import Maps
+from dca_kernels.triton_backend.primitives import blocks_before, kernel, load_vector, split_program
+from dca_kernels.triton_backend.tokens import Tokens
+
+# How much larger its two parts may be than a variance, before it is taken directly.
+CANCELLATION = tl.constexpr(100.0)
+
+
+@kernel
+def _batch_statistics_kernel(
+    maps, z, moments, tables, counters, statistics,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, FROM_BATCH: tl.constexpr,
+    MOMENT_BLOCKS: tl.constexpr, GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
+
+    They follow from the map's own moments (`patch_embed.Moments`), from z (B, N, C), and from the transposed
+    interpolation of the map. Where the two parts nearly cancel, too few digits would be left, and a pass over the map
+    takes them directly. tables (S, 3 (P_h + P_w)), see `grid.interpolation_tables`.
+    """
+    GRID: tl.constexpr = LAYOUT.grid
+    TOTAL: tl.constexpr = SHAPE.total
+    SUM: tl.constexpr = tl.float64 if GUARDED else ACC
+    b, tile = split_program(blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels)))
+    image = b * GRID[0] * GRID[1] * TOTAL
+    for i in tl.static_range(len(SHAPE.channels)):
+        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
+        if FROM_BATCH[i] and (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            MAP: tl.constexpr = LAYOUT.of[i]
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < SHAPE.channels[i]
+            offs_all = SHAPE.offsets[i] + offs_c
+            x_ptrs = maps[i] + b * MAP.stride[0] + offs_c * MAP.stride[1]
+            first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
+            x_mean, x_squares = _combine_blocks(
+                moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, MAP=MAP,
+                GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, SUM=SUM, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+            z_mean, z_squares, products = _interpolated_moments(
+                z=z + image, transposed=moments.transposed + image, tables=tables + i * TABLES * (GRID[0] + GRID[1]),
+                offs_all=offs_all, mask_c=mask_c, PIXELS=MAP.size[0] * MAP.size[1], GRID=GRID, TOTAL=TOTAL, ACC=ACC,
+                SUM=SUM, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+            mean = first + x_mean + z_mean
+            squares = x_squares + z_squares + 2 * products
+            if GUARDED:
+                if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
+                    mean, squares = _direct_moments(
+                        x_ptrs=x_ptrs, z_ptrs=z + image + offs_all, mask_c=mask_c, MAP=MAP, GRID=GRID, TOTAL=TOTAL,
+                        ACC=ACC, BLOCK_P=BLOCK_P,
+                    )  # fmt: skip
+            tl.store(statistics + b * 2 * TOTAL + offs_all, mean, mask=mask_c)
+            tl.store(statistics + (b * 2 + 1) * TOTAL + offs_all, tl.maximum(squares, 0.0), mask=mask_c)
+            if counters[i] is not None and (b == 0) & (block == 0):
+                tl.store(counters[i], tl.load(counters[i]) + 1)
+
+
+@triton.jit
+def _combine_blocks(
+    moments, offs_all, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
+    mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    for start in range(0, BLOCKS, BLOCK_N):
+        block_mean, _, count = _load_blocks(moments, start, offs_all, mask_c, MAP, GRID, TOTAL, BLOCKS, SUM, BLOCK_N)
+        mean += block_mean * count[:, None]
+    mean = tl.sum(mean, 0) / (MAP.size[0] * MAP.size[1])
+    squares = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    for start in range(0, BLOCKS, BLOCK_N):
+        block_mean, block_squares, count = _load_blocks(
+            moments, start, offs_all, mask_c, MAP, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+        )
+        apart = block_mean - mean[None, :]
+        squares += block_squares + apart * apart * count[:, None]
+    return mean, tl.sum(squares, 0)
+
+
+@triton.jit
+def _load_blocks(
+    moments, start, offs_all, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in SUM."""
+    COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
+    BLOCK_Q: tl.constexpr = triton.next_power_of_2(triton.cdiv(GRID[1], COLUMN_BLOCKS))
+    offs = start + tl.arange(0, BLOCK_N)
+    mask = (offs < BLOCKS)[:, None] & mask_c[None, :]
+    ptrs = moments + offs[:, None] * 2 * TOTAL + offs_all[None, :]
+    means = tl.load(ptrs, mask=mask, other=0.0).to(SUM)
+    squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(SUM)
+    p, q = offs // COLUMN_BLOCKS, offs % COLUMN_BLOCKS * BLOCK_Q
+    rows = window_begin(p + 1, MAP.size[0], GRID[0]) - window_begin(p, MAP.size[0], GRID[0])
+    end = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), MAP.size[1], GRID[1])
+    columns = end - window_begin(q, MAP.size[1], GRID[1])
+    return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(SUM)
+
+
+@triton.jit
+def _interpolated_moments(
+    z, transposed, tables, offs_all, mask_c, PIXELS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
+    ACC: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred squares of up(z), and its products with the map, without the map's resolution: each [BLOCK_C].
+
+    With z less its mean, sum of up(z)^2 = z^T (G_h x G_w) z, where G = U^T U has three diagonals, and sum of up(z) x =
+    sum of z U^T x. z, transposed (N, C).
+    """
+    N: tl.constexpr = GRID[0] * GRID[1]
+    mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        p, q = offs_n // GRID[1], offs_n % GRID[1]
+        weight = row_table(tables, COLUMN_SUMS, p, GRID) * column_table(tables, COLUMN_SUMS, q, GRID)
+        mean += (load_grid(z, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * weight[:, None]).to(SUM)
+    mean = tl.sum(mean, 0) / PIXELS
+    squares = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    products = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    map_sums = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        p, q = offs_n // GRID[1], offs_n % GRID[1]
+        row, row_next = row_table(tables, DIAGONAL, p, GRID), 2 * row_table(tables, NEXT_DIAGONAL, p, GRID)
+        column = column_table(tables, DIAGONAL, q, GRID)
+        column_next = column_table(tables, NEXT_DIAGONAL, q, GRID)
+        column_before = column_table(tables, NEXT_DIAGONAL, q - 1, GRID)
+        here = _load_less_mean(z, mean, p, q, offs_all, mask_c, GRID, TOTAL, ACC)
+        right = _load_less_mean(z, mean, p, q + 1, offs_all, mask_c, GRID, TOTAL, ACC)
+        below = _load_less_mean(z, mean, p + 1, q, offs_all, mask_c, GRID, TOTAL, ACC)
+        below_right = _load_less_mean(z, mean, p + 1, q + 1, offs_all, mask_c, GRID, TOTAL, ACC)
+        below_left = _load_less_mean(z, mean, p + 1, q - 1, offs_all, mask_c, GRID, TOTAL, ACC)
+        product = (row * column)[:, None] * here + (2 * row * column_next)[:, None] * right
+        product += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
+        product += (row_next * column_before)[:, None] * below_left
+        squares += (here * product).to(SUM)
+        of_map = load_grid(transposed, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * (PIXELS / N)
+        products += (here * of_map).to(SUM)
+        map_sums += of_map.to(SUM)
+    squares, products = tl.sum(squares, 0), tl.sum(products, 0)
+    if SUM != ACC:  # the mean was rounded when it was subtracted
+        products -= (mean - mean.to(ACC).to(SUM)) * tl.sum(map_sums, 0)
+    return mean, squares, products
+
+
+@triton.jit
+def _load_less_mean(z, mean, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+    """Positions of a token grid (N, C) less its mean [channels], zero beyond the grid: [positions, channels]."""
+    inside = (p < GRID[0]) & (q >= 0) & (q < GRID[1])
+    tokens = load_grid(z, p, q, offs_all, mask_c, GRID, TOTAL, ACC)
+    return tl.where(inside[:, None], tokens - mean.to(ACC)[None, :], 0.0)
+
+
+@triton.jit
+def _direct_moments(
+    x_ptrs, z_ptrs, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Mean and centred squares of up(z) + x over all its pixels, in two passes: each [BLOCK_C], float64."""
+    PIXELS: tl.constexpr = MAP.size[0] * MAP.size[1]
+    mean = tl.zeros(mask_c.shape, tl.float64)
+    for start in range(0, PIXELS, BLOCK_P):
+        y, _ = _load_upsampled(x_ptrs, z_ptrs, mask_c, start + tl.arange(0, BLOCK_P), MAP, GRID, TOTAL, ACC)
+        mean += tl.sum(y.to(tl.float64), 0)
+    mean /= PIXELS
+    squares = tl.zeros(mask_c.shape, tl.float64)
+    for start in range(0, PIXELS, BLOCK_P):
+        y, mask = _load_upsampled(x_ptrs, z_ptrs, mask_c, start + tl.arange(0, BLOCK_P), MAP, GRID, TOTAL, ACC)
+        apart = tl.where(mask, y.to(tl.float64) - mean[None, :], 0.0)
+        squares += tl.sum(apart * apart, 0)
+    return mean, squares
+
+
+@triton.jit
+def _load_upsampled(
+    x_ptrs, z_ptrs, mask_c, pixel, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
+    """up(z) + x at some pixels [pixels, BLOCK_C], and which of them exist."""
+    h, w = pixel // MAP.size[1], pixel % MAP.size[1]
+    mask = (pixel < MAP.size[0] * MAP.size[1])[:, None] & mask_c[None, :]
+    top, bottom, fraction_h = interpolation(h, MAP.size[0], GRID[0], ACC)
+    left, right, fraction_w = interpolation(w, MAP.size[1], GRID[1], ACC)
+    top_left = tl.load(z_ptrs[None, :] + (top * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    top_right = tl.load(z_ptrs[None, :] + (top * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    bottom_left = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    bottom_right = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
+    upper = top_left * (1.0 - fraction_w)[:, None] + top_right * fraction_w[:, None]
+    lower = bottom_left * (1.0 - fraction_w)[:, None] + bottom_right * fraction_w[:, None]
+    x_ptrs = x_ptrs[None, :] + (h * MAP.stride[2] + w * MAP.stride[3])[:, None]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
+    return upper * (1.0 - fraction_h)[:, None] + lower * fraction_h[:, None] + x, mask
+
+
+@triton.jit
+def combine_images(statistics, offs_all, mask_c, batch, PIXELS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+    """Mean, in float64, and biased variance over the batch [channels], from each image's statistics (B, 2, C)."""
+    STEP: tl.constexpr = 16
+    mean = tl.zeros(offs_all.shape, tl.float64)
+    for start in range(0, batch, STEP):
+        image_mean, _, _ = _load_images(statistics, start, offs_all, mask_c, batch, TOTAL, STEP)
+        mean += tl.sum(image_mean, 0)
+    mean /= batch
+    variance = tl.zeros(offs_all.shape, tl.float64)
+    for start in range(0, batch, STEP):
+        image_mean, squares, mask = _load_images(statistics, start, offs_all, mask_c, batch, TOTAL, STEP)
+        apart = tl.where(mask, image_mean - mean[None, :], 0.0)
+        variance += tl.sum(squares / PIXELS + apart * apart, 0)
+    return mean, (variance / batch).to(ACC)
+
+
+@triton.jit
+def _load_images(statistics, start, offs_all, mask_c, batch, TOTAL: tl.constexpr, STEP: tl.constexpr):
+    """Means and centred squares of some images [STEP, channels] in float64, and which of them exist."""
+    offs_b = start + tl.arange(0, STEP)
+    mask = (offs_b < batch)[:, None] & mask_c[None, :]
+    ptrs = statistics + offs_b.to(tl.int64)[:, None] * 2 * TOTAL + offs_all[None, :]
+    means = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
+    return means, tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(tl.float64), mask
+
+
+@triton.jit
+def update_buffers(
+    buffers, mean, variance, offs_c, mask_c, count, i: tl.constexpr, MOMENTUM: tl.constexpr, ACC: tl.constexpr
+):
+    """What BatchNorm2d does to its running buffers (C_i); the variance that it keeps is the unbiased one."""
+    if MOMENTUM is None:  # a cumulative average
+        momentum = 1.0 / tl.load(buffers.counter[i]).to(ACC)
+    else:
+        momentum = tl.full([], MOMENTUM, ACC)
+    old_mean = load_vector(buffers.mean[i], offs_c, mask_c, ACC)
+    old_variance = load_vector(buffers.variance[i], offs_c, mask_c, ACC)
+    unbiased = variance * (count.to(ACC) / (count - 1).to(ACC))
+    tl.store(buffers.mean[i] + offs_c, old_mean + momentum * (mean - old_mean), mask=mask_c)
+    tl.store(buffers.variance[i] + offs_c, old_variance + momentum * (unbiased - old_variance), mask=mask_c)
+
+
+def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) -> Tensor:
+    """Mean and centred squares of up(z) + x over each image, (B, 2, C) in float64; counts the batch.
+
+    Args:
+        tokens: which z is made of.
+        z: (B, N, C).
+        maps: with their moments.
+        contract: of the call.
+    """
+    assert maps.moments is not None
+    launcher, layout, batch = tokens.launcher, layout_of(maps.maps, contract.grid), tokens.batch
+    config = launcher.config("batch_statistics", batch)
+    statistics = tokens.empty(batch, 2, launcher.shape.total, dtype=torch.float64)
+    launcher(
+        _batch_statistics_kernel, config,
+        batch * sum([launch.blocks(c, config["block_c"]) for c in tokens.channels]),
+        maps=maps.maps, z=z, moments=maps.moments,
+        tables=interpolation_tables(layout.sizes, contract.grid, accumulation_dtype(z.dtype), z.device),
+        counters=counters_of(contract), statistics=statistics, LAYOUT=layout,
+        FROM_BATCH=from_batch(contract), MOMENT_BLOCKS=maps.moments.blocks.shape[1],
+        GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
+    )  # fmt: skip
+    return statistics
+
+
+def counters_of(contract: Contract) -> tuple[Tensor | None, ...]:
+    """Each scale's counter of batches that this call counts."""
+    counters: list[Tensor | None] = []
+    for norm, buffers in zip(contract.norms, contract.buffers, strict=True):
+        counters.append(buffers.counter if norm is not None and buffers is not None and norm.updates else None)
+    return tuple(counters)

@@ -1,0 +1,312 @@
+"""The backward of stage 2, channel cross-attention, through its LayerNorm and its residual."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Affine, Attention, Contract, Projections
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.channel_attention import (
+    Saved,
+    add_product,
+    attention_weights,
+    load_query_and_key,
+)
+from dca_kernels.triton_backend.layer_norm import store_layer_norm_backward, store_norm_gradients
+from dca_kernels.triton_backend.parameters import cancels_of, eps_of, heads_of, layer_norms_of, projections_of
+from dca_kernels.triton_backend.primitives import (
+    blocks_before,
+    kernel,
+    load_tile,
+    load_vector,
+    padded,
+    split_program,
+    store_vectors,
+    sum_blocks,
+    sum_images,
+    zero_where_it_cancels,
+)
+from dca_kernels.triton_backend.tokens import Tokens, widest_scale
+
+# The vectors that a program of `_mixing_backward_kernel` sums, one behind another: weight and bias of two maps (query
+# and projection, or key and value), then the gradient of the centred tokens' means.
+PARAMETERS = tl.constexpr(4)
+VECTORS = tl.constexpr(5)
+
+
+@kernel
+def _mixing_gradient_kernel(
+    centred, dmixed, dmixing, dshift,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of dmixed^T Z / N (B, C, C); and sums of dmixed, dshift (B, C).
+
+    centred, which is Z, and dmixed (B, N, C).
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    ROWS: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
+    b, tile = split_program(ROWS * ROWS)
+    offs_c = tile // ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = tile % ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c, mask_d = offs_c < TOTAL, offs_d < TOTAL
+    centred += b * N * TOTAL
+    dmixed += b * N * TOTAL
+    out = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+    sums = tl.zeros([BLOCK_N, BLOCK_C], ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        gradient = load_tile(dmixed, offs_n, offs_c, N, TOTAL)
+        z = load_tile(centred, offs_n, offs_d, N, TOTAL)
+        # [BLOCK_C, BLOCK_N] [BLOCK_N, BLOCK_C]
+        out = tl.dot(tl.trans(gradient), z, out, input_precision=PRECISION, out_dtype=ACC)
+        sums += gradient.to(ACC)
+    ptrs = dmixing + b * TOTAL * TOTAL + offs_c[:, None] * TOTAL + offs_d[None, :]
+    tl.store(ptrs, out / N, mask=mask_c[:, None] & mask_d[None, :])
+    tl.store(dshift + b * TOTAL + offs_c, tl.sum(sums, 0), mask=mask_c & (tile % ROWS == 0))
+
+
+@kernel
+def _mixing_backward_kernel(
+    covariance, mean, dmixing, dshift, projections, mixing, dcovariance, row_sums, column_sums,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the softmax of BLOCK_C channels of one scale, backward.
+
+    Writes the mixing matrix and the gradient of the covariance, (B, C, C); sums over d for query, projection and the
+    normalised tokens, row_sums (B, 5, C); and sums over the block's channels for key, value and the normalised tokens,
+    column_sums (B, blocks, 5, C). covariance, dmixing (B, C, C), mean, dshift (B, C).
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    b, tile = split_program(BLOCKS)
+    mean += b * TOTAL
+    offs_d = tl.arange(0, padded(TOTAL))
+    mask_d = offs_d < TOTAL
+    mean_d = load_vector(mean, offs_d, mask_d, ACC)
+    for i in tl.static_range(len(SHAPE.channels)):
+        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < SHAPE.channels[i]
+            offs_all = SHAPE.offsets[i] + offs_c
+            mask = mask_c[:, None] & mask_d[None, :]
+            matrix = b * TOTAL * TOTAL + offs_all[:, None] * TOTAL + offs_d[None, :]
+            products = tl.load(covariance + matrix, mask=mask, other=0.0)
+            mean_c = load_vector(mean, offs_all, mask_c, ACC)
+            q_weight, k_weight, q_mean, k_mean = load_query_and_key(
+                projections=projections, mean_c=mean_c, mean_d=mean_d, offs_c=offs_c, offs_d=offs_d, mask_c=mask_c,
+                mask_d=mask_d, i=i, ACC=ACC,
+            )  # fmt: skip
+            weights = attention_weights(
+                covariance=products, q_weight=q_weight, k_weight=k_weight, q_mean=q_mean, k_mean=k_mean, offs_c=offs_c,
+                offs_d=offs_d, i=i, HEADS=HEADS, SHAPE=SHAPE,
+            )  # fmt: skip
+            v_weight = load_vector(projections.value_weight[i], offs_d, mask_d, ACC)
+            v_mean = v_weight * mean_d + load_vector(projections.value_bias[i], offs_d, mask_d, ACC)
+            p_weight = load_vector(projections.output_weight[i], offs_c, mask_c, ACC)
+            dconstant = load_vector(dshift + b * TOTAL, offs_all, mask_c, ACC)
+            dmatrix = tl.load(dmixing + matrix, mask=mask, other=0.0).to(ACC) * N
+
+            projected = p_weight[:, None] * weights
+            dweights = dmatrix * v_weight[None, :] + dconstant[:, None] * v_mean[None, :]
+            dp_weight = tl.sum(weights * dweights, 1)
+            dlogits = weights * (dweights - dp_weight[:, None]) * (p_weight * TOTAL**-0.5)[:, None]
+            tl.store(mixing + matrix, projected * v_weight[None, :], mask=mask)
+            tl.store(dcovariance + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
+
+            dq_mean = N * tl.sum(dlogits * k_mean[None, :], 1)
+            dq_weight = tl.sum(dlogits * k_weight[None, :] * products, 1) + dq_mean * mean_c
+            of_rows = (dq_weight, dq_mean, dp_weight, dconstant, q_weight * dq_mean / N)
+            store_vectors(row_sums + b * VECTORS * TOTAL + offs_all, of_rows, mask_c, TOTAL)
+
+            dk_mean = N * tl.sum(dlogits * q_mean[:, None], 0)
+            dk_weight = tl.sum(dlogits * q_weight[:, None] * products, 0) + dk_mean * mean_d
+            dv_bias = tl.sum(projected * dconstant[:, None], 0)
+            dv_weight = tl.sum(projected * dmatrix, 0) + dv_bias * mean_d
+            of_columns = (dk_weight, dk_mean, dv_weight, dv_bias, k_weight * dk_mean / N)
+            store_vectors(column_sums + (b * BLOCKS + tile) * VECTORS * TOTAL + offs_d, of_columns, mask_d, TOTAL)
+
+
+@kernel
+def _mix_backward_kernel(
+    tokens, centred, mixing, dcovariance, row_sums, column_sums, dmixed, norms, dtokens, dnorm,
+    SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_N tokens of one scale, through attention, LayerNorm and residual.
+
+    tokens, centred, dmixed, dtokens (B, N, C), mixing, dcovariance (B, C, C), dnorm (B, blocks, 2, C); the sums as
+    `_mixing_backward_kernel` wrote them.
+    """
+    BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
+    b, tile = split_program(len(SHAPE.channels) * BLOCKS)
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    for i in tl.static_range(len(SHAPE.channels)):
+        if tile // BLOCKS == len(SHAPE.channels) - 1 - i:  # the widest scale, usually the last, first
+            dnormalised = _mix_backward(
+                centred=centred, mixing=mixing, dcovariance=dcovariance, row_sums=row_sums, column_sums=column_sums,
+                dmixed=dmixed, b=b, offs_n=offs_n, i=i, SHAPE=SHAPE, COLUMN_BLOCKS=COLUMN_BLOCKS, PRECISION=PRECISION,
+                ACC=ACC, BLOCK_C=BLOCK_C,
+            )  # fmt: skip
+            store_layer_norm_backward(
+                tokens=tokens, dnormalised=dnormalised, dresidual=dmixed, norms=norms, dtokens=dtokens, dnorm=dnorm,
+                b=b, block=tile % BLOCKS, offs_n=offs_n, i=i, BLOCKS=BLOCKS, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _mix_backward(
+    centred, mixing, dcovariance, row_sums, column_sums, dmixed, b, offs_n,
+    i: tl.constexpr, SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dmixed mixing + Z (dcovariance + dcovariance^T) + the share of the token means: [tokens, channels of scale i]."""
+    TOTAL: tl.constexpr = SHAPE.total
+    offs_d = tl.arange(0, padded(SHAPE.channels[i]))
+    mask_d = offs_d < SHAPE.channels[i]
+    offs_all = SHAPE.offsets[i] + offs_d
+    centred += b * SHAPE.tokens * TOTAL
+    dcovariance += b * TOTAL * TOTAL
+    gradient = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
+    # In a loop each: of products in one loop, Triton 3.6 gives the sums different layouts, and moves them every time.
+    gradient = add_product(
+        out=gradient, left=dmixed + b * SHAPE.tokens * TOTAL, right=mixing + b * TOTAL * TOTAL, offs_n=offs_n,
+        offs_all=offs_all, TRANSPOSED=False, SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+    gradient = add_product(
+        out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
+        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+    gradient = add_product(
+        out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True,
+        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+    of_rows = row_sums + (b * VECTORS + PARAMETERS) * TOTAL
+    of_columns = column_sums + (b * COLUMN_BLOCKS * VECTORS + PARAMETERS) * TOTAL
+    of_means = load_vector(of_rows, offs_all, mask_d, ACC)
+    of_means += sum_blocks(of_columns, offs_all, mask_d, COLUMN_BLOCKS, VECTORS * TOTAL, ACC)
+    return gradient + of_means[None, :]
+
+
+@kernel
+def _channel_gradients_kernel(
+    row_sums, column_sums, dnorm, out, batch,
+    SHAPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_BLOCKS: tl.constexpr, SHIFT_CANCELS: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C elements of the parameters' gradients, `Gradients`, over images in a fixed order.
+
+    BLOCK_ROWS is how many channels a program of `_mixing_backward_kernel` had.
+    """
+    TOTAL: tl.constexpr = SHAPE.total
+    SCALES: tl.constexpr = len(SHAPE.channels)
+    BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_ROWS, SCALES)
+    TILES: tl.constexpr = triton.cdiv(PARAMETERS * TOTAL, BLOCK_C)
+    pid = tl.program_id(0)
+    offs = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs < PARAMETERS * TOTAL
+    for i in tl.static_range(SCALES):
+        if pid // TILES == i:
+            first = column_sums + blocks_before(SHAPE.channels, BLOCK_ROWS, i) * VECTORS * TOTAL
+            count: tl.constexpr = triton.cdiv(SHAPE.channels[i], BLOCK_ROWS)
+            gradient = sum_images(first, offs, mask, batch, count, VECTORS * TOTAL, BLOCKS * VECTORS * TOTAL, ACC)
+            tl.store(out.key_value + i * PARAMETERS * TOTAL + offs, gradient, mask=mask)
+    if pid // TILES == SCALES:
+        gradient = sum_images(row_sums, offs, mask, batch, 1, 0, VECTORS * TOTAL, ACC)
+        offs_bias = offs - (PARAMETERS - 1) * TOTAL  # the projection's, the last
+        gradient = zero_where_it_cancels(gradient, offs_bias, SHIFT_CANCELS, SHAPE)
+        tl.store(out.query_output + offs, gradient, mask=mask)
+    if pid // TILES > SCALES:
+        store_norm_gradients(dnorm, out.norm, offs, batch, NORM_BLOCKS, SHAPE, ACC)
+
+
+class Gradients(NamedTuple):
+    """Of the parameters: a weight, then a bias, of each projection."""
+
+    key_value: Tensor  # (S, 4, C)
+    query_output: Tensor  # (4, C)
+    norm: Tensor  # (2, C)
+
+    @classmethod
+    def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
+        """Fresh memory for those of an attention of these tokens, in the parameters' dtype."""
+        scales, total = len(tokens.channels), tokens.shape.total
+        return cls(*(tokens.empty(*rows, total, dtype=dtype) for rows in ((scales, 4), (4,), (2,))))
+
+    def split(self, attention: tuple[Attention, ...], channels: tuple[int, ...]) -> tuple[Attention, ...]:
+        """As the contract has them: views."""
+        of_all = [rows.unbind() for rows in self.key_value.unbind()]  # S of 4 (C)
+        of_scale, norms = (
+            zip(*[row.split(channels) for row in rows.unbind()], strict=True) for rows in (self.query_output, self.norm)
+        )  # S of 4 (C_i) and of 2 (C_i)
+        scales = []
+        for scale, (kw, kb, vw, vb), (qw, qb, ow, ob), norm in zip(attention, of_all, of_scale, norms, strict=True):
+            projections = Projections(Affine(qw, qb), Affine(kw, kb), Affine(vw, vb), Affine(ow, ob))
+            scales.append(Attention(Affine(*norm), projections, *scale[2:]))
+        return tuple(scales)
+
+
+def channel_attention_backward(
+    saved: Saved, dmixed: Tensor, contract: Contract, block: int
+) -> tuple[Tensor, Gradients]:
+    """The gradients of `channel_attention`.
+
+    Args:
+        saved: what the forward returned.
+        dmixed: (B, N, C), the gradient of its result, in the tokens' dtype.
+        contract, block: as in the forward.
+
+    Returns:
+        The gradient of the tokens, (B, N, C), and of the parameters.
+    """
+    attention = contract.blocks[block].channel_attention
+    assert attention is not None
+    tokens, launcher = saved.tokens, saved.tokens.launcher
+    batch, shape = tokens.batch, launcher.shape
+
+    config = launcher.config("mixing_gradient", batch)
+    dmixing = tokens.empty(batch, shape.total, shape.total, dtype=launcher.dtype)
+    dshift = tokens.empty(batch, shape.total)
+    launcher(
+        _mixing_gradient_kernel, config, batch * launch.blocks(shape.total, config["block_c"]) ** 2,
+        centred=saved.centred, dmixed=dmixed, dmixing=dmixing, dshift=dshift,
+    )  # fmt: skip
+
+    config = launcher.config("mixing_backward", launch.padded(shape.total))
+    block_rows = config["block_c"]
+    column_blocks = sum([launch.blocks(c, block_rows) for c in shape.channels])
+    mixing, dcovariance = torch.empty_like(dmixing), torch.empty_like(dmixing)
+    row_sums = tokens.empty(batch, VECTORS.value, shape.total)
+    column_sums = tokens.empty(batch, column_blocks, VECTORS.value, shape.total)
+    launcher(
+        _mixing_backward_kernel, config, batch * column_blocks,
+        covariance=saved.covariance, mean=saved.mean, dmixing=dmixing, dshift=dshift,
+        projections=projections_of(attention), mixing=mixing, dcovariance=dcovariance, row_sums=row_sums,
+        column_sums=column_sums, HEADS=heads_of(attention),
+    )  # fmt: skip
+
+    config = launcher.config("mix_backward", widest_scale(shape))
+    token_blocks = launch.blocks(shape.tokens, config["block_n"])
+    dtokens, dnorm = torch.empty_like(tokens.plain), tokens.empty(batch, token_blocks, 2, shape.total)
+    launcher(
+        _mix_backward_kernel, config, batch * len(shape.channels) * token_blocks,
+        tokens=tokens.plain, centred=saved.centred, mixing=mixing, dcovariance=dcovariance, row_sums=row_sums,
+        column_sums=column_sums, dmixed=dmixed, norms=layer_norms_of(attention), dtokens=dtokens, dnorm=dnorm,
+        COLUMN_BLOCKS=column_blocks, EPS=eps_of(attention),
+    )  # fmt: skip
+
+    config = launcher.config("channel_gradients")
+    tiles = launch.blocks(PARAMETERS.value * shape.total, config["block_c"])
+    gradients = Gradients.empty(tokens, attention[0].norm.weight.dtype)
+    launcher(
+        _channel_gradients_kernel, config,
+        (len(shape.channels) + 1) * tiles + launch.blocks(2 * shape.total, config["block_c"]),
+        row_sums=row_sums, column_sums=column_sums, dnorm=dnorm, out=gradients, batch=batch, BLOCK_ROWS=block_rows,
+        NORM_BLOCKS=token_blocks, SHIFT_CANCELS=cancels_of(attention),
+    )  # fmt: skip
+    return dtokens, gradients

@@ -1,0 +1,137 @@
+"""Functions of kernels that two or more stages use, and their constants.
+
+Names in every kernel: `offs_*` indices along an axis, `mask_*` which of them exist, `b` an image, `i` a scale. A
+pointer has the name of its tensor. Pointers that belong together are one argument: a NamedTuple, or a tuple with one
+element a scale. Tokens are laid out (B, N, C), the channels of all scales side by side: `offs_c` are channels of one
+scale, `offs_all` the same among all. SHAPE is a `Shape`. ACC is the dtype of sums and statistics: float32, or float64
+for float64 maps.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+# What is launched. Numbers of images and of rows are not specialised on: 1 would be a constant, which has no `.to`, and
+# 1, 16 and 17 images would be three compilations.
+kernel = triton.jit(do_not_specialize=["batch", "count"])
+
+
+class Shape(NamedTuple):
+    """The sizes of a token grid, as a kernel's constants.
+
+    Attributes:
+        tokens: N.
+        channels: C_i of each scale.
+        offsets: where the channels of each scale begin among all.
+        total: C.
+    """
+
+    tokens: int
+    channels: tuple[int, ...]
+    offsets: tuple[int, ...]
+    total: int
+
+
+@functools.cache  # the same object each time: Triton looks it up by its hash, and compares it
+def shape_of(tokens: int, channels: tuple[int, ...]) -> Shape:
+    """`Shape` of N tokens and C_i channels of each scale."""
+    return Shape(tokens, channels, tuple(sum(channels[:i]) for i in range(len(channels))), sum(channels))
+
+
+@triton.constexpr_function
+def padded(size):
+    """The power of two, at least 16, that holds `size`: Triton's blocks are powers of two, and products start at 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def blocks_before(sizes, block, i):
+    """How many blocks the first i sizes have, where none reaches over two sizes."""
+    return sum(-(-sizes[k] // block) for k in range(i))
+
+
+@triton.jit
+def split_program(PER_IMAGE: tl.constexpr):
+    """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""
+    pid = tl.program_id(0)
+    return (pid // PER_IMAGE).to(tl.int64), pid % PER_IMAGE
+
+
+@triton.jit
+def load_vector(ptr, offs, mask, ACC: tl.constexpr):
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_vectors(ptr, vectors, mask, STRIDE: tl.constexpr):
+    """Each of some vectors, STRIDE behind the one before it."""
+    for k in tl.static_range(len(vectors)):
+        tl.store(ptr + k * STRIDE, vectors[k], mask=mask)
+
+
+@triton.jit
+def load_tile(ptr, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Some rows and columns of a matrix (HEIGHT, WIDTH), zero beyond it: [rows, columns]."""
+    mask = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(ptr + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tokens(ptr, offs_n, offs_all, mask_n, mask_c, TOTAL: tl.constexpr):
+    """Tokens of one image (N, C), zero beyond the masks: [tokens, channels]."""
+    mask = mask_n[:, None] & mask_c[None, :]
+    return tl.load(ptr + offs_n[:, None] * TOTAL + offs_all[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    """Sum of BLOCKS vectors that lie STRIDE apart, in a fixed order."""
+    STEP: tl.constexpr = 32
+    parts = tl.zeros([STEP, offs.shape[0]], ACC)
+    for start in range(0, BLOCKS, STEP):
+        offs_block = start + tl.arange(0, STEP)
+        parts += tl.load(
+            ptr + offs_block[:, None] * STRIDE + offs[None, :],
+            mask=(offs_block < BLOCKS)[:, None] & mask[None, :],
+            other=0.0,
+        )
+    return tl.sum(parts, 0)
+
+
+@triton.jit
+def image_rows(
+    start, ROWS: tl.constexpr, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr
+):
+    """ROWS of the vectors of all images, BLOCKS each: the image, where it begins, and whether there is one: [ROWS]."""
+    offs_row = start + tl.arange(0, ROWS)
+    b = (offs_row // BLOCKS).to(tl.int64)
+    return b, b * IMAGE_STRIDE + offs_row % BLOCKS * STRIDE, offs_row < batch * BLOCKS
+
+
+@triton.jit
+def sum_images(
+    ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr, ACC: tl.constexpr
+):
+    """Sum of the vectors of all images, BLOCKS each, that lie STRIDE and IMAGE_STRIDE apart, in a fixed order."""
+    ROWS: tl.constexpr = 4096 // offs.shape[0]  # many at a time: what takes long is to wait for them
+    out = tl.zeros([ROWS, offs.shape[0]], ACC)
+    for start in range(0, batch * BLOCKS, ROWS):
+        _, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, IMAGE_STRIDE)
+        out += tl.load(ptr + begin[:, None] + offs[None, :], mask=mask_row[:, None] & mask[None, :], other=0.0)
+    return tl.sum(out, 0)
+
+
+@triton.jit
+def zero_where_it_cancels(gradient, offs_all, SHIFT_CANCELS: tl.constexpr, SHAPE: tl.constexpr):
+    """A bias's gradient, zero in the scales where the BatchNorm behind takes off what the bias adds."""
+    for i in tl.static_range(len(SHAPE.channels)):
+        if SHIFT_CANCELS[i]:
+            inside = (offs_all >= SHAPE.offsets[i]) & (offs_all < SHAPE.offsets[i] + SHAPE.channels[i])
+            gradient = tl.where(inside, gradient * 0.0, gradient)
+    return gradient

@@ -1,0 +1,218 @@
+"""Stage 3: spatial cross-attention. docs/algebra.md derives its scores."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Attention, Contract
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.launch import Launcher
+from dca_kernels.triton_backend.parameters import heads_of, projections_of
+from dca_kernels.triton_backend.primitives import (
+    LOG2_E,
+    kernel,
+    load_tokens,
+    load_vector,
+    padded,
+    split_program,
+)
+from dca_kernels.triton_backend.tokens import Tokens, with_normalised
+
+
+@triton.constexpr_function
+def first_head(heads, i):
+    """How many heads the scales before scale i have."""
+    return sum(heads[k] for k in range(i))
+
+
+@kernel
+def _spatial_attention_kernel(
+    tokens, normalised, level, projections, attended, projected, scores,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head of one scale, against all keys.
+
+    tokens, normalised, attended (B, N, C), level (B, C). For a backward, projected (B, N, C) and scores
+    (B, heads, 2, N), see `Saved`; else None.
+    """
+    ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
+    BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_M)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    head_of_all = ALL_HEADS - 1 - tile // BLOCKS  # the widest scale, usually the last, first
+    offs_m = tile % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    for i in tl.static_range(len(SHAPE.channels)):
+        head = head_of_all - first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            _attend(
+                tokens=tokens, normalised=normalised, level=level, projections=projections, attended=attended,
+                projected=projected, scores=scores, scores_offset=(b * ALL_HEADS + head_of_all) * 2 * SHAPE.tokens, b=b,
+                head=head, offs_m=offs_m, i=i, SHAPE=SHAPE, HEADS=HEADS, PRECISION=PRECISION, ACC=ACC, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    tokens, normalised, level, projections, attended, projected, scores, scores_offset, b, head, offs_m,
+    i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """tokens + projection of softmax(scores) values; keys and values are the normalised tokens, online softmax."""
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    OFFSET: tl.constexpr = SHAPE.offsets[i]
+    DK: tl.constexpr = SHAPE.total // HEADS[i]
+    DV: tl.constexpr = SHAPE.channels[i] // HEADS[i]
+    tokens += b * N * TOTAL
+    normalised += b * N * TOTAL
+    level += b * TOTAL
+    offs_k = head * DK + tl.arange(0, padded(DK))
+    offs_v = head * DV + tl.arange(0, padded(DV))
+    mask_k, mask_v, mask_m = offs_k < (head + 1) * DK, offs_v < (head + 1) * DV, offs_m < N
+
+    bilinear, linear = load_score_terms(projections, level, offs_k, mask_k, i, DK, ACC)
+    query = load_tokens(normalised, offs_m, offs_k, mask_m, mask_k, TOTAL)  # [BLOCK_M, DK]
+    if scores is not None:  # the backward will need them
+        key_scores = tl.sum(query.to(ACC) * linear[None, :], 1)
+        tl.store(scores + scores_offset + offs_m, key_scores, mask=mask_m)
+    query = (query.to(ACC) * bilinear[None, :] + linear[None, :]).to(query.dtype)
+
+    largest = tl.full(offs_m.shape, float("-inf"), ACC)
+    normaliser = tl.zeros(offs_m.shape, ACC)
+    out = tl.zeros([offs_m.shape[0], padded(DV)], ACC)
+    WHOLE: tl.constexpr = N // BLOCK_N * BLOCK_N
+    for start in range(0, WHOLE, BLOCK_N):
+        largest, normaliser, out = _attend_keys(
+            largest=largest, normaliser=normaliser, attended=out, query=query, normalised=normalised,
+            offs_n=start + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k,
+            mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE,
+        )  # fmt: skip
+    if WHOLE < N:
+        largest, normaliser, out = _attend_keys(
+            largest=largest, normaliser=normaliser, attended=out, query=query, normalised=normalised,
+            offs_n=WHOLE + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k,
+            mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE + BLOCK_N,
+        )  # fmt: skip
+
+    p_weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
+    weight = p_weight * load_vector(projections.value_weight[i], offs_v, mask_v, ACC)
+    values = out / normaliser[:, None] * weight[None, :]
+    offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
+    mask = mask_m[:, None] & mask_v[None, :]
+    if scores is not None:
+        tl.store(scores + scores_offset + N + offs_m, largest + tl.log2(normaliser), mask=mask_m)
+        tl.store(projected + offs, values, mask=mask)
+    bias = p_weight * load_vector(projections.value_bias[i], offs_v, mask_v, ACC)
+    bias += load_vector(projections.output_bias[i], offs_v, mask_v, ACC)
+    bias += weight * load_vector(level + OFFSET, offs_v, mask_v, ACC)
+    values += bias[None, :]
+    values += load_tokens(tokens, offs_m, OFFSET + offs_v, mask_m, mask_v, TOTAL).to(ACC)
+    tl.store(attended + offs, values, mask=mask)
+
+
+@triton.jit
+def _attend_keys(
+    largest, normaliser, attended, query, normalised, offs_n, offs_k, offs_all, mask_k, mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: largest score, sum of weights, weighted values, with the keys offs_n < END as well."""
+    mask_n = _exist(offs_n, N, END)
+    keys = load_tokens(normalised, offs_n, offs_k, mask_n, mask_k, TOTAL)
+    values = load_tokens(normalised, offs_n, offs_all, mask_n, mask_v, TOTAL)
+    # [BLOCK_M, DK] [DK, BLOCK_N]
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
+    if END > N:
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - larger[:, None])
+    shrink = tl.exp2(largest - larger)
+    normaliser = normaliser * shrink + tl.sum(weights, 1)
+    # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+    attended = tl.dot(
+        weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
+    )
+    return larger, normaliser, attended
+
+
+@triton.jit
+def _exist(offs_n, N: tl.constexpr, END: tl.constexpr):
+    """Which tokens before END there are: a constant where all are, so that no tile but the last one is masked."""
+    if END > N:
+        return offs_n < N
+    return tl.full(offs_n.shape, True, tl.int1)
+
+
+@triton.jit
+def load_score_terms(projections, level, offs_k, mask_k, i: tl.constexpr, DK: tl.constexpr, ACC: tl.constexpr):
+    """score[m, n] = sum over k of (bilinear_k d_mk + linear_k) d_nk, times log2(e); d: the tokens less their level."""
+    scale: tl.constexpr = DK**-0.5 * LOG2_E
+    q_weight = load_vector(projections.query_weight[i], offs_k, mask_k, ACC)
+    q_bias = load_vector(projections.query_bias[i], offs_k, mask_k, ACC)
+    k_weight = load_vector(projections.key_weight[i], offs_k, mask_k, ACC)
+    of_level = load_vector(level, offs_k, mask_k, ACC)
+    return q_weight * scale * k_weight, (q_weight * of_level + q_bias) * scale * k_weight
+
+
+class Saved(NamedTuple):
+    """What the backward of one spatial attention needs.
+
+    Attributes:
+        tokens: with `normalised` and `level`.
+        projected: (B, N, C), what was added to the tokens, without its constant.
+        scores: (B, heads, 2, N), of each token as a key, the linear part of its scores; as a query, log2 of the sum of
+            its weights.
+    """
+
+    tokens: Tokens
+    projected: Tensor
+    scores: Tensor
+
+    @classmethod
+    def empty(cls, tokens: Tokens, heads: tuple[int, ...]) -> "Saved":
+        """These tokens, and fresh memory for what else the forward saves."""
+        scores = tokens.empty(tokens.batch, sum(heads), 2, tokens.shape.tokens)
+        return cls(
+            Tokens(tokens.plain, tokens.channels, normalised=tokens.normalised, level=tokens.level),
+            torch.empty_like(tokens.plain),
+            scores,
+        )
+
+
+def spatial_attention(tokens: Tokens, contract: Contract, block: int) -> tuple[Tokens, Saved | None]:
+    """Attend across tokens, with the residual (paper, eq. 4).
+
+    Args:
+        tokens: normalised for the attention's LayerNorms, or not yet.
+        contract: of the call. The key map's bias drops out.
+        block: which of its blocks.
+
+    Returns:
+        The tokens, and what the backward needs where there will be one; of a block without a spatial attention the
+        tokens as they came, and None.
+    """
+    attention = contract.blocks[block].spatial_attention
+    if attention is None:
+        return tokens, None
+    tokens = with_normalised(tokens, attention)
+    launcher, heads = tokens.launcher, heads_of(attention)
+    config, precision = configured("spatial_attention", launcher, attention)
+    attended = Tokens(torch.empty_like(tokens.plain), tokens.channels)
+    saved = Saved.empty(tokens, heads) if contract.backward else None
+    launcher(
+        _spatial_attention_kernel, config,
+        tokens.batch * sum(heads) * launch.blocks(launcher.shape.tokens, config["block_m"]),
+        tokens=tokens.plain, normalised=tokens.normalised, level=tokens.level, projections=projections_of(attention),
+        attended=attended.plain, projected=None if saved is None else saved.projected,
+        scores=None if saved is None else saved.scores, HEADS=heads, PRECISION=precision,
+    )  # fmt: skip
+    return attended, saved
+
+
+def configured(name: str, launcher: Launcher, attention: tuple[Attention, ...]) -> tuple[dict[str, Any], str]:
+    """A kernel's configuration, and the precision of its products."""
+    config = launcher.config(name, launch.padded(launcher.shape.total // min(heads_of(attention))))
+    ieee = launcher.precision == "tf32x3" and config.get("ieee")  # wide heads spill otherwise
+    return config, "ieee" if ieee else launcher.precision

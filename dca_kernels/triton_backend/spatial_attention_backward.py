@@ -1,0 +1,348 @@
+"""The backward of stage 3, spatial cross-attention, through its LayerNorm and its residual."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Affine, Attention, Contract, Projections
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.layer_norm import store_norm_gradients
+from dca_kernels.triton_backend.parameters import cancels_of, heads_of, projections_of
+from dca_kernels.triton_backend.primitives import (
+    LN_2,
+    LOG2_E,
+    image_rows,
+    kernel,
+    load_tokens,
+    load_vector,
+    padded,
+    split_program,
+    store_vectors,
+    zero_where_it_cancels,
+)
+from dca_kernels.triton_backend.spatial_attention import Saved, configured, first_head, load_score_terms
+from dca_kernels.triton_backend.tokens import Tokens, layer_norm_backward
+
+PARAMETERS = tl.constexpr(4)  # weight and bias of two maps: query and key, or value and projection
+
+
+class Partials(NamedTuple):
+    """Sums over blocks of tokens, from which the parameters' gradients follow.
+
+    Attributes:
+        terms: (B, blocks, S, 2, C), of the bilinear and of the linear term of the scores.
+        affine: (B, blocks, 2, C), of weight and bias of the result.
+        norm: (B, blocks, 2, C), of LayerNorm's weight and bias.
+    """
+
+    terms: Tensor
+    affine: Tensor
+    norm: Tensor
+
+
+@kernel
+def _expected_gradient_kernel(
+    scores, projected, dattended, expected,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: for BLOCK_N queries of one head of one scale, the gradient of a weight that all weights expect.
+
+    The softmax subtracts it: sum over channels of dattended (B, N, C) times projected (B, N, C). Beside it, in expected
+    (B, heads, 2, N), what is subtracted from scores where these queries are columns. scores (B, heads, 2, N).
+    """
+    N: tl.constexpr = SHAPE.tokens
+    ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_N)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    head_of_all = tile // BLOCKS
+    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    image = b * N * SHAPE.total
+    for i in tl.static_range(len(SHAPE.channels)):
+        head = head_of_all - first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            DV: tl.constexpr = SHAPE.channels[i] // HEADS[i]
+            offs_v = head * DV + tl.arange(0, padded(DV))
+            offs_all, mask_v = SHAPE.offsets[i] + offs_v, offs_v < (head + 1) * DV
+            gradient = load_tokens(dattended + image, offs_n, offs_all, mask_n, mask_v, SHAPE.total).to(ACC)
+            values = load_tokens(projected + image, offs_n, offs_all, mask_n, mask_v, SHAPE.total).to(ACC)
+            rows = (b * ALL_HEADS + head_of_all) * 2 * N + offs_n
+            key_score = tl.load(scores + rows, mask=mask_n)
+            normaliser = tl.load(scores + rows + N, mask=mask_n)
+            tl.store(expected + rows, tl.sum(gradient * values, 1), mask=mask_n)
+            tl.store(expected + rows + N, key_score + normaliser, mask=mask_n)
+
+
+@kernel
+def _spatial_attention_backward_kernel(
+    normalised, level, scores, expected, dattended, projections, dnormalised, dvalues, dterms, daffine,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M tokens of one head of one scale, as queries and as keys and values, against all tokens.
+
+    Writes the gradients of the normalised tokens through the scores, dnormalised (B, S, N, C), and of the values,
+    dvalues (B, N, C); and `Partials`, sums over its tokens: dterms and daffine. normalised, dattended (B, N, C), level
+    (B, C), scores, expected (B, heads, 2, N).
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    SCALES: tl.constexpr = len(SHAPE.channels)
+    ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
+    BLOCKS: tl.constexpr = triton.cdiv(N, BLOCK_M)
+    b, tile = split_program(ALL_HEADS * BLOCKS)
+    head_of_all = ALL_HEADS - 1 - tile // BLOCKS
+    block = tile % BLOCKS
+    for i in tl.static_range(SCALES):
+        head = head_of_all - first_head(HEADS, i)
+        if (head >= 0) & (head < HEADS[i]):
+            of_head = (b * ALL_HEADS + head_of_all) * 2 * N
+            _attend_backward(
+                normalised=normalised, level=level, scores=scores + of_head, expected=expected + of_head,
+                dattended=dattended, projections=projections, dnormalised=dnormalised + (b * SCALES + i) * N * TOTAL,
+                dvalues=dvalues, dterms=dterms + ((b * BLOCKS + block) * SCALES + i) * 2 * TOTAL,
+                daffine=daffine + (b * BLOCKS + block) * 2 * TOTAL, b=b, head=head,
+                offs_m=block * BLOCK_M + tl.arange(0, BLOCK_M), i=i, SHAPE=SHAPE, HEADS=HEADS, PRECISION=PRECISION,
+                ACC=ACC, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_backward(
+    normalised, level, scores, expected, dattended, projections, dnormalised, dvalues, dterms, daffine, b, head, offs_m,
+    i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """With A = dS + dS^T, S the scores:
+
+    d d_m = bilinear * sum over n of A[m, n] d_n + linear * sum over n of dS[n, m].
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    DK: tl.constexpr = SHAPE.total // HEADS[i]
+    DV: tl.constexpr = SHAPE.channels[i] // HEADS[i]
+    image = b * N * TOTAL
+    offs_k = head * DK + tl.arange(0, padded(DK))
+    offs_v = head * DV + tl.arange(0, padded(DV))
+    mask_k, mask_v, mask_m = offs_k < (head + 1) * DK, offs_v < (head + 1) * DV, offs_m < N
+    offs_all = SHAPE.offsets[i] + offs_v
+    bilinear, linear = load_score_terms(projections, level + b * TOTAL, offs_k, mask_k, i, DK, ACC)
+    weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
+    weight *= load_vector(projections.value_weight[i], offs_v, mask_v, ACC)
+    tokens_m = load_tokens(normalised + image, offs_m, offs_k, mask_m, mask_k, TOTAL)  # [BLOCK_M, DK]
+    query = (tokens_m.to(ACC) * bilinear[None, :] + linear[None, :]).to(tokens_m.dtype)
+    values_m = load_tokens(normalised + image, offs_m, offs_all, mask_m, mask_v, TOTAL)  # [BLOCK_M, DV]
+    values_m = (values_m.to(ACC) * weight[None, :]).to(values_m.dtype)
+    dattended_m = load_tokens(dattended + image, offs_m, offs_all, mask_m, mask_v, TOTAL)
+    tl.store(daffine + TOTAL + offs_all, tl.sum(dattended_m.to(ACC), 0), mask=mask_v)
+    dattended_m = (dattended_m.to(ACC) * weight[None, :]).to(values_m.dtype)
+    key_score_m = tl.load(scores + offs_m, mask=mask_m, other=0.0)
+    normaliser_m = tl.load(scores + N + offs_m, mask=mask_m, other=float("inf"))  # rows beyond have no weight
+    expected_m = tl.load(expected + offs_m, mask=mask_m, other=0.0)
+
+    through_bilinear = tl.zeros(query.shape, ACC)
+    through_linear = tl.zeros(offs_m.shape, ACC)
+    dvalues_m = tl.zeros(values_m.shape, ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        tokens_n = load_tokens(normalised + image, offs_n, offs_k, mask_n, mask_k, TOTAL)
+        values_n = load_tokens(normalised + image, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        dattended_n = load_tokens(dattended + image, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        expected_n = tl.load(expected + offs_n, mask=mask_n, other=0.0)
+        normaliser_n = tl.load(expected + N + offs_n, mask=mask_n, other=float("inf"))
+        # [BLOCK_M, DK] [DK, BLOCK_N]
+        score = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
+        columns = tl.exp2(score + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
+        # [BLOCK_M, DV] [DV, BLOCK_N]
+        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+        dvalues_m = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues_m, input_precision=PRECISION, out_dtype=ACC)
+        dcolumns = columns * (along_columns - expected_n[None, :])
+        through_linear += tl.sum(dcolumns, 1)
+        rows = tl.exp2(score - normaliser_m[:, None])  # weight[m, n]
+        if N % BLOCK_N != 0:
+            rows = tl.where(mask_n[None, :], rows, 0.0)
+        # [BLOCK_M, DV] [DV, BLOCK_N]
+        along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
+        both = rows * (along_rows - expected_m[:, None]) + dcolumns
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DK]
+        through_bilinear = tl.dot(
+            both.to(tokens_n.dtype), tokens_n, through_bilinear, input_precision=PRECISION, out_dtype=ACC
+        )
+
+    # What follows is loaded again, and one result done before the next: else they would spill.
+    tl.debug_barrier()
+    values_m = load_tokens(normalised + image, offs_m, offs_all, mask_m, mask_v, TOTAL).to(ACC)
+    weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
+    weight *= load_vector(projections.value_weight[i], offs_v, mask_v, ACC)
+    mask = mask_m[:, None] & mask_v[None, :]
+    tl.store(dvalues + image + offs_m[:, None] * TOTAL + offs_all[None, :], dvalues_m * weight[None, :], mask=mask)
+    tl.store(daffine + offs_all, tl.sum(dvalues_m * values_m, 0), mask=mask_v)
+    tl.debug_barrier()
+    tokens_m = load_tokens(normalised + image, offs_m, offs_k, mask_m, mask_k, TOTAL).to(ACC)
+    through_bilinear *= LN_2
+    through_linear = tl.where(mask_m, through_linear * LN_2, 0.0)
+    tl.store(dterms + offs_k, 0.5 * tl.sum(through_bilinear * tokens_m, 0), mask=mask_k)
+    tl.store(dterms + TOTAL + offs_k, tl.sum(through_linear[:, None] * tokens_m, 0), mask=mask_k)
+    tl.debug_barrier()
+    bilinear, linear = load_score_terms(projections, level + b * TOTAL, offs_k, mask_k, i, DK, ACC)
+    dtokens = through_bilinear * bilinear[None, :] + through_linear[:, None] * linear[None, :]
+    mask = mask_m[:, None] & mask_k[None, :]
+    tl.store(dnormalised + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
+
+
+@kernel
+def _spatial_gradients_kernel(
+    level, partials, projections, out, batch,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, NORM_BLOCKS: tl.constexpr,
+    SHIFT_CANCELS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of some of the parameters' gradients, `Gradients`, over images in a fixed order.
+
+    level (B, C), partials `Partials`, of BLOCKS blocks and, of LayerNorm's, of NORM_BLOCKS. The key map's bias drops
+    out of the softmax.
+    """
+    TOTAL: tl.constexpr = SHAPE.total
+    SCALES: tl.constexpr = len(SHAPE.channels)
+    TILES: tl.constexpr = triton.cdiv(TOTAL, BLOCK_C)
+    pid = tl.program_id(0)
+    offs_c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < TOTAL
+    for i in tl.static_range(SCALES):
+        if pid // TILES == i:
+            scale: tl.constexpr = (TOTAL // HEADS[i]) ** -0.5 * LOG2_E
+            q_weight = load_vector(projections.query_weight[i], offs_c, mask_c, ACC) * scale
+            q_bias = load_vector(projections.query_bias[i], offs_c, mask_c, ACC) * scale
+            k_weight = load_vector(projections.key_weight[i], offs_c, mask_c, ACC) * scale
+            dbilinear, dlinear = sum_with_level(
+                partials.terms + i * 2 * TOTAL, level, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, TOTAL, ACC
+            )
+            dq_weight, dq_bias = k_weight * dbilinear, k_weight * dlinear
+            dk_weight, dk_bias = q_weight * dbilinear + q_bias * dlinear, tl.zeros([BLOCK_C], ACC)
+            out_ptrs = out.query_key + i * PARAMETERS * TOTAL + offs_c
+            store_vectors(out_ptrs, (dq_weight, dq_bias, dk_weight, dk_bias), mask_c, TOTAL)
+    if pid // TILES == SCALES:
+        v_weight, v_bias, p_weight = _load_values_and_outputs(projections, offs_c, SHAPE, ACC)
+        dweight, dbias = sum_with_level(partials.affine, level, offs_c, mask_c, batch, BLOCKS, 2 * TOTAL, TOTAL, ACC)
+        dbias = zero_where_it_cancels(dbias, offs_c, SHIFT_CANCELS, SHAPE)
+        dv_weight, dv_bias = p_weight * dweight, p_weight * dbias
+        dp_weight = v_weight * dweight + v_bias * dbias
+        store_vectors(out.value_output + offs_c, (dv_weight, dv_bias, dp_weight, dbias), mask_c, TOTAL)
+    if pid // TILES > SCALES:
+        offs = (pid - (SCALES + 1) * TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+        store_norm_gradients(partials.norm, out.norm, offs, batch, NORM_BLOCKS, SHAPE, ACC)
+
+
+@triton.jit
+def _load_values_and_outputs(projections, offs_all, SHAPE: tl.constexpr, ACC: tl.constexpr):
+    """The value maps' weights and biases and the projections' weights, those of all scales side by side."""
+    v_weight = tl.zeros(offs_all.shape, ACC)
+    v_bias = tl.zeros(offs_all.shape, ACC)
+    p_weight = tl.zeros(offs_all.shape, ACC)
+    for i in tl.static_range(len(SHAPE.channels)):
+        offs_c = offs_all - SHAPE.offsets[i]
+        mask_c = (offs_c >= 0) & (offs_c < SHAPE.channels[i])
+        v_weight += load_vector(projections.value_weight[i], offs_c, mask_c, ACC)
+        v_bias += load_vector(projections.value_bias[i], offs_c, mask_c, ACC)
+        p_weight += load_vector(projections.output_weight[i], offs_c, mask_c, ACC)
+    return v_weight, v_bias, p_weight
+
+
+@triton.jit
+def sum_with_level(
+    ptr, level, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
+    """As `sum_images`, of two vectors, TOTAL apart: the first plus level (B, C) times the second; and the second."""
+    ROWS: tl.constexpr = 2048 // offs.shape[0]
+    first = tl.zeros([ROWS, offs.shape[0]], ACC)
+    second = tl.zeros([ROWS, offs.shape[0]], ACC)
+    for start in range(0, batch * BLOCKS, ROWS):
+        b, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, BLOCKS * STRIDE)
+        here = mask_row[:, None] & mask[None, :]
+        ptrs = ptr + begin[:, None] + offs[None, :]
+        one, other = tl.load(ptrs, mask=here, other=0.0), tl.load(ptrs + TOTAL, mask=here, other=0.0)
+        of_level = tl.load(level + (b * TOTAL)[:, None] + offs[None, :], mask=here, other=0.0)
+        first += one + other * of_level
+        second += other
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+class Gradients(NamedTuple):
+    """Of the parameters: a weight, then a bias, of each projection."""
+
+    query_key: Tensor  # (S, 4, C)
+    value_output: Tensor  # (4, C)
+    norm: Tensor  # (2, C)
+
+    @classmethod
+    def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
+        """Fresh memory for those of an attention of these tokens, in the parameters' dtype."""
+        scales, total = len(tokens.channels), tokens.shape.total
+        return cls(*(tokens.empty(*rows, total, dtype=dtype) for rows in ((scales, 4), (4,), (2,))))
+
+    def split(self, attention: tuple[Attention, ...], channels: tuple[int, ...]) -> tuple[Attention, ...]:
+        """As the contract has them: views."""
+        of_all = [rows.unbind() for rows in self.query_key.unbind()]  # S of 4 (C)
+        of_scale, norms = (
+            zip(*[row.split(channels) for row in rows.unbind()], strict=True) for rows in (self.value_output, self.norm)
+        )  # S of 4 (C_i) and of 2 (C_i)
+        scales = []
+        for scale, (qw, qb, kw, kb), (vw, vb, ow, ob), norm in zip(attention, of_all, of_scale, norms, strict=True):
+            projections = Projections(Affine(qw, qb), Affine(kw, kb), Affine(vw, vb), Affine(ow, ob))
+            scales.append(Attention(Affine(*norm), projections, *scale[2:]))
+        return tuple(scales)
+
+
+def spatial_attention_backward(
+    saved: Saved, dattended: Tensor, contract: Contract, block: int
+) -> tuple[Tensor, Gradients]:
+    """The gradients of `spatial_attention`.
+
+    Args:
+        saved: what the forward returned.
+        dattended: (B, N, C), the gradient of its result, in the tokens' dtype.
+        contract, block: as in the forward.
+
+    Returns:
+        The gradient of the tokens, (B, N, C), and of the parameters.
+    """
+    attention = contract.blocks[block].spatial_attention
+    assert attention is not None
+    tokens, launcher = saved.tokens, saved.tokens.launcher
+    batch, shape, heads, projections = tokens.batch, launcher.shape, heads_of(attention), projections_of(attention)
+
+    config = launcher.config("expected_gradient")
+    expected = tokens.empty(batch, sum(heads), 2, shape.tokens)
+    launcher(
+        _expected_gradient_kernel, config, batch * sum(heads) * launch.blocks(shape.tokens, config["block_n"]),
+        scores=saved.scores, projected=saved.projected, dattended=dattended, expected=expected, HEADS=heads,
+    )  # fmt: skip
+
+    config, precision = configured("spatial_attention_backward", launcher, attention)
+    blocks, scales = launch.blocks(shape.tokens, config["block_m"]), len(shape.channels)
+    dnormalised = tokens.empty(batch, scales, shape.tokens, shape.total, dtype=launcher.dtype)
+    dvalues = torch.empty_like(tokens.plain)
+    dterms = tokens.empty(batch, blocks, scales, 2, shape.total)
+    daffine = tokens.empty(batch, blocks, 2, shape.total)
+    launcher(
+        _spatial_attention_backward_kernel, config, batch * sum(heads) * blocks,
+        normalised=tokens.normalised, level=tokens.level, scores=saved.scores, expected=expected, dattended=dattended,
+        projections=projections, dnormalised=dnormalised, dvalues=dvalues, dterms=dterms, daffine=daffine, HEADS=heads,
+        PRECISION=precision,
+    )  # fmt: skip
+
+    dtokens, dnorm = layer_norm_backward(tokens, attention, dnormalised, dvalues, dattended)
+
+    config = launcher.config("spatial_gradients")
+    gradients = Gradients.empty(tokens, projections.query_weight[0].dtype)
+    tiles, norm_tiles = (launch.blocks(size, config["block_c"]) for size in (shape.total, 2 * shape.total))
+    launcher(
+        _spatial_gradients_kernel, config, (scales + 1) * tiles + norm_tiles,
+        level=tokens.level, partials=Partials(dterms, daffine, dnorm), projections=projections, out=gradients,
+        batch=batch, HEADS=heads, BLOCKS=blocks, NORM_BLOCKS=dnorm.shape[1], SHIFT_CANCELS=cancels_of(attention),
+    )  # fmt: skip
+    return dtokens, gradients

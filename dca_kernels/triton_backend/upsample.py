@@ -1,0 +1,228 @@
+"""Stage 4: upsample the tokens and merge them with the skip maps."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Contract, from_batch, memory_format
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.batch_statistics import (
+    batch_statistics,
+    combine_images,
+    counters_of,
+    update_buffers,
+)
+from dca_kernels.triton_backend.grid import (
+    interpolate,
+    layout_of,
+    less_mean,
+    load_map,
+    map_pointers,
+    memory_of,
+    norms_of,
+    of_pairs,
+    pairs,
+    tiles_of,
+)
+from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, buffers_of
+from dca_kernels.triton_backend.patch_embed import Maps
+from dca_kernels.triton_backend.primitives import blocks_before, kernel, load_vector, padded, split_program
+from dca_kernels.triton_backend.tokens import Tokens, widest_scale
+
+
+@kernel
+def _conv_kernel(
+    tokens, weights, z,
+    SHAPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale.
+
+    tokens, z (B, N, C), weights (C_i, C_i). OPERAND is the dtype of the products.
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
+    offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    image = b * N * SHAPE.total
+    for i in tl.static_range(len(SHAPE.channels)):
+        block = tile % TILES - blocks_before(SHAPE.channels, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            _conv(
+                tokens=tokens + image + SHAPE.offsets[i], weight=weights[i],
+                z=z + image + SHAPE.offsets[i], offs_n=offs_n, offs_out=block * BLOCK_C + tl.arange(0, BLOCK_C), N=N,
+                TOTAL=SHAPE.total, CHANNELS=SHAPE.channels[i], OPERAND=OPERAND, PRECISION=PRECISION, ACC=ACC,
+                BLOCK_K=BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def _conv(
+    tokens, weight, z, offs_n, offs_out,
+    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z[n, out] = sum over channels of tokens[n, in] weight[out, in], weight (C_i, C_i)."""
+    STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
+    mask_n, mask_out = offs_n < N, offs_out < CHANNELS
+    out = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
+    for start in range(0, CHANNELS, STEP):
+        offs_in = start + tl.arange(0, STEP)
+        mask_in = offs_in < CHANNELS
+        a_ptrs = tokens + offs_n[:, None] * TOTAL + offs_in[None, :]
+        a = tl.load(a_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+        b_ptrs = weight + offs_out[:, None] * CHANNELS + offs_in[None, :]
+        b = tl.load(b_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+        out = tl.dot(a, tl.trans(b), out, input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_N, STEP] [STEP, BLOCK_C]
+    tl.store(z + offs_n[:, None] * TOTAL + offs_out[None, :], out, mask=mask_n[:, None] & mask_out[None, :])
+
+
+@kernel
+def _upsample_kernel(
+    maps, z, biases, affines, buffers, statistics, outs, used, batch,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
+
+    z (B, N, C), statistics (B, 2, C). Writes outs (B, C_i, H_i, W_i); and used (2, C), the mean without the
+    convolution's bias and the variance that BatchNorm took.
+    """
+    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    for i in tl.static_range(len(SHAPE.channels)):
+        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+            _upsample(
+                x=maps[i], z=z, bias=biases[i], affines=affines, buffers=buffers,
+                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - TILES.first[i], i=i,
+                SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _upsample(
+    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    CHANNELS: tl.constexpr = SHAPE.channels[i]
+    TOTAL: tl.constexpr = SHAPE.total
+    GRID: tl.constexpr = LAYOUT.grid
+    SIZE: tl.constexpr = LAYOUT.of[i].size
+    STRIDE: tl.constexpr = LAYOUT.of[i].stride
+    OUT_STRIDE: tl.constexpr = LAYOUT.of[i].out_stride
+    NORM: tl.constexpr = LAYOUT.of[i].norm
+    TILE: tl.constexpr = TILES.of[i]
+    COLUMNS: tl.constexpr = triton.cdiv(SIZE[1], TILE.columns)
+    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
+    c_begin = tile // (ROWS * COLUMNS) * TILE.channels
+    h_begin = tile // COLUMNS % ROWS * TILE.rows
+    w_begin = tile % COLUMNS * TILE.columns
+
+    offs_c = c_begin + tl.arange(0, TILE.channels)
+    mask_c = offs_c < CHANNELS
+    offs_all = SHAPE.offsets[i] + offs_c
+    constant = load_vector(bias, offs_c, mask_c, ACC)
+    if NORM is None:
+        mean = -constant.to(tl.float64)
+        variance = tl.zeros(offs_c.shape, ACC)
+    elif NORM.from_batch:
+        mean, variance = combine_images(statistics, offs_all, mask_c, batch, SIZE[0] * SIZE[1], TOTAL, ACC)
+        if NORM.updates and (b == 0) & (h_begin == 0) & (w_begin == 0):
+            update_buffers(
+                buffers=buffers, i=i, mean=(mean + constant).to(ACC), variance=variance, offs_c=offs_c,
+                mask_c=mask_c, count=batch.to(tl.int64) * SIZE[0] * SIZE[1], MOMENTUM=NORM.momentum, ACC=ACC,
+            )  # fmt: skip
+    else:
+        mean = load_vector(buffers.mean[i], offs_c, mask_c, tl.float64) - constant
+        variance = load_vector(buffers.variance[i], offs_c, mask_c, ACC)
+    if (used is not None) and (b == 0) & (h_begin == 0) & (w_begin == 0):  # the backward will need them
+        tl.store(used + offs_all, mean, mask=mask_c)
+        tl.store(used + TOTAL + offs_all, variance, mask=mask_c)
+
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, SIZE[0], TILE)
+    offs_w = w_begin + tl.arange(0, TILE.columns)
+    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    z_ptrs = z + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i] + pair_c
+    up = interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC)
+    pixels = load_map(x + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    y = less_mean(pixels, up, mean, TILE.rows, ACC)  # [pairs, columns]
+    if NORM is not None:
+        scale = tl.rsqrt(variance + NORM.eps)
+        if affines.weight[i] is not None:
+            scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
+        y *= of_pairs(scale, TILE.rows)[:, None]
+        if affines.bias[i] is not None:
+            y += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN
+    tl.store(map_pointers(out + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, OUT_STRIDE), y, mask=mask)
+
+
+class Saved(NamedTuple):
+    """What the backward needs beside the maps, which the network holds anyway.
+
+    Attributes:
+        tokens: (B, N, C).
+        z: (B, N, C), the convolution of the tokens.
+        transposed: of the maps, see `patch_embed.Moments`.
+        used: (2, C) in float64, mean without the convolution's bias, and variance, that BatchNorm took; where there
+            will be a backward or a BatchNorm takes the batch's.
+    """
+
+    tokens: Tokens
+    z: Tensor
+    transposed: Tensor | None
+    used: Tensor | None
+
+    @classmethod
+    def empty(cls, tokens: Tokens, transposed: Tensor | None, contract: Contract) -> "Saved":
+        """These, and fresh memory for what else the forward saves."""
+        used = None
+        if contract.backward or any(from_batch(contract)):
+            used = tokens.empty(2, tokens.shape.total, dtype=torch.float64)
+        return cls(Tokens(tokens.plain, tokens.channels), torch.empty_like(tokens.plain), transposed, used)
+
+
+def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tensor], Saved]:
+    """1x1 convolution at the grid's size, bilinear upsampling, raw map added, BatchNorm, ReLU (paper, eq. 5).
+
+    Args:
+        tokens: the tokens.
+        maps: what `patch_embed` returned.
+        contract: of the call.
+
+    Returns:
+        S tensors (B, C_i, H_i, W_i) in the contract's output dtypes, channels_last where the map is; and what the
+        backward needs. BatchNorm's running buffers are updated.
+    """
+    launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
+    moments = maps.moments
+    saved = Saved.empty(tokens, None if moments is None else moments.transposed, contract)
+    config = launcher.config("conv", widest_scale(shape))
+    column_blocks = sum([launch.blocks(c, config["block_c"]) for c in shape.channels])
+    launcher(
+        _conv_kernel, config, batch * launch.blocks(shape.tokens, config["block_n"]) * column_blocks,
+        tokens=tokens.plain, weights=affines_of(contract.upsample).weight, z=saved.z,
+    )  # fmt: skip
+    statistics = None if moments is None else batch_statistics(tokens, saved.z, maps, contract)
+    outs = [
+        torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
+        for x, dtype in zip(maps.maps, contract.output_dtypes, strict=True)
+    ]
+    if batch == 0:  # no program runs: BatchNorm counts the batch all the same, and takes no mean of it
+        for counter in (c for c in counters_of(contract) if c is not None):
+            counter.add_(1)
+        if saved.used is not None:
+            saved.used.zero_()
+    layout = layout_of(maps.maps, contract.grid, norms_of(contract.norms, updates=True), outs)
+    config = launcher.config("upsample" + memory_of(maps.maps), max([width for _, width in layout.sizes]))
+    tiles = tiles_of(shape, layout.sizes, config["tile"], config["block_c"], config["block_w"])
+    launcher(
+        _upsample_kernel, config, batch * tiles.first[-1],
+        maps=maps.maps, z=saved.z, biases=affines_of(contract.upsample).bias,
+        affines=batch_norms_of(contract.norms), buffers=buffers_of(contract.buffers), statistics=statistics,
+        outs=tuple(outs), used=saved.used, batch=batch, LAYOUT=layout, TILES=tiles,
+    )  # fmt: skip
+    return outs, saved

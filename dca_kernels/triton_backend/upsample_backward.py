@@ -1,0 +1,452 @@
+"""The backward of stage 4, as far as the tokens; the maps' gradients wait for those of the first stage's tokens."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dca_kernels.contract import Affine, BatchNorm, Contract, accumulation_dtype
+from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.grid import (
+    COLUMN_SUMS,
+    DIAGONAL,
+    NEXT_DIAGONAL,
+    TABLES,
+    band,
+    band_begin,
+    column_table,
+    interpolate,
+    interpolation_matrix,
+    interpolation_tables,
+    layout_of,
+    less_mean,
+    load_grid,
+    load_map,
+    memory_of,
+    norms_of,
+    of_pairs,
+    pairs,
+    row_table,
+    sum_pairs,
+    tiles_of,
+    weight_in_row,
+)
+from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
+from dca_kernels.triton_backend.partials import sum_partials
+from dca_kernels.triton_backend.primitives import (
+    blocks_before,
+    kernel,
+    load_tokens,
+    load_vector,
+    padded,
+    split_program,
+    sum_images,
+)
+from dca_kernels.triton_backend.tokens import Tokens, widest_scale
+from dca_kernels.triton_backend.upsample import Saved
+
+
+@triton.jit
+def load_scale(used, affines, offs_c, offs_all, mask_c, i, EPS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+    """What BatchNorm multiplies by: gamma / sqrt(variance + eps), [channels]. used (2, C), see `upsample.Saved`."""
+    scale = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + EPS)
+    if affines.weight[i] is not None:
+        scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
+    return scale
+
+
+@triton.jit
+def load_relu_gradient(
+    x, z, dout, affines, used, b, c_begin, h_begin,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr, BY_PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
+
+    Each [pairs, columns]. x, dout (B, C_i, H_i, W_i), z (B, N, C), used (2, C).
+    """
+    GRID: tl.constexpr = LAYOUT.grid
+    TOTAL: tl.constexpr = SHAPE.total
+    SIZE: tl.constexpr = LAYOUT.of[i].size
+    STRIDE: tl.constexpr = LAYOUT.of[i].stride
+    OUT_STRIDE: tl.constexpr = LAYOUT.of[i].out_stride
+    NORM: tl.constexpr = LAYOUT.of[i].norm
+    TILE: tl.constexpr = TILES.of[i]
+    offs_c = c_begin + tl.arange(0, TILE.channels)
+    mask_c = offs_c < SHAPE.channels[i]
+    offs_all = SHAPE.offsets[i] + offs_c
+    mean = load_vector(used, offs_all, mask_c, tl.float64)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], SIZE[0], TILE)
+    offs_w = tl.arange(0, TILE.columns)
+    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    z_ptrs = z + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i] + pair_c
+    up = interpolate(
+        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, w_begin=tl.zeros([], tl.int32), offs_w=offs_w, SIZE=SIZE,
+        GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=BY_PRODUCT,
+    )  # fmt: skip
+    pixels = load_map(x + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    y = less_mean(pixels, up, mean, TILE.rows, ACC)
+    gradient = load_map(dout + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
+    if NORM is not None:
+        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)
+        before_relu = y * of_pairs(scale, TILE.rows)[:, None]
+        if affines.bias[i] is not None:
+            before_relu += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
+        gradient = tl.where(before_relu <= 0, 0.0, gradient)
+    return pixels, y, gradient
+
+
+@kernel
+def _upsample_backward_kernel(
+    maps, z, douts, affines, used, sums, strips,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, TILES: tl.constexpr, STRIPS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of whole rows of one map. Sums over its pixels of the gradient g behind the ReLU, and of g y.
+
+    maps, douts (B, C_i, H_i, W_i), z (B, N, C), used (2, C). Writes sums (B, SUM_BLOCKS, 2, C); and strips, g times the
+    transposed interpolation along rows: for each image S arrays (H_i, P_w, C_i), that of scale i from STRIPS[i] on.
+    """
+    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    for i in tl.static_range(len(SHAPE.channels)):
+        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+            _upsample_backward(
+                x=maps[i], z=z, dout=douts[i], affines=affines, used=used,
+                sums=sums + b * SUM_BLOCKS * 2 * SHAPE.total,
+                strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], b=b, tile=tile - TILES.first[i], i=i,
+                SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _upsample_backward(
+    x, z, dout, affines, used, sums, strips, b, tile,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    CHANNELS: tl.constexpr = SHAPE.channels[i]
+    GRID: tl.constexpr = LAYOUT.grid
+    SIZE: tl.constexpr = LAYOUT.of[i].size
+    TILE: tl.constexpr = TILES.of[i]
+    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
+    c_begin, h_begin = tile // ROWS * TILE.channels, tile % ROWS * TILE.rows
+    _, y, gradient = load_relu_gradient(
+        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, i=i, SHAPE=SHAPE,
+        LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES, BY_PRODUCT=True,
+    )  # fmt: skip
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, SIZE[0], TILE)
+    offs_w = tl.arange(0, TILE.columns)
+    offs_c = c_begin + tl.arange(0, TILE.channels)
+    sums_ptrs = sums + tile % ROWS * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
+    tl.store(sums_ptrs, sum_pairs(gradient, TILE), mask=offs_c < CHANNELS)
+    tl.store(sums_ptrs + SHAPE.total, sum_pairs(gradient * y, TILE), mask=offs_c < CHANNELS)
+    offs_q = tl.arange(0, padded(GRID[1]))
+    matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
+    # [pairs, columns] [columns, P_w]
+    strip = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)
+    ptrs = strips + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
+    strip /= SIZE[1] / GRID[1]  # of a gradient's size, whatever the stride
+    tl.store(ptrs, strip, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
+
+
+@kernel
+def _norm_gradients_kernel(
+    sums, used, affines, out, through_statistics, batch,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+    SUM_BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: a sum of BLOCK_C channels of one scale, over images and tiles in a fixed order, and what it is for.
+
+    out (3, C): BatchNorm's weight and bias, the convolution's bias. through_statistics (2, C): what the gradient of
+    up(z) + x loses where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean. sums
+    (B, SUM_BLOCKS, 2, C), of scale i in BLOCKS[i] blocks, used (2, C).
+    """
+    TOTAL: tl.constexpr = SHAPE.total
+    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    for i in tl.static_range(len(SHAPE.channels)):
+        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            NORM: tl.constexpr = LAYOUT.of[i].norm
+            SIZE: tl.constexpr = LAYOUT.of[i].size
+            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < SHAPE.channels[i]
+            offs_all = SHAPE.offsets[i] + offs_c
+            rstd = tl.full([BLOCK_C], 1.0, ACC)
+            scale = rstd
+            if NORM is not None:
+                rstd = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
+                scale = rstd
+                if affines.weight[i] is not None:
+                    scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
+            pixels = batch.to(ACC) * (SIZE[0] * SIZE[1])
+            gradient = sum_images(
+                sums + k * TOTAL, offs_all, mask_c, batch, BLOCKS[i], 2 * TOTAL, SUM_BLOCKS * 2 * TOTAL, ACC
+            )
+            if k == 0:
+                tl.store(out + TOTAL + offs_all, gradient, mask=mask_c)
+                if (NORM is not None) and NORM.from_batch:
+                    tl.store(out + 2 * TOTAL + offs_all, tl.zeros([BLOCK_C], ACC), mask=mask_c)
+                    tl.store(through_statistics + offs_all, gradient / pixels, mask=mask_c)
+                else:
+                    tl.store(out + 2 * TOTAL + offs_all, scale * gradient, mask=mask_c)
+            else:
+                tl.store(out + offs_all, gradient * rstd, mask=mask_c)
+                if (NORM is not None) and NORM.from_batch:
+                    tl.store(through_statistics + TOTAL + offs_all, gradient * rstd * rstd / pixels, mask=mask_c)
+
+
+@kernel
+def _grid_gradient_kernel(
+    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, STRIPS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
+
+    It is that of z, dz (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs
+    all of z's, BLOCK_K at a time, and writes those of its own channels. z, transposed (B, N, C), used,
+    through_statistics (2, C), tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them.
+    """
+    GRID: tl.constexpr = LAYOUT.grid
+    TOTAL: tl.constexpr = SHAPE.total
+    ROW_BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    b, tile = split_program(GRID[0] * ROW_BLOCKS)
+    p = tile // ROW_BLOCKS
+    image = b * GRID[0] * GRID[1] * TOTAL
+    offs_q = tl.arange(0, padded(GRID[1]))
+    row = image + (p * GRID[1] + offs_q) * TOTAL
+    for i in tl.static_range(len(SHAPE.channels)):
+        block = tile % ROW_BLOCKS - blocks_before(SHAPE.channels, BLOCK_C, i)
+        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            CHANNELS: tl.constexpr = SHAPE.channels[i]
+            STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
+            offs_in = block * BLOCK_C + tl.arange(0, min(padded(CHANNELS), BLOCK_C))
+            mask_in = offs_in < CHANNELS
+            out = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
+            for start in range(0, CHANNELS, STEP):
+                offs_c = start + tl.arange(0, STEP)
+                mask_c = offs_c < CHANNELS
+                gradient = _grid_gradient(
+                    x=maps[i] + b * LAYOUT.of[i].stride[0], z=z, transposed=transposed, used=used, image=image,
+                    tables=tables + i * TABLES * (GRID[0] + GRID[1]),
+                    strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], affines=affines,
+                    through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, i=i,
+                    SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
+                ).to(dz.dtype.element_ty)  # fmt: skip
+                here = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
+                tl.store(dz + row[:, None] + (SHAPE.offsets[i] + offs_c)[None, :], gradient, mask=here)
+                if dtokens is not None:
+                    weight_ptrs = weights[i] + offs_c[:, None] * CHANNELS + offs_in[None, :]
+                    weight = tl.load(weight_ptrs, mask=mask_c[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+                    # [P_w, STEP] [STEP, BLOCK_C]
+                    out = tl.dot(gradient.to(OPERAND), weight, out, input_precision=PRECISION, out_dtype=ACC)
+            if dtokens is not None:
+                ptrs = dtokens + row[:, None] + (SHAPE.offsets[i] + offs_in)[None, :]
+                tl.store(ptrs, out, mask=(offs_q < GRID[1])[:, None] & mask_in[None, :])
+
+
+@triton.jit
+def _grid_gradient(
+    x, z, transposed, used, image, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of z in one row of the grid: [columns, channels]. x is one image (C_i, H_i, W_i)."""
+    CHANNELS: tl.constexpr = SHAPE.channels[i]
+    GRID: tl.constexpr = LAYOUT.grid
+    TOTAL: tl.constexpr = SHAPE.total
+    SIZE: tl.constexpr = LAYOUT.of[i].size
+    NORM: tl.constexpr = LAYOUT.of[i].norm
+    offs_all = SHAPE.offsets[i] + offs_c
+    mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
+    strip_ptrs = strips + offs_q[:, None] * CHANNELS + offs_c[None, :]
+    dz = tl.zeros(mask.shape, ACC)
+    begin = band_begin(p, SIZE[0], GRID[0])
+    for r in range(band(SIZE[0], GRID[0], 1)):
+        h = begin + r
+        weight = weight_in_row(p, h, SIZE[0], GRID[0], ACC)
+        row = tl.load(strip_ptrs + h * (GRID[1] * CHANNELS), mask=mask & (h < SIZE[0]), other=0.0)
+        dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
+    dz *= SIZE[1] / GRID[1]
+    if (NORM is not None) and NORM.from_batch:
+        rows = p + tl.zeros(offs_q.shape, tl.int32)
+        ones = row_table(tables, COLUMN_SUMS, rows, GRID) * column_table(tables, COLUMN_SUMS, offs_q, GRID)
+        first = tl.load(x + offs_c * LAYOUT.of[i].stride[1], mask=mask_c, other=0.0).to(ACC)
+        # Taken off z: as a mean is, it may be far larger than what varies.
+        token = load_vector(z + image, offs_all, mask_c, ACC)
+        apart = (first.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
+        constant = load_vector(through_statistics, offs_all, mask_c, ACC)
+        multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
+        y = load_grid(transposed + image, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        y *= SIZE[0] * SIZE[1] / (GRID[0] * GRID[1])
+        y += _interpolated_twice(z + image, token, tables, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        y += ones[:, None] * apart[None, :]
+        dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
+    if NORM is not None:
+        dz *= load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)[None, :]
+    return dz
+
+
+@triton.jit
+def _interpolated_twice(
+    z, token, tables, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
+    """U^T U (z - token) at some positions: (G_h x G_w) of it, both with three diagonals: [positions, channels]."""
+    out = tl.zeros([p.shape[0], offs_all.shape[0]], ACC)
+    for dp in tl.static_range(-1, 2):
+        for dq in tl.static_range(-1, 2):
+            row = row_table(tables, DIAGONAL if dp == 0 else NEXT_DIAGONAL, p if dp >= 0 else p - 1, GRID)
+            column = column_table(tables, DIAGONAL if dq == 0 else NEXT_DIAGONAL, q if dq >= 0 else q - 1, GRID)
+            apart = load_grid(z, p + dp, q + dq, offs_all, mask_c, GRID, TOTAL, ACC) - token[None, :]
+            out += (row * column)[:, None] * apart
+    return out
+
+
+@kernel
+def _conv_gradient_kernel(
+    tokens, dz, dweight,
+    SHAPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of dz^T tokens, the gradient of one scale's convolution, over one image.
+
+    tokens, dz (B, N, C). dweight: for each image the S matrices (C_i, C_i), one after another.
+    """
+    N: tl.constexpr = SHAPE.tokens
+    TOTAL: tl.constexpr = SHAPE.total
+    b, tile = split_program(_squares(SHAPE.channels, BLOCK_C, len(SHAPE.channels)))
+    for i in tl.static_range(len(SHAPE.channels)):
+        local = tile - _squares(SHAPE.channels, BLOCK_C, i)
+        if (local >= 0) & (local < triton.cdiv(SHAPE.channels[i], BLOCK_C) * triton.cdiv(SHAPE.channels[i], BLOCK_C)):
+            first = b * N * TOTAL + SHAPE.offsets[i]
+            CHANNELS: tl.constexpr = SHAPE.channels[i]
+            ROWS: tl.constexpr = triton.cdiv(CHANNELS, BLOCK_C)
+            offs_out = local // ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+            offs_in = local % ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
+            mask_out, mask_in = offs_out < CHANNELS, offs_in < CHANNELS
+            out = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+            for start in range(0, N, BLOCK_N):
+                offs_n = start + tl.arange(0, BLOCK_N)
+                gradient = load_tokens(dz + first, offs_n, offs_out, offs_n < N, mask_out, TOTAL)
+                rows = load_tokens(tokens + first, offs_n, offs_in, offs_n < N, mask_in, TOTAL)
+                out = tl.dot(  # [BLOCK_C, BLOCK_N] [BLOCK_N, BLOCK_C]
+                    tl.trans(gradient.to(OPERAND)), rows.to(OPERAND), out, input_precision=PRECISION, out_dtype=ACC
+                )
+            matrix = b * _squares(SHAPE.channels, 1, len(SHAPE.channels)) + _squares(SHAPE.channels, 1, i)
+            ptrs = dweight + matrix + offs_out[:, None] * CHANNELS + offs_in[None, :]
+            tl.store(ptrs, out, mask=mask_out[:, None] & mask_in[None, :])
+
+
+@triton.constexpr_function
+def _squares(sizes, block, i):
+    """Tiles of the first i square matrices."""
+    return sum((-(-sizes[k] // block)) ** 2 for k in range(i))
+
+
+class Gradients(NamedTuple):
+    """Of the parameters: the S matrices (C_i, C_i), one after another; and what `_norm_gradients_kernel` wrote."""
+
+    convolutions: Tensor
+    norms: Tensor  # (3, C): BatchNorm's weights and biases, the convolutions' biases
+
+    @classmethod
+    def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
+        """Fresh memory for those of an upsampling of these tokens, in the parameters' dtype."""
+        squares = sum(c * c for c in tokens.channels)
+        return cls(tokens.empty(squares, dtype=dtype), tokens.empty(3, tokens.shape.total, dtype=dtype))
+
+    def split(
+        self, norms: Sequence[BatchNorm | None], channels: Sequence[int]
+    ) -> tuple[tuple[Affine, ...], tuple[BatchNorm | None, ...]]:
+        """As the contract has them, of the convolutions and of the BatchNorms: views."""
+        dgammas, dbetas, dbiases = (row.split(channels) for row in self.norms)
+        weights = self.convolutions.split([c * c for c in channels])
+        scales = zip(norms, dgammas, dbetas, strict=True)
+        of_norms = [None if norm is None else norm._replace(weight=weight, bias=bias) for norm, weight, bias in scales]
+        return tuple(map(Affine, weights, dbiases)), tuple(of_norms)
+
+
+class Backward(NamedTuple):
+    """What `upsample_backward` returns.
+
+    Attributes:
+        dtokens: (B, N, C), where wanted.
+        through_statistics: (2, C), what the statistics of a batch take off the maps' gradient.
+        parameters: their gradients.
+    """
+
+    dtokens: Tensor | None
+    through_statistics: Tensor
+    parameters: Gradients
+
+
+def upsample_backward(
+    saved: Saved, maps: Sequence[Tensor], douts: Sequence[Tensor], contract: Contract, tokens_wanted: bool
+) -> Backward:
+    """The gradients of `upsample`, but for the maps'.
+
+    Args:
+        saved: what the forward returned.
+        maps: as in the forward.
+        douts: S tensors (B, C_i, H_i, W_i), any strides.
+        contract: as in the forward.
+        tokens_wanted: whether the tokens' gradient is.
+    """
+    tokens, launcher, batch = saved.tokens, saved.tokens.launcher, saved.tokens.batch
+    shape, grid, affines, norms = (
+        launcher.shape,
+        contract.grid,
+        batch_norms_of(contract.norms),
+        norms_of(contract.norms),
+    )
+    layout, with_douts = layout_of(maps, grid, norms), layout_of(maps, grid, norms, douts)
+    sizes = layout.sizes
+    widest = max([width for _, width in sizes])
+    config = launcher.config("upsample_backward" + memory_of(maps), widest)
+    tiles = tiles_of(shape, sizes, config["tile"], config["block_c"], launch.padded(widest))
+    blocks = tuple([launch.blocks(size[0], tile.rows) for size, tile in zip(sizes, tiles.of, strict=True)])
+    sums = tokens.empty(batch, max(blocks), 2, shape.total)
+    elements = [c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)]
+    first_elements = (0, *itertools.accumulate(elements))
+    strips = tokens.empty(batch, first_elements[-1], dtype=launcher.dtype)
+    launcher(
+        _upsample_backward_kernel, config, batch * tiles.first[-1],
+        maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=affines, used=saved.used, sums=sums, strips=strips,
+        LAYOUT=with_douts, TILES=tiles, STRIPS=first_elements,
+        SUM_BLOCKS=max(blocks),
+    )  # fmt: skip
+
+    config = launcher.config("norm_gradients")
+    dtype = contract.upsample[0].weight.dtype
+    gradients, through_statistics = Gradients.empty(tokens, dtype), tokens.empty(2, shape.total)
+    launcher(
+        _norm_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
+        sums=sums, used=saved.used, affines=affines, out=gradients.norms, through_statistics=through_statistics,
+        batch=batch, LAYOUT=layout, BLOCKS=blocks, SUM_BLOCKS=max(blocks),
+    )  # fmt: skip
+
+    config = launcher.config("grid_gradient", widest_scale(shape))
+    dz, dtokens = torch.empty_like(saved.z), torch.empty_like(saved.z) if tokens_wanted else None
+    launcher(
+        _grid_gradient_kernel, config,
+        batch * grid[0] * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
+        maps=tuple(maps), z=saved.z, transposed=saved.transposed, used=saved.used,
+        tables=interpolation_tables(sizes, grid, accumulation_dtype(launcher.dtype), launcher.device), strips=strips,
+        affines=affines, through_statistics=through_statistics, weights=affines_of(contract.upsample).weight, dz=dz,
+        dtokens=dtokens, LAYOUT=layout, STRIPS=first_elements,
+    )  # fmt: skip
+
+    config = launcher.config("conv", widest_scale(shape))
+    dweight = gradients.convolutions[None] if batch == 1 else tokens.empty(batch, gradients.convolutions.numel())
+    launcher(
+        _conv_gradient_kernel, config, batch * sum([launch.blocks(c, config["block_c"]) ** 2 for c in shape.channels]),
+        tokens=tokens.plain, dz=dz, dweight=dweight,
+    )  # fmt: skip
+    if batch != 1:
+        sum_partials(dweight, gradients.convolutions, launcher)
+    return Backward(dtokens, through_statistics, gradients)
