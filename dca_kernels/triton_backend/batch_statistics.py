@@ -31,9 +31,8 @@ CANCELLATION = tl.constexpr(100.0)
 @kernel
 def _batch_statistics_kernel(
     maps, z, moments, tables, counters, statistics,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, FROM_BATCH: tl.constexpr,
-    MOMENT_BLOCKS: tl.constexpr, GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, FROM_BATCH: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
+    GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
 
@@ -80,8 +79,9 @@ def _batch_statistics_kernel(
 
 @triton.jit
 def _combine_blocks(
-    moments, offs_all, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
-    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    moments, offs_all, mask_c,
+    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
@@ -101,8 +101,9 @@ def _combine_blocks(
 
 @triton.jit
 def _load_blocks(
-    moments, start, offs_all, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr,
-    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    moments, start, offs_all, mask_c,
+    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in SUM."""
     COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
@@ -121,8 +122,9 @@ def _load_blocks(
 
 @triton.jit
 def _interpolated_moments(
-    z, transposed, tables, offs_all, mask_c, PIXELS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
-    ACC: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    z, transposed, tables, offs_all, mask_c,
+    PIXELS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z), and its products with the map, without the map's resolution: each [BLOCK_C].
 
@@ -175,8 +177,8 @@ def _load_less_mean(z, mean, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: 
 
 @triton.jit
 def _direct_moments(
-    x_ptrs, z_ptrs, mask_c, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    x_ptrs, z_ptrs, mask_c,
+    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z) + x over all its pixels, in two passes: each [BLOCK_C], float64."""
     PIXELS: tl.constexpr = MAP.size[0] * MAP.size[1]

@@ -94,8 +94,8 @@ def _covariance_kernel(
 
 @triton.jit
 def add_product(
-    out, left, right, offs_n, offs_all, TRANSPOSED: tl.constexpr,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    out, left, right, offs_n, offs_all,
+    TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out + tokens offs_n and channels offs_all of left right, or left right^T: left (N, C), right (C, C)."""
     N: tl.constexpr = SHAPE.tokens
@@ -218,6 +218,7 @@ def _mix(
     i: tl.constexpr, SHAPE: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """`_mix_kernel` for scale i; centred, mixing, shift and mean_token are those of image b."""
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
     offs_c = tl.arange(0, padded(SHAPE.channels[i]))

@@ -143,15 +143,18 @@ def _mix_backward_kernel(
     tokens, centred, dmixed, dtokens (B, N, C), mixing, dcovariance (B, C, C), dnorm (B, blocks, 2, C); the sums as
     `_mixing_backward_kernel` wrote them.
     """
+    TOTAL: tl.constexpr = SHAPE.total
     BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
     b, tile = split_program(len(SHAPE.channels) * BLOCKS)
     offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in tl.static_range(len(SHAPE.channels)):
         if tile // BLOCKS == len(SHAPE.channels) - 1 - i:  # the widest scale, usually the last, first
             dnormalised = _mix_backward(
-                centred=centred, mixing=mixing, dcovariance=dcovariance, row_sums=row_sums, column_sums=column_sums,
-                dmixed=dmixed, b=b, offs_n=offs_n, i=i, SHAPE=SHAPE, COLUMN_BLOCKS=COLUMN_BLOCKS, PRECISION=PRECISION,
-                ACC=ACC, BLOCK_C=BLOCK_C,
+                centred=centred + b * SHAPE.tokens * TOTAL, mixing=mixing + b * TOTAL * TOTAL,
+                dcovariance=dcovariance + b * TOTAL * TOTAL, row_sums=row_sums + b * VECTORS * TOTAL,
+                column_sums=column_sums + b * COLUMN_BLOCKS * VECTORS * TOTAL,
+                dmixed=dmixed + b * SHAPE.tokens * TOTAL, offs_n=offs_n, i=i, SHAPE=SHAPE,
+                COLUMN_BLOCKS=COLUMN_BLOCKS, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
             )  # fmt: skip
             store_layer_norm_backward(
                 tokens=tokens, dnormalised=dnormalised, dresidual=dmixed, norms=norms, dtokens=dtokens, dnorm=dnorm,
@@ -161,7 +164,7 @@ def _mix_backward_kernel(
 
 @triton.jit
 def _mix_backward(
-    centred, mixing, dcovariance, row_sums, column_sums, dmixed, b, offs_n,
+    centred, mixing, dcovariance, row_sums, column_sums, dmixed, offs_n,
     i: tl.constexpr, SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -170,13 +173,11 @@ def _mix_backward(
     offs_d = tl.arange(0, padded(SHAPE.channels[i]))
     mask_d = offs_d < SHAPE.channels[i]
     offs_all = SHAPE.offsets[i] + offs_d
-    centred += b * SHAPE.tokens * TOTAL
-    dcovariance += b * TOTAL * TOTAL
     gradient = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
     # In a loop each: of products in one loop, Triton 3.6 gives the sums different layouts, and moves them every time.
     gradient = add_product(
-        out=gradient, left=dmixed + b * SHAPE.tokens * TOTAL, right=mixing + b * TOTAL * TOTAL, offs_n=offs_n,
-        offs_all=offs_all, TRANSPOSED=False, SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+        out=gradient, left=dmixed, right=mixing, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
+        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     gradient = add_product(
         out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
@@ -186,10 +187,8 @@ def _mix_backward(
         out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True,
         SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    of_rows = row_sums + (b * VECTORS + PARAMETERS) * TOTAL
-    of_columns = column_sums + (b * COLUMN_BLOCKS * VECTORS + PARAMETERS) * TOTAL
-    of_means = load_vector(of_rows, offs_all, mask_d, ACC)
-    of_means += sum_blocks(of_columns, offs_all, mask_d, COLUMN_BLOCKS, VECTORS * TOTAL, ACC)
+    of_means = load_vector(row_sums + PARAMETERS * TOTAL, offs_all, mask_d, ACC)
+    of_means += sum_blocks(column_sums + PARAMETERS * TOTAL, offs_all, mask_d, COLUMN_BLOCKS, VECTORS * TOTAL, ACC)
     return gradient + of_means[None, :]
 
 

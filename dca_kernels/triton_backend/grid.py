@@ -336,8 +336,9 @@ def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def interpolate(
-    z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BY_PRODUCT: tl.constexpr = False,
+    z_ptrs, mask_pair, pair_h, w_begin, offs_w,
+    SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BY_PRODUCT: tl.constexpr = False,
 ):  # fmt: skip
     """up(z) in a tile: rows by weighting two of them, then columns: [pairs, columns].
 

@@ -41,8 +41,8 @@ from dca_kernels.triton_backend.upsample_backward import load_relu_gradient, loa
 @kernel
 def _map_gradient_kernel(
     maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
@@ -64,9 +64,10 @@ def _map_gradient_kernel(
 @triton.jit
 def _map_gradient(
     x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """`_map_gradient_kernel` for tile `tile` of image b and scale i."""
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
     SIZE: tl.constexpr = LAYOUT.of[i].size
@@ -112,8 +113,8 @@ def _map_gradient(
 
 @triton.jit
 def _load_windows(
-    dtokens_ptrs, pair_h, mask_pair, offs_q, HEIGHT: tl.constexpr, GRID: tl.constexpr, SHARED: tl.constexpr,
-    TOTAL: tl.constexpr, ACC: tl.constexpr,
+    dtokens_ptrs, pair_h, mask_pair, offs_q,
+    HEIGHT: tl.constexpr, GRID: tl.constexpr, SHARED: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The tokens' gradients over their windows' heights, of the windows that hold each pair's row: [pairs, windows]."""
     rows = tl.zeros(dtokens_ptrs.shape, ACC)

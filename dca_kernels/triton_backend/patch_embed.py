@@ -33,7 +33,7 @@ ALIGNMENT = tl.constexpr(8)
 
 
 class Moments(NamedTuple):
-    """What BatchNorm's statistics need of each map less its first pixel (docs/algebra.md, "Upsample and merge").
+    """What BatchNorm's statistics need of each map less its first pixel (docs/algebra.md, "Upsample").
 
     Attributes:
         blocks: (B, blocks, 2, C), mean and centred squares of each block of pixels.
@@ -54,8 +54,8 @@ class Maps(NamedTuple):
 @kernel
 def _patch_embed_kernel(
     maps, projections, tokens, statistics, sums, moments,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EPS: tl.constexpr,
-    FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program: the tokens (B, N, C) of BLOCK_Q neighbouring windows, all channels of one scale.
 
@@ -128,8 +128,9 @@ def _lanes(q_begin, WIDTH: tl.constexpr, WINDOW: tl.constexpr, GRID_WIDTH: tl.co
 
 @triton.jit
 def _sum_windows(
-    x, p, q_begin, CHANNELS: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr,
-    FROM_BATCH: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+    x, p, q_begin,
+    CHANNELS: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, FROM_BATCH: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Sums over windows [C_i, BLOCK_Q]; for each lane, mean and centred squares over the block's rows [C_i, lanes].
 
@@ -169,8 +170,8 @@ def _first_pixel(x, CHANNELS: tl.constexpr, MAP: tl.constexpr, ACC: tl.constexpr
 
 @triton.jit
 def _combine_lanes(
-    means, squares, p, q_begin, MAP: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    means, squares, p, q_begin,
+    MAP: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of centred squares of the pixels that belong to the block [C_i], from those of its lanes."""
     column, window, mask_w = _lanes(q_begin, MAP.size[1], MAP.window[1], GRID[1], BLOCK_Q)
@@ -185,8 +186,9 @@ def _combine_lanes(
 
 @triton.jit
 def _interpolate_transposed(
-    x, p, q_begin, CHANNELS: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
+    x, p, q_begin,
+    CHANNELS: tl.constexpr, MAP: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """The transposed interpolation of the map less its first pixel: [C_i, BLOCK_Q]."""
     ROWS: tl.constexpr = band(MAP.size[0], GRID[0], 1)

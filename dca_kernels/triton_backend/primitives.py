@@ -65,6 +65,7 @@ def split_program(PER_IMAGE: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, offs, mask, ACC: tl.constexpr):
+    """Elements of a vector, zero beyond the mask."""
     return tl.load(ptr + offs, mask=mask, other=0.0).to(ACC)
 
 

@@ -83,8 +83,7 @@ def _conv(
 @kernel
 def _upsample_kernel(
     maps, z, biases, affines, buffers, statistics, outs, used, batch,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, TILES: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
 
@@ -104,9 +103,10 @@ def _upsample_kernel(
 @triton.jit
 def _upsample(
     x, z, bias, affines, buffers, statistics, out, used, batch, b, tile,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
+    """`_upsample_kernel` for tile `tile` of image b and scale i."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     TOTAL: tl.constexpr = SHAPE.total
     GRID: tl.constexpr = LAYOUT.grid

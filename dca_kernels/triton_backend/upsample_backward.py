@@ -51,7 +51,9 @@ from dca_kernels.triton_backend.upsample import Saved
 
 
 @triton.jit
-def load_scale(used, affines, offs_c, offs_all, mask_c, i, EPS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+def load_scale(
+    used, affines, offs_c, offs_all, mask_c, i: tl.constexpr, EPS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):
     """What BatchNorm multiplies by: gamma / sqrt(variance + eps), [channels]. used (2, C), see `upsample.Saved`."""
     scale = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + EPS)
     if affines.weight[i] is not None:
@@ -62,8 +64,8 @@ def load_scale(used, affines, offs_c, offs_all, mask_c, i, EPS: tl.constexpr, TO
 @triton.jit
 def load_relu_gradient(
     x, z, dout, affines, used, b, c_begin, h_begin,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr, BY_PRODUCT: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
 
@@ -103,8 +105,8 @@ def load_relu_gradient(
 @kernel
 def _upsample_backward_kernel(
     maps, z, douts, affines, used, sums, strips,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, TILES: tl.constexpr, STRIPS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+    STRIPS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of whole rows of one map. Sums over its pixels of the gradient g behind the ReLU, and of g y.
 
@@ -125,9 +127,10 @@ def _upsample_backward_kernel(
 @triton.jit
 def _upsample_backward(
     x, z, dout, affines, used, sums, strips, b, tile,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
+    """`_upsample_backward_kernel` for tile `tile` of image b and scale i; sums and strips are those of image b."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     GRID: tl.constexpr = LAYOUT.grid
     SIZE: tl.constexpr = LAYOUT.of[i].size
@@ -156,8 +159,8 @@ def _upsample_backward(
 @kernel
 def _norm_gradients_kernel(
     sums, used, affines, out, through_statistics, batch,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
-    SUM_BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a sum of BLOCK_C channels of one scale, over images and tiles in a fixed order, and what it is for.
 
@@ -203,8 +206,8 @@ def _norm_gradients_kernel(
 @kernel
 def _grid_gradient_kernel(
     maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, STRIPS: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, STRIPS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
 
@@ -253,8 +256,7 @@ def _grid_gradient_kernel(
 @triton.jit
 def _grid_gradient(
     x, z, transposed, used, image, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr,
-    ACC: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of z in one row of the grid: [columns, channels]. x is one image (C_i, H_i, W_i)."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
