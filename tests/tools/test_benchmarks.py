@@ -191,7 +191,7 @@ def test_results_do_not_change_the_source(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).write_text("{}")
         return environment.source.__wrapped__()
 
-    first = with_file("dca_kernels/configurations.json")
+    first = with_file("dca_kernels/triton_backend/configurations.json")
     assert with_file("benchmarks/results/latest/gpu/configurations.json") == first
     assert with_file("benchmarks/new.py") != first
 

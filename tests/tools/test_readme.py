@@ -10,8 +10,9 @@ from benchmarks import __main__ as command_line
 from tests.readme import README
 
 ROOT = README.parent
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+KERNELS = ROOT / "dca_kernels" / "triton_backend"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", KERNELS / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
 
 
@@ -19,6 +20,15 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
 def test_links_lead_somewhere(document: Path) -> None:
     links = [link for link, _ in LINK.findall(document.read_text()) if link and not link.startswith("https://")]
     assert [link for link in links if not (document.parent / link).resolve().exists()] == []
+
+
+def test_the_kernels_readme_names_every_file() -> None:
+    """And no file that is not there."""
+    text = (KERNELS / "README.md").read_text()
+    named = {name for name in re.findall(r"`(?:[a-z_]+/)*(\w+\.(?:py|json))`", text) if not name.startswith("test_")}
+    assert named == {path.name for path in KERNELS.iterdir() if path.suffix in (".py", ".json")}
+    tests = {name for name in re.findall(r"`(tests/\w+/\w+\.py)`", text)}
+    assert len(tests) == 4 and all((ROOT / name).exists() for name in tests)
 
 
 @each_document
