@@ -54,6 +54,17 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
     assert_same(evaluate(model, maps), evaluate(pair(SMALL, "triton")[0], maps), rtol=1e-12)
 
 
+def test_modules_of_other_numbers_compile_after_each_other() -> None:
+    """From the second on, torch.compile no longer takes a float of a module for a constant."""
+    maps = random_maps(SMALL, backend="triton")
+    for eps, momentum in ((1e-5, 0.1), (1e-3, 0.3), (0.5, None)):
+        compiled, eager = (pair(SMALL, "triton")[0] for _ in range(2))
+        for norm in (head[0] for model in (compiled, eager) for head in model.bn_relu):
+            norm.eps, norm.momentum = eps, momentum
+        compiled.compile(backend="aot_eager", fullgraph=True)
+        assert_same(evaluate(compiled, maps), evaluate(eager, maps), rtol=1e-12)
+
+
 def test_a_second_derivative_of_the_operator_is_refused() -> None:
     model, maps = pair(SMALL, "triton")[0], [x.requires_grad_() for x in random_maps(SMALL, backend="triton")]
     with Watch(), pytest.raises(RuntimeError, match=r"use backend=.torch. for second derivatives"):
