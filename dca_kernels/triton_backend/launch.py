@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +122,16 @@ class Launcher:
 
     def __call__(self, kernel: Any, config: dict[str, int], programs: int, **arguments: Any) -> None:
         """Launch a kernel with the blocks of its row, on so many programs."""
-        for name, key in _constants(kernel):
+        for name, key in _constants(kernel.fn):
             if name not in arguments:
                 arguments[name] = self._constants[name] if name in self._constants else config[key]
         run(kernel, programs, config, **arguments)
 
 
-@functools.cache
-def _constants(kernel: Any) -> list[tuple[str, str]]:
+@functools.cache  # of the function: a kernel's hash takes as long as the rest of a launch's preparation
+def _constants(function: Callable) -> list[tuple[str, str]]:
     """The names of a kernel's constants, and their keys in `configurations.json`."""
-    return [(name, name.lower()) for name in kernel.arg_names if name.isupper()]
+    return [(name, name.lower()) for name in inspect.signature(function).parameters if name.isupper()]
 
 
 def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dca_kernels
 from benchmarks import cases
 from benchmarks.environment import ROOT
-from benchmarks.offline import traffic
+from benchmarks.offline import traffic, traffic_tables
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,9 @@ def poisoned_memory() -> None:
 
 
 def test_the_document_has_what_was_counted() -> None:
-    counted = traffic.describe(json.loads((ROOT / "benchmarks" / "results" / "offline" / "traffic.json").read_text()))
+    counted = traffic_tables.describe(
+        json.loads((ROOT / "benchmarks" / "results" / "offline" / "traffic.json").read_text())
+    )
     tables = [counted, (ROOT / "docs" / "benchmarks.md").read_text().partition("## Launches and bytes")[2]]
     columns = slice(2, 11)  # between the names of the runs and the products
     found = [
