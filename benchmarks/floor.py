@@ -52,7 +52,7 @@ def work(problem: Problem, stage: str, mode: str) -> Work:
     which = mode == "backward"
     elements = moved[stage][which]
     if stage == "upsample" and problem.training and mode == "forward":
-        elements += maps  # the batch's statistics come before the merge
+        elements += maps  # the batch's statistics come before the upsampling
     return Work(problem.batch * elements * itemsize, float(problem.batch * products[stage][which]))
 
 

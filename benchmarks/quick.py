@@ -186,7 +186,7 @@ def compared(base: Row, ours: Row) -> str:
 def rows_of(wanted: dict[Group, Effort], image: np.ndarray, file: Path) -> list[Row]:
     """What was measured until Ctrl-C, each group in a line and in the file, whose last run's rows stay until then."""
     found: list[Row] = []
-    turns = run.measured_in_turn(list(wanted), lambda group: measured(group, image, wanted[group]), leave=False)
+    turns = run.measured_in_turn(list(wanted), lambda group: measured(group, image, wanted[group]), quick=True)
     try:
         for group, new in turns:
             if not found:

@@ -47,18 +47,23 @@ class Selection:
 
 
 def measured_in_turn(
-    wanted: Sequence[Group], measure: Callable[[Group], list[Row]], leave: bool = True
+    wanted: Sequence[Group], measure: Callable[[Group], list[Row]], quick: bool = False
 ) -> Iterator[tuple[Group, list[Row]]]:
-    """Each group with its rows, as soon as they are measured; `leave`: the bar of what is done stays when all is.
+    """Each group with its rows, as soon as they are measured.
+
+    In a `quick` job the bar of what is done goes when all is, and an error ends it; else it is what the rows say.
 
     Raises:
         Lost: the GPU answers no more; the last rows say why.
+        RuntimeError: of a quick job.
     """
-    for group in console.progress(wanted, Group.__str__, leave=leave):
+    for group in console.progress(wanted, Group.__str__, leave=not quick):
         gone = None
         try:
             new = measure(group)
         except RuntimeError as error:
+            if quick:
+                raise
             found = {"not_run": first_line(error), "environment": environment()}
             new = [group.row(*pair, **found) for pair in itertools.product(group.providers, group.modes)]
             gone = Lost(first_line(error)) if lost(error) else None

@@ -104,9 +104,9 @@ def _plain(part: Any, floats: list[float]) -> Any:
         return type(part).__name__, *[_plain(p, floats) for p in part]
     if isinstance(part, Tensor):
         return "tensor"
-    if not isinstance(part, float):
+    if part is None or isinstance(part, int | torch.dtype):
         return part
-    floats.append(part)
+    floats.append(float(part))  # NumPy's as well
     return "float"
 
 
@@ -166,12 +166,6 @@ def _results(run: Pass, maps: list[Tensor], contract: Contract) -> list[Tensor]:
     return [*outs, *flatten(saved if contract.backward else saved.upsample.used)]
 
 
-BackwardPass = Callable[
-    [Sequence[Tensor], Contract, passes.Saved, Sequence[Tensor], Sequence[bool]],
-    tuple[list[Tensor | None], passes.Gradients],
-]
-
-
 @torch.library.custom_op(
     "dca_kernels::refine_backward",
     mutates_args=(),
@@ -211,10 +205,23 @@ def _refine_backward_fake(
 @functools.cache
 def _saved_skeleton(text: str, channels: tuple[int, ...]) -> passes.Saved:
     """How the saved tensors of a described contract with C_i channels are arranged, whatever the maps' sizes."""
-    biases = [torch.empty(c, device="meta") for c in channels]
-    contract = restored(text, (), ())._replace(patch_embed=tuple([structures.Affine(b, b) for b in biases]))
-    maps = [torch.empty(1, c, 1, 1, device="meta") for c in channels]
-    return skeleton(passes.empty(maps, contract)[1])
+    return skeleton(passes.empty(*_meta(text, channels))[1])
+
+
+@functools.cache
+def _gradients_skeleton(
+    text: str, channels: tuple[int, ...], wanted: tuple[bool, ...]
+) -> tuple[tuple[Tensor | None, ...], passes.Gradients]:
+    """How `_refine_backward`'s results are arranged, whatever their sizes."""
+    dmaps, gradients = passes.empty_gradients(*_meta(text, channels), wanted)
+    return skeleton((tuple(dmaps), gradients))
+
+
+def _meta(text: str, channels: tuple[int, ...]) -> tuple[list[Tensor], Contract]:
+    """Maps of one pixel, and a described contract with C_i channels: without memory."""
+    affines = tuple([structures.Affine(*torch.empty(2, c, device="meta").unbind()) for c in channels])
+    contract = restored(text, (), ())._replace(patch_embed=affines, upsample=affines)
+    return [torch.empty(1, c, 1, 1, device="meta") for c in channels], contract
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -236,8 +243,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     wanted = passes.wanted_of(contract, [*needed_maps, *needed_parameters], [g is not None for g in grads[:scales]])
     douts = _with_zeros(contract, grads[:scales], maps)
     raw = torch.ops.dca_kernels.refine_backward(douts, maps, parameters, saved, ctx.floats, ctx.text, wanted)
-    arranged = passes.empty_gradients(maps, contract, wanted)
-    dmaps, gradients = unflatten((tuple(arranged[0]), arranged[1]), iter(raw))
+    dmaps, gradients = unflatten(_gradients_skeleton(ctx.text, channels_of(contract), tuple(wanted)), iter(raw))
     of_parameters = _of_parameters(gradients, contract, parameters)
     asked = [g if want else None for g, want in zip(of_parameters, wanted[scales:], strict=True)]
     return list(dmaps), asked, *others

@@ -8,21 +8,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dca_kernels import contract
-from dca_kernels.contract import Affine, Attention, BatchNorm
+from dca_kernels.contract import Affine, Attention, BatchNorm, Buffers
 
 Tensors = tuple[Tensor, ...]
 Optionals = tuple[Tensor | None, ...]
 
 
-class Affines(NamedTuple):
+class AffinePointers(NamedTuple):
     """Weights and biases; of a BatchNorm either may be None."""
 
     weight: Optionals
     bias: Optionals
 
 
-class Projections(NamedTuple):
+class ProjectionPointers(NamedTuple):
     """The depthwise projections of an attention, see `dca_kernels.contract.Projections`."""
 
     query_weight: Tensors
@@ -35,7 +34,7 @@ class Projections(NamedTuple):
     output_bias: Tensors
 
 
-class Buffers(NamedTuple):
+class BufferPointers(NamedTuple):
     """BatchNorms' buffers, None where there are none."""
 
     mean: Optionals
@@ -43,30 +42,32 @@ class Buffers(NamedTuple):
     counter: Optionals
 
 
-def affines_of(scales: Sequence[Affine]) -> Affines:
+def affines_of(scales: Sequence[Affine]) -> AffinePointers:
     """Of depthwise projections or of convolutions."""
-    return Affines(*zip(*scales, strict=True))
+    return AffinePointers(*zip(*scales, strict=True))
 
 
-def batch_norms_of(norms: Sequence[BatchNorm | None]) -> Affines:
+def batch_norms_of(norms: Sequence[BatchNorm | None]) -> AffinePointers:
     """BatchNorms' weights and biases, None where there is no BatchNorm."""
-    return Affines(*zip(*[(None, None) if norm is None else norm[:2] for norm in norms], strict=True))
+    return AffinePointers(*zip(*[(None, None) if norm is None else norm[:2] for norm in norms], strict=True))
 
 
-def buffers_of(scales: Sequence[contract.Buffers | None]) -> Buffers:
+def buffers_of(scales: Sequence[Buffers | None]) -> BufferPointers:
     """BatchNorms' buffers."""
-    return Buffers(*zip(*[(None, None, None) if buffers is None else buffers for buffers in scales], strict=True))
+    return BufferPointers(
+        *zip(*[(None, None, None) if buffers is None else buffers for buffers in scales], strict=True)
+    )
 
 
-def layer_norms_of(attention: Sequence[Attention]) -> Affines:
+def layer_norms_of(attention: Sequence[Attention]) -> AffinePointers:
     """LayerNorms' weights and biases."""
-    return Affines(*zip(*[scale.norm for scale in attention], strict=True))
+    return AffinePointers(*zip(*[scale.norm for scale in attention], strict=True))
 
 
-def projections_of(attention: Sequence[Attention]) -> Projections:
+def projections_of(attention: Sequence[Attention]) -> ProjectionPointers:
     """The depthwise projections of an attention."""
     flat = [(*q, *k, *v, *out) for q, k, v, out in (scale.projections for scale in attention)]
-    return Projections(*zip(*flat, strict=True))
+    return ProjectionPointers(*zip(*flat, strict=True))
 
 
 def heads_of(attention: Sequence[Attention]) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class Maps(NamedTuple):
 
 @kernel
 def _patch_embed_kernel(
-    maps, projections, tokens, statistics, sums, moments,
+    maps, embedding, tokens, statistics, sums, moments,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EPS: tl.constexpr, FROM_BATCH: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +82,8 @@ def _patch_embed_kernel(
             mask_c = offs_c < CHANNELS
             rows = window_end(p, MAP.size[0], GRID[0]) - window_begin(p, MAP.size[0], GRID[0])
             columns = window_end(offs_q, MAP.size[1], GRID[1]) - window_begin(offs_q, MAP.size[1], GRID[1])
-            weight = load_vector(projections.weight[i], offs_c, mask_c, ACC)
-            bias = load_vector(projections.bias[i], offs_c, mask_c, ACC)
+            weight = load_vector(embedding.weight[i], offs_c, mask_c, ACC)
+            bias = load_vector(embedding.bias[i], offs_c, mask_c, ACC)
             pooled = window_sums / (rows * columns).to(ACC)[None, :]
             out = tl.trans(pooled * weight[:, None] + bias[:, None])  # [BLOCK_Q, C_i]
             offs_n = tl.where(offs_q < GRID[1], p * GRID[1] + offs_q, SHAPE.tokens)
@@ -239,7 +239,7 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
         moments = Moments(tokens.empty(batch, blocks, 2, shape.total), torch.empty_like(tokens.plain))
     launcher(
         _patch_embed_kernel, config, batch * scales * blocks,
-        maps=tuple(maps), projections=affines_of(contract.patch_embed), tokens=tokens.plain,
+        maps=tuple(maps), embedding=affines_of(contract.patch_embed), tokens=tokens.plain,
         statistics=tokens.statistics, sums=tokens.sums, moments=moments, LAYOUT=layout,
         EPS=None if following is None else eps_of(following), FROM_BATCH=from_batch(contract), BLOCK_Q=block_q,
     )  # fmt: skip

@@ -197,7 +197,7 @@ def test_what_is_too_large_is_what_the_table_says() -> None:
     assert min(largest[k] for k in ("tokens", "mix", "mix_backward", "conv", "grid_gradient")) == backends.MOST_CHANNELS
     assert min(largest[k] for k in ("mixing", "mixing_backward")) == backends.MOST_OF_ALL
     assert min(largest[k] for k in largest if k.startswith("spatial")) == backends.MOST_A_HEAD
-    assert min(largest[k] for k in largest if k.startswith(("merge", "map", "upsample"))) == backends.MOST_COLUMNS
+    assert min(largest[k] for k in largest if k.startswith(("map", "upsample"))) == backends.MOST_COLUMNS
     assert min(largest[k] for k in ("patch_embed", "patch_embed_train")) == backends.MOST_IN_A_ROW
 
 

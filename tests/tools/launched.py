@@ -51,23 +51,27 @@ def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
     if argument == "counters":
         return [norm.num_batches_tracked for norm in norms if norm.training]
     if argument == "buffers":
-        return [t for norm in norms for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
-    if argument == "parameters":
+        return [
+            getattr(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked") for norm in norms
+        ]
+    if argument == "projections":
         names = ("q_map", "k_map", "v_map", "projection")
-        of_attention = [[getattr(attention, name).proj.depthwise for name in names] for attention in attentions]
-        layer_norms = block.spatial_norm if kernel.startswith("spatial") else block.channel_norm
-        modules = [m for norm, maps in zip(layer_norms, of_attention, strict=True) for m in (norm, *maps)]
-    elif argument == "norms":  # `mix` normalises for the attention behind it
-        modules = list(block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm)
-    elif argument == "affines":
-        modules = norms
-    elif argument == "convolutions":
-        modules = [upconv.conv.conv for upconv in call.module.upconvs]
-    elif argument == "projections":
-        modules = [embedding.proj.depthwise for embedding in call.module.avg_map]
-    else:
-        return None
-    return [t for module in modules for t in (module.weight, module.bias)]
+        return [t for name in names for t in affine([getattr(a, name).proj.depthwise for a in attentions])]
+    embedding = [one.proj.depthwise for one in call.module.avg_map]
+    convolutions = [upconv.conv.conv for upconv in call.module.upconvs]
+    if argument == "weights":
+        return [module.weight for module in (embedding if kernel == "map_gradient" else convolutions)]
+    if argument == "biases":
+        return [module.bias for module in convolutions]
+    # `mix` normalises for the attention behind it.
+    layer_norms = block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm
+    modules = {"embedding": embedding, "norms": layer_norms, "affines": norms}.get(argument)
+    return None if modules is None else affine(modules)
+
+
+def affine(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The weights of all scales, then their biases."""
+    return [module.weight for module in modules] + [module.bias for module in modules]
 
 
 def leaves(argument: Any) -> Iterator[Any]:

@@ -182,6 +182,12 @@ def test_the_main_job_says_what_is_wrong(main_job: MainJob) -> None:
     assert status == 0 and "parity: within the error budget everywhere" in out
 
 
+def test_an_error_ends_the_main_job(main_job: MainJob) -> None:
+    """It is no row among others: the main job would end well without a time of ours."""
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        main_job(mock.Mock(side_effect=RuntimeError("no such kernel")))
+
+
 def test_the_main_job_measures_the_user_s_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[np.ndarray] = []
 
