@@ -35,7 +35,7 @@ def name(row: dict) -> str:
 
 
 # A few bytes, where more programs on a multiprocessor were measured to gain more (benchmarks/results/NOTES.md).
-SPILLS = {("spatial_attention", "sm_90"), ("spatial_attention_backward", "sm_90"), ("grid_gradient", "sm_90")}
+SPILLS = {("spatial_attention", "sm_90"), ("spatial_attention_backward", "sm_90")}
 
 
 def test_nothing_spills_on_data_centre_gpus() -> None:
@@ -43,7 +43,7 @@ def test_nothing_spills_on_data_centre_gpus() -> None:
     spilling = [r for r in rows("sm_80", "sm_90", "sm_100") if r["spilled"] or r["local_memory"]]
     for r in spilling:
         measured = r["dtype"] in ("bfloat16", "float16") and (r["kernel"], r["target"]) in SPILLS
-        assert r["dtype"] == "float64" or (measured and r["spilled"] <= 64), name(r)
+        assert r["dtype"] == "float64" or (measured and r["spilled"] <= 40), name(r)
 
 
 def test_the_table_has_one_image_and_every_accumulation_dtype() -> None:

@@ -126,7 +126,8 @@ def test_maps_are_not_handed_on() -> None:
 
 @interpreted
 def test_atomics_load_and_store() -> None:
-    (counted,) = traffic.count_kernels(lambda: _increment_kernel[(1,)](torch.zeros(64), torch.zeros(64), 9))
+    outs = torch.zeros(64)
+    (counted,) = traffic.count_kernels(lambda: _increment_kernel[(1,)](torch.zeros(64), outs, 9), maps=outs)
     assert counted.kernel == "increment"
     assert counted.loaded["tokens"] == counted.stored["tokens"] == 32
     assert (counted.requested_loaded, counted.requested_stored) == (4, 4 + 4)
