@@ -41,12 +41,14 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
     "patch_embed_train": {"block_q": (2, 4, 8, 16), "num_warps": WARPS},
     "tokens": {"block_n": (8, 16, 32), "num_warps": WARPS},
+    "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS},
     "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},
     "mixing": {"block_c": (2, 4, 8, 16), "num_warps": WARPS},
     "mix": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4)},
     "mixing_gradient": {"block_c": (64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3, 4)},
     "mixing_backward": {"block_c": (4, 8, 16), "num_warps": (4, 8, 16)},
     "mix_backward": {"block_n": (32, 64), "block_c": (32, 64), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4)},
+    "channel_gradients": {"block_c": (8, 16, 32), "num_warps": WARPS},
     "spatial_attention": {"block_m": (64, 128), "block_n": (32, 64), "num_warps": WARPS, "num_stages": (2, 3, 4)},
     "spatial_attention_backward": {
         "block_m": (32, 64, 128),
@@ -54,6 +56,8 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "num_warps": WARPS,
         "num_stages": (1, 2),
     },
+    "expected_gradient": {"block_n": (64, 128, 256), "num_warps": WARPS},
+    "spatial_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
     "conv": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
     "grid_gradient": {"block_c": (32, 64, 128), "block_k": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
     "batch_statistics": {
@@ -62,6 +66,9 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "block_p": (64, 128),
         "num_warps": (4, 8, 16),
     },
+    "norm_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
+    "sum_partials": {"block": (64, 128, 256), "step": (8, 16, 32), "num_warps": WARPS},
+    "patch_embed_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
     "upsample_backward_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
     "upsample_backward_channels_last": {"tile": (1024, 2048, 4096), "block_c": (16, 32), "num_warps": WARPS},
     "map_gradient_contiguous": {"tile": (1024, 2048, 4096), "block_c": (4, 8, 16), "num_warps": WARPS},
@@ -441,6 +448,9 @@ def probed(calls: dict[str, list[Call]], target: str, processes: int) -> list[Tu
     kernels = []
     for kernel, of_kernel in calls.items():
         probe = Probe(kernel, [phases[call] for call in of_kernel])
+        if not probe.phases:
+            print(f"{kernel}: not tuned: these calls do not launch it", flush=True)
+            continue
         present, reason = probe.attempt(probe.present)
         kernels.append(Tuned(probe, of_kernel, present, present, probe.present))
         if reason is not None:

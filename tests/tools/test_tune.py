@@ -85,10 +85,10 @@ def keys_that_launchers_read(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[s
     monkeypatch.setattr(launch, "run", lambda kernel, programs, config, **arguments: launch.compiler_options(config))
     with stand_in.standing_in("sm_90"):
         for name in tune.CANDIDATES:
-            for call in tune.calls_of(name, TINY, 1, torch.bfloat16):
+            for call in tune.calls_of(name, TINY, 2, torch.bfloat16):  # of one image nothing is summed
                 module = DCA(**dict(call.arguments), backend="triton").to(call.dtype).train(call.train)
                 layout = torch.channels_last if call.channels_last else torch.contiguous_format
-                maps = [torch.empty(1, *s, dtype=call.dtype, memory_format=layout) for s in call.shapes]
+                maps = [torch.empty(call.batch, *s, dtype=call.dtype, memory_format=layout) for s in call.shapes]
                 outs = module([x.requires_grad_(call.backward) for x in maps])
                 if call.backward:
                     torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])
