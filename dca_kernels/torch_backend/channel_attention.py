@@ -56,19 +56,21 @@ def channel_attention(tokens: Sequence[Tensor], contract: Contract, block: int) 
     return out
 
 
-def _weights(maps: Projections, heads: int, gram: Tensor, mean: Tensor, channels: slice, n_tokens: int) -> Tensor:
+def _weights(
+    projections: Projections, heads: int, gram: Tensor, mean: Tensor, channels: slice, n_tokens: int
+) -> Tensor:
     """The attention weights of one scale (B, h, C_i / h, C / h).
 
     Args:
-        maps: the scale's parameters.
+        projections: the scale's.
         heads: how many.
         gram: the Gram matrix of the centred tokens (B, C, C).
         mean: the tokens' (B, C).
         channels: those of the scale among all.
         n_tokens: N.
     """
-    q_weight, q_bias = depthwise(maps.query, gram.dtype)
-    k_weight, k_bias = depthwise(maps.key, gram.dtype)
+    q_weight, q_bias = depthwise(projections.query, gram.dtype)
+    k_weight, k_bias = depthwise(projections.key, gram.dtype)
     scale = gram.shape[2] ** -0.5  # of all channels, whatever the number of heads
     q_weight, q_mean = q_weight * scale, (mean[:, channels] * q_weight + q_bias) * scale
     k_mean = mean * k_weight + k_bias

@@ -128,7 +128,7 @@ class Launcher:
         run(kernel, programs, config, **arguments)
 
 
-@functools.cache  # of the function: a kernel's hash takes as long as the rest of a launch's preparation
+@functools.cache  # of the function: a kernel's own hash takes 1.5 us
 def _constants(function: Callable) -> list[tuple[str, str]]:
     """The names of a kernel's constants, and their keys in `configurations.json`."""
     return [(name, name.lower()) for name in inspect.signature(function).parameters if name.isupper()]

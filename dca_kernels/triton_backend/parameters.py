@@ -1,6 +1,6 @@
-"""What kernels are given of a contract: pointers and constants, each a tuple with one element a scale.
+"""What kernels are given of a contract, each a tuple with one element a scale; and gradients as the contract has them.
 
-Triton takes a tuple of pointers in half the time of a tuple of structures.
+Of 32 pointers in eight tuples Triton's JIT launches in 13 us, of the same in a nested structure a scale in 22.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dca_kernels.contract import Affine, Attention, BatchNorm, Buffers
+from dca_kernels.contract import Affine, Attention, BatchNorm, Buffers, Projections
 
 Tensors = tuple[Tensor, ...]
 Optionals = tuple[Tensor | None, ...]
@@ -83,3 +83,29 @@ def eps_of(attention: Sequence[Attention]) -> tuple[float, ...]:
 def cancels_of(attention: Sequence[Attention]) -> tuple[bool, ...]:
     """For each scale, whether a constant added to a channel changes nothing."""
     return tuple([scale.shift_cancels for scale in attention])
+
+
+def attention_gradients(
+    attention: Sequence[Attention], of_all: dict[str, Tensor], of_scale: dict[str, Tensor], norm: Tensor
+) -> tuple[Attention, ...]:
+    """An attention's gradients as the contract has the parameters: views.
+
+    Args:
+        attention: the S scales.
+        of_all: of the projections of all channels, by name: (S, 2, C), a weight and a bias.
+        of_scale: of those of a scale's channels: (2, C).
+        norm: of the LayerNorms, (2, C).
+    """
+    channels = [len(scale.norm.bias) for scale in attention]
+    found: dict[str, list[Affine]] = {
+        name: [Affine(*rows.unbind()) for rows in t.unbind()] for name, t in of_all.items()
+    }
+    for name, rows in (of_scale | {"norm": norm}).items():
+        weights, biases = (row.split(channels) for row in rows.unbind())
+        found[name] = list(map(Affine, weights, biases))
+    norms = found.pop("norm")
+    scales = []
+    for i, scale in enumerate(attention):
+        projections = Projections(**{name: affines[i] for name, affines in found.items()})
+        scales.append(Attention(norms[i], projections, *scale[2:]))
+    return tuple(scales)

@@ -160,7 +160,7 @@ def split(gradients: Gradients, contract: Contract) -> Contract:
 
     def of(attention: tuple[Attention, ...] | None) -> tuple[Attention, ...] | None:
         its = None if attention is None else next(attentions)
-        return None if attention is None or its is None else its.split(attention, channels)
+        return None if attention is None or its is None else its.split(attention)
 
     embedding = gradients.patch_embed
     convolutions, norms = gradients.upsample.split(contract.norms, channels)

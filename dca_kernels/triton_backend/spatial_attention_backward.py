@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dca_kernels.contract import Affine, Attention, Contract, Projections
+from dca_kernels.contract import Attention, Contract
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.layer_norm import store_norm_gradients
-from dca_kernels.triton_backend.parameters import cancels_of, heads_of, projections_of
+from dca_kernels.triton_backend.parameters import attention_gradients, cancels_of, heads_of, projections_of
 from dca_kernels.triton_backend.primitives import (
     LN_2,
     LOG2_E,
@@ -284,17 +284,13 @@ class Gradients(NamedTuple):
         scales, total = len(tokens.channels), tokens.shape.total
         return cls(*(tokens.empty(*rows, total, dtype=dtype) for rows in ((scales, 4), (4,), (2,))))
 
-    def split(self, attention: tuple[Attention, ...], channels: tuple[int, ...]) -> tuple[Attention, ...]:
+    def split(self, attention: tuple[Attention, ...]) -> tuple[Attention, ...]:
         """As the contract has them: views."""
-        of_all = [rows.unbind() for rows in self.query_key.unbind()]  # S of 4 (C)
-        of_scale, norms = (
-            zip(*[row.split(channels) for row in rows.unbind()], strict=True) for rows in (self.value_output, self.norm)
-        )  # S of 4 (C_i) and of 2 (C_i)
-        scales = []
-        for scale, (qw, qb, kw, kb), (vw, vb, ow, ob), norm in zip(attention, of_all, of_scale, norms, strict=True):
-            projections = Projections(Affine(qw, qb), Affine(kw, kb), Affine(vw, vb), Affine(ow, ob))
-            scales.append(Attention(Affine(*norm), projections, *scale[2:]))
-        return tuple(scales)
+        query, key = self.query_key.split(2, 1)
+        value, output = self.value_output.split(2)
+        return attention_gradients(
+            attention, {"query": query, "key": key}, {"value": value, "output": output}, self.norm
+        )
 
 
 def spatial_attention_backward(

@@ -65,6 +65,20 @@ def test_modules_of_other_numbers_compile_after_each_other() -> None:
         assert_same(evaluate(compiled, maps), evaluate(eager, maps), rtol=1e-12)
 
 
+def test_the_operator_s_backward_makes_its_results_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How they are arranged it knows without memory of the maps' size."""
+    from dca_kernels.triton_backend import operator, passes
+
+    devices, empty = [], passes.empty_gradients
+    operator._gradients_skeleton.cache_clear()
+    monkeypatch.setattr(
+        passes, "empty_gradients", lambda maps, *rest: devices.append(maps[0].device) or empty(maps, *rest)
+    )
+    with Watch():
+        evaluate(pair(SMALL, "triton")[0], random_maps(SMALL, backend="triton"))
+    assert devices == [torch.device("meta")]
+
+
 def test_a_second_derivative_of_the_operator_is_refused() -> None:
     model, maps = pair(SMALL, "triton")[0], [x.requires_grad_() for x in random_maps(SMALL, backend="triton")]
     with Watch(), pytest.raises(RuntimeError, match=r"use backend=.torch. for second derivatives"):

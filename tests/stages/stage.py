@@ -207,7 +207,7 @@ def _attend(stage: Stage, given: Given, its: Contract) -> Evaluated:
     dtokens, gradients = backward(saved, torch.cat(given.upstream, 2), its, last)
     attention = getattr(its.blocks[last], stage.name)
     outs, dinputs = attended.plain.split(channels, 2), dtokens.split(channels, 2)
-    return outs, dinputs, attention, gradients.split(attention, channels)
+    return outs, dinputs, attention, gradients.split(attention)
 
 
 def _upsample(stage: Stage, given: Given, its: Contract) -> Evaluated:
