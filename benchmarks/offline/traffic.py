@@ -7,6 +7,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -119,20 +120,19 @@ class _Groups:
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """Note what the stages are given inside the `with` block, by the structures that they are given it in."""
-        from dca_kernels.contract import flatten
-        from dca_kernels.triton_backend import batch_statistics, passes, upsample_backward
+        from dca_kernels.triton_backend import batch_statistics, eager, plan, upsample_backward
 
-        def forward(method: Callable, maps: Any, contract: Any) -> Any:
-            outs, saved = method(maps, contract)
+        def forward(method: Callable, its: Any, maps: Any, parameters: Any, tensors: Any, addresses: Any) -> Any:
+            outs = method(its, maps, parameters, tensors, addresses)
             self.note("maps", [*maps, *outs])
-            self.note("parameters", flatten(contract))
-            return outs, saved
+            self.note("parameters", tensors)
+            return outs
 
-        def backward(method: Callable, maps: Any, contract: Any, saved: Any, douts: Any, wanted: Any) -> Any:
-            dmaps, gradients = method(maps, contract, saved, douts, wanted)
-            self.note("maps", [*maps, *douts, *dmaps])
-            self.note("parameters", flatten(contract))
-            return dmaps, gradients
+        def backward(method: Callable, its: Any, saved: Any, maps: Any, douts: Any, parameters: Any) -> Any:
+            gradients = method(its, saved, maps, douts, parameters)
+            self.note("maps", [*maps, *douts, *gradients[: len(maps)]])
+            self.note("parameters", parameters)
+            return gradients
 
         def tables(method: Callable, *sizes: Any) -> Tensor:
             made = method(*sizes)
@@ -140,15 +140,26 @@ class _Groups:
             return made
 
         wrappers = (
-            (passes, "forward", forward),
-            (passes, "backward", backward),
+            (eager.Forward, "__call__", forward),
+            (eager.Backward, "__call__", backward),
             (batch_statistics, "interpolation_tables", tables),
             (upsample_backward, "interpolation_tables", tables),
         )
         with contextlib.ExitStack() as stack:
             for owner, name, wrapper in wrappers:
                 stack.enter_context(mock.patch.object(owner, name, _wrapped(getattr(owner, name), wrapper)))
+            # A plan would have some tokens where outputs will be.
+            stack.enter_context(mock.patch.object(plan, "arranged", _one_behind_another))
+            stack.enter_context(mock.patch.object(eager, "_forwards", eager.Latest()))
             yield
+
+
+def _one_behind_another(parts: Sequence[Any], rooms: Sequence[Any]) -> list[tuple[int, int]]:
+    """In the place of `memory.arranged`: in the workspace, none in the place of another."""
+    from dca_kernels.triton_backend.memory import aligned
+
+    begins = itertools.accumulate([aligned(part.nbytes) for part in parts], initial=0)
+    return [(len(rooms), begin) for _, begin in zip(parts, begins, strict=False)]
 
 
 class _Buffer:
@@ -218,6 +229,7 @@ def count_kernels(run: Callable[[], object], **known: object) -> list[KernelTraf
     """What each launch that `run` makes in Triton's interpreter moves and computes, in order.
 
     Values only matter where a kernel branches on them: in bfloat16 they are wrong unless the interpreter is corrected.
+    Nothing shares memory with anything else meanwhile.
 
     Args:
         run: calls of a DCA, or of kernels.
@@ -341,7 +353,7 @@ class _Operators(TorchDispatchMode):
         memory = {t.untyped_storage().data_ptr() for t in read}
         fresh = any(t.untyped_storage().data_ptr() not in memory for t in written)
         name = function.overloadpacket.__name__
-        if (fresh or function._schema.is_mutable) and "empty" not in name:
+        if (fresh or function._schema.is_mutable) and "empty" not in name and name != "set_":
             self.seen.append(OperatorTraffic(name, _bytes(read), _bytes(written)))
         return results
 
@@ -359,8 +371,8 @@ def count_reference(run: Callable[[], object]) -> list[OperatorTraffic]:
     """What each operator of plain PyTorch reads and writes, in order.
 
     Counted is the operator that PyTorch dispatches below autograd, as one kernel, if it has a result in memory of its
-    own or changes an argument in place: views, `empty` and what reads a number are none. It reads each distinct tensor
-    among its arguments once and writes its results once. That is a floor: the kernels behind one operator may be
+    own or changes an argument in place: views, `empty`, `set_` and what reads a number are none. It reads each distinct
+    tensor among its arguments once and writes its results once. That is a floor: the kernels behind one operator may be
     several, and BatchNorm in training, for one, reads its input twice.
     """
     with _Operators() as operators:

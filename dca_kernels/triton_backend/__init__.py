@@ -5,7 +5,7 @@ it as one operator, `dca_kernels::refine`, with `dca_kernels::refine_backward` f
 file says where to begin to read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dca_kernels.backends import tokens_dtype
 from dca_kernels.contract import Contract, flatten, learned, unflatten, update_buffers
-from dca_kernels.triton_backend import operator, passes
+from dca_kernels.triton_backend import eager, launch, operator, passes
 
 
 def operand_dtype(maps: Sequence[Tensor]) -> torch.dtype:
@@ -36,16 +36,44 @@ def refine(maps: Sequence[Tensor], contract: Contract) -> list[Tensor]:
         ValueError: a map's image is too large for 32-bit indices, or a size too large for the kernels' tiles.
     """
     parameters = flatten(learned(contract))
-    if contract.backward and not any(t.requires_grad for t in (*maps, *parameters)):
-        contract = contract._replace(backward=False)
-    if watched():
+    contract = _without_needless_backward(maps, contract, parameters)
+    if watched() or len(maps[0]) == 0:
         return _refine_watched(maps, contract, parameters)
-    if not all([passes.is_aligned(t) for t in parameters]):
-        copies = unflatten(learned(contract), iter(passes.aligned(parameters)))
-        contract = copies._replace(buffers=contract.buffers)
-    if contract.backward:
-        return list(operator.Refine.apply(contract, *maps, *parameters))
-    return passes.forward(maps, contract)[0]
+    its = passes.aligned(parameters)
+    copied = unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
+    tensors = [*its, *flatten(contract.buffers)]
+    return eager.planned(maps, copied)(maps, parameters, tensors, list(map(Tensor.data_ptr, tensors)))
+
+
+def prepared(
+    maps: Sequence[Tensor], contract: Contract
+) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor] | None] | None:
+    """Calls of the same kind as this one, of maps and of the contract's tensors; None where no plan is for it.
+
+    A call takes tensors of the same sizes, strides, dtypes, devices and `requires_grad`; it returns None where the
+    kernels cannot take them as they lie.
+    """
+    parameters = flatten(learned(contract))
+    if watched() or len(maps[0]) == 0 or not passes.are_aligned(flatten(contract)):
+        return None
+    forward = eager.planned(maps, _without_needless_backward(maps, contract, parameters))
+    count, device = len(parameters), maps[0].device
+    made_in = launch.circumstances(device)
+
+    def call(maps: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        can = forward.plan.was_run(addresses) or passes.are_multiples(addresses)
+        if not can or launch.circumstances(device) != made_in:
+            return None
+        return forward(maps, tensors[:count], tensors, addresses)
+
+    return call
+
+
+def _without_needless_backward(maps: Sequence[Tensor], contract: Contract, parameters: Sequence[Tensor]) -> Contract:
+    if contract.backward and not any(t.requires_grad for t in (*maps, *parameters)):
+        return contract._replace(backward=False)
+    return contract
 
 
 def _refine_watched(maps: Sequence[Tensor], contract: Contract, parameters: list[Tensor]) -> list[Tensor]:

@@ -275,7 +275,7 @@ def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) 
         _batch_statistics_kernel, config,
         batch * sum([launch.blocks(c, config["block_c"]) for c in tokens.channels]),
         maps=maps.maps, z=z, moments=maps.moments,
-        tables=interpolation_tables(layout.sizes, contract.grid, accumulation_dtype(z.dtype), z.device),
+        tables=interpolation_tables(layout.sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
         counters=counters_of(contract), statistics=statistics, LAYOUT=layout,
         FROM_BATCH=from_batch(contract), MOMENT_BLOCKS=maps.moments.blocks.shape[1],
         GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does

@@ -1,14 +1,16 @@
 """The host's side of every kernel: its block sizes, its constants, one place that launches."""
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -94,6 +96,35 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+class Launch(NamedTuple):
+    """One launch: a kernel, how many programs, its row of `configurations.json`, and its arguments by name."""
+
+    kernel: Any
+    programs: int
+    config: dict[str, int]
+    arguments: dict[str, Any]
+
+
+class Recording(NamedTuple):
+    """Launches that are written down, and the device that they are meant for."""
+
+    device: torch.device
+    launches: list[Launch]
+
+
+_recording: contextvars.ContextVar[Recording | None] = contextvars.ContextVar("dca_recording", default=None)
+
+
+@contextlib.contextmanager
+def recording(device: torch.device) -> Iterator[list[Launch]]:
+    """Inside the `with` block launches, of tensors of the meta device, are written down: of this thread or task."""
+    token = _recording.set(Recording(device, []))
+    try:
+        yield _recording.get().launches  # type: ignore[union-attr]
+    finally:
+        _recording.reset(token)
+
+
 class Launcher:
     """Launches a stage's kernels: what they have in common is looked up once.
 
@@ -107,7 +138,9 @@ class Launcher:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, shape: Shape) -> None:
-        self.target, self.device, self.dtype, self.shape = architecture(device), device, dtype, shape
+        self._recording = _recording.get()
+        self.device = device if self._recording is None else self._recording.device
+        self.target, self.dtype, self.shape = architecture(self.device), dtype, shape
         self.precision = precision(dtype, self.target)
         self._constants = {
             "SHAPE": shape,
@@ -125,7 +158,10 @@ class Launcher:
         for name, key in _constants(kernel.fn):
             if name not in arguments:
                 arguments[name] = self._constants[name] if name in self._constants else config[key]
-        run(kernel, programs, config, **arguments)
+        if self._recording is None:
+            run(kernel, programs, config, **arguments)
+        elif _any(programs):
+            self._recording.launches.append(Launch(kernel, programs, config, arguments))
 
 
 @functools.cache  # of the function: a kernel's own hash takes 1.5 us
@@ -134,18 +170,27 @@ def _constants(function: Callable) -> list[tuple[str, str]]:
     return [(name, name.lower()) for name in inspect.signature(function).parameters if name.isupper()]
 
 
-def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
-    """Launch a kernel on the device of its tensors; `config` gives its compiler options."""
-    if programs > MAX_PROGRAMS:
-        raise ValueError(f"maps: expected a batch of at most {MAX_PROGRAMS} programs a launch, got {programs}")
-    if programs == 0:
-        return
-    with _device_guard(arguments):
-        kernel[(programs,)](
+def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> Any:
+    """Launch a kernel on the device of its tensors; `config` gives its compiler options.
+
+    Returns:
+        The compiled kernel; None where there is none, of an interpreted kernel or without a program.
+    """
+    if not _any(programs):
+        return None
+    with on(_first_tensor(arguments).device):
+        return kernel[(programs,)](
             **arguments,
             **compiler_options(config),
             enable_fp_fusion=True,  # explicit: its default changes between Triton versions
         )
+
+
+def _any(programs: int) -> bool:
+    """Whether there is a program to launch; raise for more than a grid has."""
+    if programs > MAX_PROGRAMS:
+        raise ValueError(f"maps: expected a batch of at most {MAX_PROGRAMS} programs a launch, got {programs}")
+    return programs > 0
 
 
 def compiler_options(config: dict[str, int]) -> dict[str, int]:
@@ -153,9 +198,14 @@ def compiler_options(config: dict[str, int]) -> dict[str, int]:
     return {name: value for name in COMPILER_OPTIONS if (value := config.get(name)) is not None}
 
 
-def _device_guard(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
-    tensor = _first_tensor(arguments)
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside the `with` block a device is the current one."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _first_tensor(arguments: dict[str, Any]) -> Tensor:
@@ -165,3 +215,12 @@ def _first_tensor(arguments: dict[str, Any]) -> Tensor:
         if isinstance(argument, Tensor):
             return argument
     raise TypeError("a kernel without tensors")
+
+
+def circumstances(device: torch.device) -> tuple[object, ...]:
+    """What launches on a device depend on beside their arguments, to tell kinds of calls apart.
+
+    Tools replace `configuration` and `run`, and what a device is.
+    """
+    knobs = triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode
+    return architecture(device), configuration, run, torch.get_float32_matmul_precision(), *knobs

@@ -1,4 +1,8 @@
-"""The `triton` backend's gradients: of eager calls, and as one operator for what traces or watches a call."""
+"""The `triton` backend as one operator with its gradient, for what traces or watches a call.
+
+An operator takes tensors and plain numbers: a contract goes as lists of its tensors and of its floats, which
+torch.compile may not know for constants, and as text that says where each of them was.
+"""
 
 import functools
 import itertools
@@ -14,20 +18,10 @@ from dca_kernels import contract as structures
 from dca_kernels.contract import Contract, channels_of, flatten, in_place_of, learned, skeleton, unflatten
 from dca_kernels.triton_backend import passes
 
-BATCHED = (
-    "DCA: the triton backend's gradients cannot be batched (is_grads_batched=True, vectorize=True): use backend='torch'"
-    " or torch.func"
-)
 TWICE = (
     "the triton backend's gradients cannot be differentiated again: use backend='torch' for second derivatives "
     "(create_graph=True)"
 )
-
-
-def _with_zeros(contract: Contract, grads: Sequence[Tensor | None], maps: Sequence[Tensor]) -> list[Tensor]:
-    """Upstream gradients of all outputs: zeros for one that was not used."""
-    scales = zip(grads, maps, contract.output_dtypes, strict=True)
-    return [torch.zeros_like(x, dtype=dtype) if g is None else g for g, x, dtype in scales]
 
 
 def _of_parameters(
@@ -36,60 +30,6 @@ def _of_parameters(
     """The gradients of the contract's parameters, in their order, shapes and dtypes."""
     pairs = zip(parameters, in_place_of(contract, passes.split(gradients, contract)), strict=True)
     return [None if g is None else g.view_as(t).to(t.dtype) for t, g in pairs]
-
-
-# Eager
-
-
-class Refine(torch.autograd.Function):
-    """The forward and its backward, both by kernels; the backward once."""
-
-    @staticmethod
-    def forward(ctx: Any, contract: Contract, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Maps and parameters are `tensors`, for autograd to see."""
-        outs, saved = passes.forward(tensors[: len(contract.upsample)], contract)
-        ctx.contract, ctx.saved = skeleton(learned(contract)), skeleton(saved)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *flatten(saved))  # an error where one was changed in place
-        return tuple(outs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        scales, count = len(grads), len(ctx.needs_input_grad) - 1
-        given = [g for g in grads if g is not None]
-        if not given:
-            return (None,) * len(ctx.needs_input_grad)
-        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given):
-            raise RuntimeError(BATCHED)
-        tensors = ctx.saved_tensors
-        maps, parameters = tensors[:scales], tensors[scales:count]
-        contract = unflatten(ctx.contract, iter(passes.aligned(parameters)))
-        saved = unflatten(ctx.saved, iter(tensors[count:]))
-        wanted = passes.wanted_of(contract, ctx.needs_input_grad[1:], [g is not None for g in grads])
-        douts = _with_zeros(contract, grads, maps)
-        with torch.no_grad():
-            dmaps, of_parameters = passes.backward(maps, contract, saved, douts, wanted)
-            gradients = [*dmaps, *_of_parameters(of_parameters, contract, parameters)]
-        asked = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-        if torch.is_grad_enabled():
-            asked = [None if g is None else _Once.apply(g, *douts, *tensors[:count]) for g in asked]
-        return None, *asked
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that says why it cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(TWICE)
-
-
-# One operator. An operator takes tensors and plain numbers: a contract goes as lists of its tensors and of its floats,
-# which torch.compile may not know for constants, and as text that says where each of them was.
 
 
 def described(contract: Contract) -> tuple[str, list[float]]:
@@ -241,7 +181,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     contract = learned(restored(ctx.text, parameters, ctx.floats))
     needed_maps, needed_parameters, *_ = ctx.needs_input_grad
     wanted = passes.wanted_of(contract, [*needed_maps, *needed_parameters], [g is not None for g in grads[:scales]])
-    douts = _with_zeros(contract, grads[:scales], maps)
+    douts = passes.upstream(grads[:scales], maps, contract.output_dtypes)
     raw = torch.ops.dca_kernels.refine_backward(douts, maps, parameters, saved, ctx.floats, ctx.text, wanted)
     dmaps, gradients = unflatten(_gradients_skeleton(ctx.text, channels_of(contract), tuple(wanted)), iter(raw))
     of_parameters = _of_parameters(gradients, contract, parameters)

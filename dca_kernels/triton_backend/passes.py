@@ -1,7 +1,9 @@
 """The four stages in turn, forward and backward."""
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,10 +117,9 @@ def backward(
     Args:
         maps, contract: as in the forward.
         saved: what it returned.
-        douts: S tensors (B, C_i, H_i, W_i), the gradients of its outputs.
+        douts: S tensors (B, C_i, H_i, W_i), the `upstream` gradients of its outputs.
         wanted: for each of maps and parameters, whether its gradient is.
     """
-    douts = [g if _last(g) < MAX_OFFSET else g.contiguous() for g in douts]
     first, count = first_wanted(contract, wanted), len(saved.attentions)
     last = upsample_backward.upsample_backward(saved.upsample, maps, douts, contract, first <= count)
     gradients: list[OfAttention | None] = [None] * count
@@ -222,19 +223,34 @@ def _check(maps: Sequence[Tensor]) -> None:
             )
 
 
+def upstream(grads: Sequence[Tensor | None], maps: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The gradients of all outputs, of these dtypes, as the kernels take them: zeros for one that was not used."""
+    douts = [
+        torch.zeros_like(x, dtype=dtype) if g is None else g for g, x, dtype in zip(grads, maps, dtypes, strict=True)
+    ]
+    return [g if g.is_contiguous() or _last(g) < MAX_OFFSET else g.contiguous() for g in douts]
+
+
 def _last(x: Tensor) -> int:
     """How far the last element of an image lies from its first."""
     return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
-def aligned(tensors: Sequence[Tensor]) -> list[Tensor]:
+def aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Parameters as the kernels take them, contiguous, at addresses that are multiples of 16 bytes; some are copies.
 
     Triton compiles another kernel for any other address; a copy is faster by far.
     """
-    return [t if is_aligned(t) else t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
+    if are_aligned(tensors):
+        return tensors
+    return [t if are_aligned([t]) else t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether `aligned` leaves a parameter as it is."""
-    return tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous()
+def are_aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether `aligned` leaves parameters as they are."""
+    return are_multiples(map(Tensor.data_ptr, tensors)) and all(map(Tensor.is_contiguous, tensors))
+
+
+def are_multiples(addresses: Iterable[int]) -> bool:
+    """Whether all addresses are multiples of ALIGNMENT."""
+    return functools.reduce(operator.or_, addresses, 0) % ALIGNMENT == 0

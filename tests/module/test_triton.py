@@ -371,9 +371,15 @@ def test_launches_are_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPat
             return lambda **kwargs: log.append("launch")
 
     log: list[object] = []
+    current = 0
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     launch.run(Kernel(), 1, ONE, N=3, x=torch.zeros(1).as_subclass(OnSecondGpu))
     assert log == [torch.device("cuda", 1), "enter", "launch", "exit"]
+    log.clear()
+    current = 1
+    launch.run(Kernel(), 1, ONE, N=3, x=torch.zeros(1).as_subclass(OnSecondGpu))
+    assert log == ["launch"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="no GPU: CUDA graphs")

@@ -1,8 +1,9 @@
 """Where the kernels read and write: nothing beyond any tensor, and offsets past 2**31 elements."""
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 
-from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend import eager, launch, plan
+from dca_kernels.triton_backend.memory import aligned
 
 pytestmark = pytest.mark.slow
 
@@ -37,39 +39,75 @@ MARGIN = 5000  # elements of NaN on either side
 
 
 class Halo:
-    """Puts tensors into the middle of buffers of NaN."""
+    """Puts tensors into the middle of buffers of NaN, and leaves as much between those that one allocation holds."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
+        self.inside: dict[int, list[tuple[int, int]]] = {}  # by an allocation's bytes, what it holds: begins and ends
+        self.between: list[Tensor] = []
 
     def around(self, x: Tensor) -> Tensor:
         """A tensor of the same values and strides; it has no gaps."""
-        buffer = torch.full((x.numel() + 2 * MARGIN,), math.nan, dtype=x.dtype, device=x.device)
+        buffer = not_a_number(x.new_empty(x.numel() + 2 * MARGIN))
         self.buffers.append(buffer)
-        return buffer.as_strided(x.shape, x.stride(), MARGIN).copy_(x)
+        made = buffer.as_strided(x.shape, x.stride(), MARGIN).copy_(x)
+        spans = self.inside.get(x.nbytes, [(0, x.nbytes)])
+        begins, ends = [begin for begin, _ in spans] + [x.nbytes], [0] + [end for _, end in spans]
+        for end, begin in zip(ends, begins, strict=True):
+            self.between.append(made.flatten()[end // x.itemsize : begin // x.itemsize])
+        return made
+
+    def apart(self, sizes: Sequence[int]) -> list[int]:
+        """Offsets in bytes with a margin between each two, behind the last the end."""
+        offsets = list(itertools.accumulate([aligned(nbytes) + 8 * MARGIN for nbytes in sizes], initial=0))
+        spans = [(begin, begin + nbytes) for begin, nbytes in zip(offsets, sizes, strict=False)]
+        self.inside |= {
+            end: spans for end in (offsets[-1], *(end for _, end in spans[-1:]))
+        }  # of a packed one, a workspace
+        return offsets
 
     def assert_untouched(self) -> None:
         assert self.buffers
         for buffer in self.buffers:
-            assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all()
+            assert is_not_a_number(buffer[:MARGIN]) and is_not_a_number(buffer[-MARGIN:])
+        for gap in self.between:
+            assert is_not_a_number(gap)
+
+
+def not_a_number(x: Tensor) -> Tensor:
+    """Of bytes those that make a NaN of any floating dtype."""
+    return x.fill_(math.nan if x.is_floating_point() else 255)
+
+
+def is_not_a_number(x: Tensor) -> bool:
+    return bool((x.isnan() if x.is_floating_point() else x == 255).all())
 
 
 @pytest.fixture
 def halo(monkeypatch: pytest.MonkeyPatch) -> Halo:
-    """All floating memory that the package asks for has a margin of NaN; whoever reads there shows it."""
+    """All memory that the package asks for has a margin of NaN; whoever reads there shows it."""
     halo = Halo()
 
     def widened(allocate):
         def allocate_with_margin(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            if sys._getframe(1).f_globals["__name__"].startswith("dca_kernels") and tensor.is_floating_point():
-                return halo.around(tensor.fill_(math.nan))
-            return tensor
+            ours = sys._getframe(1).f_globals["__name__"].startswith("dca_kernels")
+            return halo.around(not_a_number(tensor)) if ours and not tensor.is_meta and tensor.numel() else tensor
 
         return allocate_with_margin
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, widened(getattr(owner, name)))
+    # A plan lets tensors share memory: here each has its own, in a workspace, and a margin behind it.
+    monkeypatch.setattr(eager, "_forwards", eager.Latest())
+    monkeypatch.setattr(plan, "packed", lambda tensors: halo.apart([t.nbytes for t in tensors]))
+    monkeypatch.setattr(
+        plan,
+        "arranged",
+        lambda parts, rooms: [
+            (len(rooms), offset) for offset, _ in zip(halo.apart([part.nbytes for part in parts]), parts, strict=False)
+        ],
+    )
     return halo
 
 
@@ -100,6 +138,11 @@ def assert_stays_inside(config: Config, halo: Halo, dtype: torch.dtype, train: b
     assert_identical(results, expected)
     assert all(t.isfinite().all() for t in results.values())
     halo.assert_untouched()
+    gap = max(halo.between, key=len)
+    assert len(gap) >= MARGIN
+    gap[len(gap) // 2] = 0
+    with pytest.raises(AssertionError):
+        halo.assert_untouched()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

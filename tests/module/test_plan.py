@@ -1,0 +1,197 @@
+"""The plan of a call of the kernels: where its memory lies, what it allocates, what it knows of a call."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dca_kernels import contract
+from tests.oracle import DEVICE, LAYOUTS, Config, both_modes, evaluate, pair, random_maps
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dca_kernels.triton_backend import eager, launch
+from dca_kernels.triton_backend.memory import ALIGNMENT, Part, Room, aligned, arranged
+from dca_kernels.triton_backend.plan import tensors_of
+
+CONFIG = Config((4, 8), 2, sizes=((5, 4), (2, 3)))
+
+parts = st.builds(
+    lambda nbytes, first, length: Part(nbytes, first, first + length),
+    st.integers(1, 3000),
+    st.integers(0, 9),
+    st.integers(0, 5),
+)
+rooms = st.builds(Room, st.integers(0, 4000), st.integers(0, 12))
+
+
+def spans(parts: list[Part], rooms: list[Room]) -> list[tuple[int, int, int]]:
+    """Room, begin and end of each part."""
+    return [
+        (room, begin, begin + part.nbytes) for part, (room, begin) in zip(parts, arranged(parts, rooms), strict=True)
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(parts, max_size=12), st.lists(rooms, max_size=3))
+def test_parts_that_live_together_share_no_memory(parts: list[Part], rooms: list[Room]) -> None:
+    found = spans(parts, rooms)
+    for (a, (room, begin, end)), (b, (other, other_begin, other_end)) in itertools.combinations(
+        zip(parts, found, strict=True), 2
+    ):
+        together = a.first <= b.last and b.first <= a.last
+        assert not (together and room == other and begin < other_end and other_begin < end)
+    for part, (number, begin, end) in zip(parts, found, strict=True):
+        assert begin % ALIGNMENT == 0
+        if number < len(rooms):
+            assert part.last < rooms[number].until
+            assert end <= rooms[number].nbytes
+
+
+def test_parts_that_follow_each_other_share_memory() -> None:
+    """And a room is taken before a workspace, by the largest part that it holds."""
+    small, large, late = Part(100, 0, 1), Part(1000, 1, 2), Part(900, 3, 4)
+    assert arranged([small, large, late], []) == [(0, aligned(1000)), (0, 0), (0, 0)]
+    assert arranged([small, large, late], [Room(1000, 3)]) == [(1, 0), (0, 0), (1, 0)]
+
+
+# What a call allocates
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors with memory that the package asks for."""
+    found: list[Tensor] = []
+
+    def noted(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_and_note(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if not tensor.is_meta and tensor.numel():
+                found.append(tensor)
+            return tensor
+
+        return allocate_and_note
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
+    return found
+
+
+@both_modes
+def test_a_call_allocates_its_results_and_a_workspace(train: bool, made: list[Tensor]) -> None:
+    """In training what the backward needs, and for the backward the maps' gradients, the parameters', a workspace."""
+    module, maps = pair(CONFIG, "triton", torch.float32, train)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    for x in maps:
+        x.requires_grad_(train)
+    douts = [torch.ones_like(x) for x in maps]
+    inputs = [*maps, *module.parameters()]
+    for _ in range(2):
+        made.clear()
+        with torch.set_grad_enabled(train):
+            outs = module(maps)
+        assert len(made) <= len(outs) + 1 + train
+        if train:
+            gradients = torch.autograd.grad(outs, inputs, douts)
+            of_parameters = {g.untyped_storage().data_ptr() for g in gradients[len(maps) :]}
+            assert len(of_parameters) == 1
+            assert len(made) <= len(outs) + len(maps) + 1 + 3
+
+
+@pytest.mark.parametrize(("train", "most"), [(False, 0.13), (True, 0.01)], ids=["eval", "train"])
+def test_what_lives_within_a_call_lies_where_its_results_will_be(train: bool, most: float) -> None:
+    """At the paper's sizes, a workspace is a small part of the maps' bytes; without a plan it was half of them."""
+    config = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=1)
+    module = pair(config, "triton", torch.bfloat16, train)[0]
+    maps = [
+        torch.empty(1, c, *size, dtype=torch.bfloat16) for c, size in zip(config.features, config.sizes, strict=True)
+    ]
+    its = contract.read(module, [head[0] for head in module.bn_relu], torch.bfloat16, [torch.bfloat16] * 4)
+    kinds = [[eager.Kind.of(t) for t in tensors] for tensors in (maps, contract.flatten(its))]
+    forward = eager.Forward(*kinds, its._replace(backward=train), torch.device(DEVICE))
+    nbytes = sum(x.nbytes for x in maps)
+    assert forward.plan.workspace <= most * nbytes
+    if train:
+        backward = eager.Backward(forward, kinds[0], kinds[0], [True] * (len(maps) + len(forward.parameters)))
+        assert backward.plan.workspace <= 0.2 * nbytes
+
+
+# What a plan is for
+
+
+def forwards_of(module: nn.Module, *calls: list[Tensor]) -> int:
+    """How many plans these calls need, of a module that was never called."""
+    eager._forwards.clear()
+    module = copy.deepcopy(module)
+    for maps in calls:
+        with torch.no_grad():
+            module(maps)
+            module(maps)
+    return len(eager._forwards)
+
+
+def test_kinds_of_calls_have_plans_of_their_own() -> None:
+    module, maps = pair(CONFIG, "triton", torch.float32, False)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    assert forwards_of(module, maps, [x.clone() for x in maps]) == 1
+    assert forwards_of(module, maps, [x[:1] for x in maps]) == 2
+    assert forwards_of(module, maps, *[[change(x) for x in maps] for change in LAYOUTS.values()]) == 1 + len(LAYOUTS)
+
+
+def test_what_products_are_computed_in_is_part_of_a_kind() -> None:
+    module, maps = pair(CONFIG, "triton", torch.float32, False)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    before = torch.get_float32_matmul_precision()
+    eager._forwards.clear()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            with torch.no_grad():
+                module(maps)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert [{one.arguments.get("PRECISION") for one in f.plan.launches} for f in eager._forwards.values()] == [
+        {None, "tf32x3"},
+        {None, "tf32"},
+    ]
+
+
+def test_modules_of_equal_numbers_share_a_plan() -> None:
+    """And other numbers of a BatchNorm have a plan of their own."""
+    modules = [pair(CONFIG, "triton", torch.float32, False, seed)[0] for seed in range(3)]
+    modules[2].bn_relu[0][0].eps = 0.5
+    maps = random_maps(CONFIG, torch.float32, backend="triton")
+    eager._forwards.clear()
+    with torch.no_grad():
+        outs = [module(maps) for module in modules]
+    assert len(eager._forwards) == 2
+    assert not torch.equal(outs[0][0], outs[1][0])
+
+
+def test_a_bounded_number_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "MOST", 3)
+    module, maps = pair(CONFIG, "triton", torch.float32, False)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    assert forwards_of(module, *[[x[:1].repeat(n, 1, 1, 1) for x in maps] for n in range(1, 6)]) == 3
+
+
+def test_parameters_at_odd_addresses_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the latest call had them at others: what is compiled for multiples of 16 bytes takes no other."""
+    addresses: list[int] = []
+    run = launch.run
+
+    def note(*args: object, **arguments: object) -> object:
+        addresses.extend(t.data_ptr() for t in tensors_of(tuple(arguments.values())))
+        return run(*args, **arguments)
+
+    monkeypatch.setattr(launch, "run", note)
+    module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    evaluate(module, maps)
+    for p in module.parameters():
+        p.data = LAYOUTS["misaligned"](p.data.view(1, 1, 1, -1)).view(p.shape)
+    for _ in range(2):
+        addresses.clear()
+        evaluate(module, maps)
+        assert addresses
+        assert all(address % 16 == 0 for address in addresses)
