@@ -145,6 +145,11 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str |
     return name
 
 
+def requested() -> tuple[str, str | None]:
+    """What `choose` goes by beside its arguments."""
+    return _in_context.get(), os.environ.get("DCA_BACKEND")
+
+
 def automatic(device: torch.device, dtype: torch.dtype, large: str | None = None) -> tuple[str, str]:
     """What `auto` runs, and why: `triton` where it was measured (`MEASURED`), `torch` elsewhere."""
     reason = why_not("triton", device)

@@ -7,7 +7,7 @@ Shapes: S scales, C_i channels of scale i, C = sum of C_i, P_h x P_w the token g
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -119,8 +119,15 @@ class Contract(NamedTuple):
     backward: bool
 
 
+Get = Callable[[nn.Module, str], Any]
+
+
 def read(
-    dca: Any, norms: Sequence[nn.BatchNorm2d | None], dtype: torch.dtype, output_dtypes: Sequence[torch.dtype]
+    dca: Any,
+    norms: Sequence[nn.BatchNorm2d | None],
+    dtype: torch.dtype,
+    output_dtypes: Sequence[torch.dtype],
+    get: Get = getattr,
 ) -> Contract:
     """The contract of a module, for a call with gradients where they are enabled.
 
@@ -129,6 +136,7 @@ def read(
         norms: S BatchNorms; where None, the map is returned as it enters BatchNorm and ReLU.
         dtype: of the operands of large products.
         output_dtypes: of the S outputs.
+        get: what stands for a module's tensor of a name.
     """
     cancels = [norm is not None and uses_batch_statistics(norm) for norm in norms]
     kept, last = [False] * len(cancels), len(dca.attention) - 1
@@ -137,16 +145,16 @@ def read(
         channel = spatial = None
         if dca.channel_att:
             is_last = i == last and not dca.spatial_att
-            channel = _attention(block.channel_norm, block.c_attention, cancels if is_last else kept)
+            channel = _attention(block.channel_norm, block.c_attention, cancels if is_last else kept, get)
         if dca.spatial_att:
-            spatial = _attention(block.spatial_norm, block.s_attention, cancels if i == last else kept)
+            spatial = _attention(block.spatial_norm, block.s_attention, cancels if i == last else kept, get)
         blocks.append(Block(channel, spatial))
     return Contract(
-        patch_embed=tuple([_affine(embedding.convolution) for embedding in dca.avg_map]),
+        patch_embed=tuple([_affine(embedding.convolution, get) for embedding in dca.avg_map]),
         blocks=tuple(blocks),
-        upsample=tuple([_affine(upconv.convolution) for upconv in dca.upconvs]),
-        norms=tuple([None if norm is None else _batch_norm(norm) for norm in norms]),
-        buffers=tuple([None if norm is None else _buffers(norm) for norm in norms]),
+        upsample=tuple([_affine(upconv.convolution, get) for upconv in dca.upconvs]),
+        norms=tuple([None if norm is None else _batch_norm(norm, get) for norm in norms]),
+        buffers=tuple([None if norm is None else _buffers(norm, get) for norm in norms]),
         grid=dca.grid,
         dtype=dtype,
         output_dtypes=tuple(output_dtypes),
@@ -158,16 +166,17 @@ def _attention(
     norms: Iterable[nn.LayerNorm],
     attentions: Iterable[layers.ChannelAttention | layers.SpatialAttention],
     cancels: Iterable[bool],
+    get: Get,
 ) -> tuple[Attention, ...]:
     return tuple(
         [
             Attention(
-                _affine(norm),
+                _affine(norm, get),
                 Projections(
-                    _affine(attention.q_map.convolution),
-                    _affine(attention.k_map.convolution),
-                    _affine(attention.v_map.convolution),
-                    _affine(attention.projection.convolution),
+                    _affine(attention.q_map.convolution, get),
+                    _affine(attention.k_map.convolution, get),
+                    _affine(attention.v_map.convolution, get),
+                    _affine(attention.projection.convolution, get),
                 ),
                 attention.heads,
                 norm.eps,
@@ -178,17 +187,18 @@ def _attention(
     )
 
 
-def _affine(module: nn.Conv2d | nn.LayerNorm) -> Affine:
-    return Affine(module.weight, module.bias)  # type: ignore[arg-type]  # `plain.hooked` refuses one without a bias
+def _affine(module: nn.Conv2d | nn.LayerNorm, get: Get) -> Affine:
+    return Affine(get(module, "weight"), get(module, "bias"))  # `plain.hooked` refuses one without a bias
 
 
-def _batch_norm(norm: nn.BatchNorm2d) -> BatchNorm:
+def _batch_norm(norm: nn.BatchNorm2d, get: Get) -> BatchNorm:
     updates = norm.training and norm.track_running_stats and norm.running_mean is not None
-    return BatchNorm(norm.weight, norm.bias, norm.eps, norm.momentum, uses_batch_statistics(norm), updates)
+    affine = get(norm, "weight"), get(norm, "bias")
+    return BatchNorm(*affine, norm.eps, norm.momentum, uses_batch_statistics(norm), updates)
 
 
-def _buffers(norm: nn.BatchNorm2d) -> Buffers:
-    return Buffers(norm.running_mean, norm.running_var, norm.num_batches_tracked)
+def _buffers(norm: nn.BatchNorm2d, get: Get) -> Buffers:
+    return Buffers(*[get(norm, name) for name in ("running_mean", "running_var", "num_batches_tracked")])
 
 
 def attentions_of(contract: Contract) -> Iterator[tuple[Attention, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dca_kernels import backends, contract, plain
+from dca_kernels import backends, contract, known, plain
 from dca_kernels.layers import Block, DepthwiseProjection, UpsampleConv
 
 _logger = logging.getLogger("dca_kernels")
@@ -38,6 +38,8 @@ class DCA(nn.Module):
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it, what was expected and what came.
     """
+
+    _known: known.Known | None = None  # the calls before; a copy of the module has none
 
     def __init__(
         self,
@@ -93,15 +95,19 @@ class DCA(nn.Module):
                 Nothing is changed.
             RuntimeError: the backend asked for cannot run; the message says why.
         """
+        if not torch.compiler.is_compiling():
+            outs = known.call(self, maps)
+            if outs is not None:
+                return outs
         in_list: Sequence[object] = maps if isinstance(maps, list | tuple) else []
         proxies = [x for x in (maps, *in_list) if isinstance(x, fx.Proxy)]
         if proxies:
             return self._as_leaf(maps, cast(fx.Tracer, proxies[0].tracer))
         overriding = [x for x in in_list if _overrides(x)]
         if overriding:
-            outs = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
+            computed = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
             # Attention computes each output from all maps.
-            return tuple(_computed_from(y, x, *overriding) for y, x in zip(outs, maps, strict=True))
+            return tuple(_computed_from(y, x, *overriding) for y, x in zip(computed, maps, strict=True))
         self._check(maps)
         if not torch.jit.is_tracing():  # which makes tensors of sizes
             self._check_sizes(maps)
@@ -122,8 +128,12 @@ class DCA(nn.Module):
         large = backends.too_large(self, maps)
         name = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
         backend = backends.load(name)
-        outs = backend.refine(maps, contract.read(self, norms, backend.operand_dtype(maps), dtypes))
-        return tuple(head(y) if norm is None else y for y, norm, head in zip(outs, norms, self.bn_relu, strict=True))
+        read = functools.partial(contract.read, self, norms, backend.operand_dtype(maps), dtypes)
+        its = read()
+        refined = backend.refine(maps, its)
+        if None not in norms and not torch.compiler.is_compiling():
+            known.keep(self, maps, its, backend, lambda: read(known.Held))
+        return tuple(head(y) if norm is None else y for y, norm, head in zip(refined, norms, self.bn_relu, strict=True))
 
     def _as_leaf(self, maps: object, tracer: fx.Tracer) -> tuple[Tensor, ...]:
         """One call of this module in the graph of `torch.fx.symbolic_trace`: checks and algebra are for tensors."""
@@ -134,6 +144,10 @@ class DCA(nn.Module):
         # The proxy stands for the outputs.
         outputs = cast(Sequence[Tensor], tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {}))
         return tuple(outputs[i] for i in range(len(self.features)))
+
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles have."""
+        return {name: value for name, value in vars(self).items() if name != "_known"}
 
     def extra_repr(self) -> str:
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")

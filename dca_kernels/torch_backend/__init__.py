@@ -9,13 +9,13 @@ Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i it
 N = P_h * P_w tokens, h heads, dk = C / h, dv = C_i / h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from dca_kernels.contract import Contract, accumulation_dtype
+from dca_kernels.contract import Contract, accumulation_dtype, skeleton, unflatten
 from dca_kernels.torch_backend import channel_attention, patch_embed, spatial_attention, upsample
 from dca_kernels.torch_backend.common import no_autocast
 
@@ -46,3 +46,11 @@ def refine(maps: Sequence[Tensor], contract: Contract) -> list[Tensor]:
             tokens = channel_attention.channel_attention(tokens, contract, block)
             tokens = spatial_attention.spatial_attention(tokens, contract, block)
         return upsample.upsample(tokens, maps, contract)
+
+
+def prepared(
+    maps: Sequence[Tensor], contract: Contract
+) -> Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]:
+    """Calls of the same kind as this one, of maps and of the contract's tensors."""
+    its = skeleton(contract)
+    return lambda maps, tensors: refine(maps, unflatten(its, iter(tensors)))
