@@ -1,24 +1,31 @@
 """What a call of the `triton` backend costs the host, whatever its kernels do: measured against a stand-in driver."""
 
 import gc
+import json
 import statistics
 import time
 import timeit
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import dca_kernels
 from benchmarks import cases, command, console
 from benchmarks.environment import describe, environment
 from benchmarks.offline import stand_in
+from dca_kernels import contract, torch_backend
 
 TARGET = "sm_90"
 ROUNDS = 9
-CALLS = {"eval": 50, "train": 15}  # a round
+CALLS = {"eval": 50, "train": 15}  # a round, in each mode
+TINY = cases.Size((8, 16, 32, 64), 4)
+
+Row = dict[str, Any]
 
 
 class Launches:
@@ -47,56 +54,139 @@ class Launches:
             compiled.run(*grid, 1, 1, 0, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def calls(mode: str, size: cases.Size, dtype: torch.dtype, batch: int) -> dict[str, Callable[[], object]]:
-    """What is timed in one mode, by name: the whole call, then its launches alone."""
-    module = dca_kernels.DCA(size.features, patch=size.patch, backend="triton").to(dtype).train(mode == "train")
-    shapes = [(batch, c, side, side) for c, side in zip(size.features, size.sides, strict=True)]
-    maps = [torch.zeros(shape, dtype=dtype, requires_grad=module.training) for shape in shapes]
-    douts = [torch.zeros_like(x) for x in maps]
+class Idle(torch.autograd.Function):
+    """Takes and gives as many tensors as a call, and does nothing: what PyTorch's autograd takes for itself."""
 
-    def forward() -> None:
-        with torch.no_grad():
-            module(maps)
+    @staticmethod
+    def forward(
+        ctx: Any, results: Sequence[Tensor], gradients: Sequence[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return tuple([y.view_as(y) for y in results])
 
-    def step() -> None:
-        torch.autograd.grad(module(maps), [*maps, *module.parameters()], douts)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradients
 
-    name, call = ("training step", step) if module.training else ("forward", forward)
+
+@dataclass(frozen=True)
+class Timed:
+    """Calls that are timed in turns, the first beside each of the others.
+
+    Attributes:
+        mode: of the module.
+        calls: by name.
+        number: a round.
+    """
+
+    mode: str
+    calls: dict[str, Callable[[], object]]
+    number: int
+
+
+def of_kernels(mode: str, size: cases.Size, dtype: torch.dtype, batch: int) -> Timed:
+    """A call of the `triton` backend, its launches alone, and what autograd takes."""
+    module, maps, douts = subject("triton", mode, size, dtype, batch)
+    inputs = [*maps, *module.parameters()]
+    name, call = _call(module, maps, douts, inputs)
     launches = Launches(call)
     count = len(launches.asked)
-    return {
+    found = {
         name: call,
         f"its {count} launches by kernel[grid]": launches.by_grid,
         f"its {count} launches by the compiled kernels' run": launches.by_run,
     }
+    if module.training:
+        results, gradients = [torch.zeros_like(x) for x in maps], [torch.zeros_like(t) for t in inputs]
+        found[f"autograd of {len(inputs)} tensors"] = lambda: torch.autograd.grad(
+            Idle.apply(results, gradients, *inputs), inputs, douts
+        )
+    return Timed(mode, found, CALLS[mode])
 
 
-def microseconds(timed: dict[str, Callable[[], object]], number: int) -> dict[str, list[float]]:
+def of_torch(mode: str) -> Timed:
+    """A call of the `torch` backend with maps of a few pixels, and the backend alone."""
+    module, maps, douts = subject("torch", mode, TINY, torch.float32, 1)
+    norms, dtypes = [head[0] for head in module.bn_relu], [x.dtype for x in maps]
+    its = contract.read(module, norms, torch_backend.operand_dtype(maps), dtypes)
+    inputs = [*maps, *module.parameters()]
+    name, call = _call(module, maps, douts, inputs)
+    _, alone = _call(lambda maps: torch_backend.refine(maps, its), maps, douts, inputs)
+    return Timed(mode, {f"{name}, torch backend, tiny maps": call, "the backend alone": alone}, CALLS[mode])
+
+
+def subject(
+    backend: str, mode: str, size: cases.Size, dtype: torch.dtype, batch: int
+) -> tuple[dca_kernels.DCA, list[Tensor], list[Tensor]]:
+    """A module, maps, and their outputs' gradients."""
+    module = dca_kernels.DCA(size.features, patch=size.patch, backend=backend).to(dtype).train(mode == "train")
+    shapes = [(batch, c, side, side) for c, side in zip(size.features, size.sides, strict=True)]
+    maps = [torch.zeros(shape, dtype=dtype, requires_grad=module.training) for shape in shapes]
+    return module, maps, [torch.zeros_like(x) for x in maps]
+
+
+def _call(
+    module: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    maps: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+) -> tuple[str, Callable[[], object]]:
+    """A forward, or a training step where there are gradients."""
+    if maps[0].requires_grad:
+        return "training step", lambda: torch.autograd.grad(module(maps), inputs, douts)
+    return "forward", lambda: module(maps)
+
+
+def microseconds(timed: Timed) -> dict[str, list[float]]:
     """CPU time of each call in each round, the calls in turns."""
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    timers = {name: timeit.Timer(call, timer=time.process_time) for name, call in timed.items()}
+    times: dict[str, list[float]] = {name: [] for name in timed.calls}
+    timers = {name: timeit.Timer(call, timer=time.process_time) for name, call in timed.calls.items()}
     for timer in timers.values():
         timer.timeit(3)
     for _ in range(ROUNDS):
         gc.collect()
         for name, timer in timers.items():
-            times[name].append(timer.timeit(number) / number * 1e6)
+            times[name].append(timer.timeit(timed.number) / timed.number * 1e6)
     return times
+
+
+def rows(timed: Timed) -> list[Row]:
+    """One a call: medians of the rounds, and the first call's over each."""
+    with torch.set_grad_enabled(timed.mode == "train"):
+        times = microseconds(timed)
+    whole = statistics.median(next(iter(times.values())))
+    found = []
+    for name, samples in times.items():
+        p20, _, _, p80 = statistics.quantiles(samples, n=5)
+        p50 = statistics.median(samples)
+        found.append({"mode": timed.mode, "what": name, "us": p50, "p20": p20, "p80": p80, "ratio": whole / p50})
+    return found
+
+
+def table(found: Sequence[Row]) -> str:
+    lines = [
+        [one["mode"], one["what"], *[f"{one[name]:.0f}" for name in ("us", "p20", "p80")], f"{one['ratio']:.2f}"]
+        for one in found
+    ]
+    return console.table(lines, ["mode", "what", "us", "p20", "p80", "the call over this"])
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = command.parser(
         "host",
-        "Times what a forward and a training step cost the host: all of it, and its bare launches. The JIT and the "
-        "launcher are Triton's own; the driver behind them is stood in for, so no GPU is needed. The kernels are "
-        "compiled first, which takes minutes at the paper's size. Times are CPU time of this machine: read them as "
-        "ratios.",
+        "Times what a forward and a training step cost the host: all of it, its bare launches, and what autograd takes "
+        "for as many tensors. The JIT and the launcher are Triton's own; the driver behind them is stood in for, so no "
+        "GPU is needed. The kernels are compiled first, which takes minutes at the paper's size. Times are CPU time of "
+        "this machine: read them as ratios. Then the torch backend, with maps of a few pixels.",
         "",
         "--size tiny --dtype float32   # in a minute",
     )
     parser.add_argument("--size", choices=cases.SIZES, default="paper", help=command.sizes())
     parser.add_argument("--dtype", choices=cases.DTYPES, default="bfloat16", help=command.DTYPE)
     parser.add_argument("--batch", type=command.positive_integer, default=1, metavar="B", help=command.BATCH)
+    parser.add_argument("--json", type=command.file, metavar="FILE", help="file that rows and environment go to")
     chosen = parser.parse_args(arguments)
     reason = stand_in.why_not_compiled()
     if reason is not None:
@@ -105,23 +195,22 @@ def main(arguments: Sequence[str]) -> int:
     if reason is not None:
         return command.not_run("host", reason, "it needs a machine with a C compiler and without a GPU")
     torch.set_num_threads(1)
-    print(f"environment: {describe(environment())}")
-    lines = []
+    its = environment()
+    print(f"environment: {describe(its)}")
+    found = []
     with stand_in.standing_in(TARGET, record=False):
-        for mode, number in CALLS.items():
+        for mode in CALLS:
             print(f"{mode}: compiling", flush=True)
-            timed = calls(mode, cases.SIZES[chosen.size], cases.DTYPES[chosen.dtype], chosen.batch)
-            times = microseconds({"1000 turns of a Python loop": loop} | timed, number)
-            whole = statistics.median(times[next(iter(timed))])
-            for name, found in times.items():
-                p20, _, _, p80 = statistics.quantiles(found, n=5)
-                p50 = statistics.median(found)
-                lines.append([mode, name, f"{p50:.0f}", f"{p20:.0f}", f"{p80:.0f}", f"{whole / p50:.1f}"])
-    headers = ["mode", "what", "us", "p20", "p80", "the call over this"]
-    print(console.table(lines, headers))
+            found += rows(of_kernels(mode, cases.SIZES[chosen.size], cases.DTYPES[chosen.dtype], chosen.batch))
+    for mode in CALLS:
+        found += rows(of_torch(mode))
+    print(table(found))
+    if chosen.json is not None:
+        chosen.json.write_text(
+            json.dumps(
+                {"environment": its, "size": chosen.size, "dtype": chosen.dtype, "batch": chosen.batch, "rows": found},
+                indent=1,
+            )
+            + "\n"
+        )
     return 0
-
-
-def loop() -> None:
-    for _ in range(1000):
-        pass
