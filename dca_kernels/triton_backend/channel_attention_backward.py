@@ -181,15 +181,14 @@ def _mix_backward(
     mask_d = offs_d < SHAPE.channels[i]
     offs_all = SHAPE.offsets[i] + offs_d
     gradient = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
-    # In a loop each: of products in one loop, Triton 3.6 gives the sums different layouts, and moves them every time.
-    gradient = add_product(
-        out=gradient, left=dmixed, right=mixing, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
-        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
-    gradient = add_product(
-        out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
-        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
+    # A loop for each form of product: in one, Triton 3.6 gives the sums different layouts, and moves them every time.
+    left, right = dmixed, mixing
+    for _ in range(2):
+        gradient = add_product(
+            out=gradient, left=left, right=right, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False, SHAPE=SHAPE,
+            PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
+        left, right = centred, dcovariance
     gradient = add_product(
         out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True,
         SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
