@@ -85,6 +85,15 @@ def of_scale(values, i):
 
 
 @triton.jit
+def number_of_scale(NUMBERS: tl.constexpr, i, ACC: tl.constexpr):
+    """As `of_scale`, of numbers that are no whole ones, in ACC."""
+    number = tl.full([], NUMBERS[0], ACC)
+    for k in tl.static_range(1, len(NUMBERS)):
+        number = tl.where(i == k, NUMBERS[k], number)
+    return number
+
+
+@triton.jit
 def split_program(PER_IMAGE: tl.constexpr):
     """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""
     pid = tl.program_id(0)
