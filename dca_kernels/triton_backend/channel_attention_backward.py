@@ -26,7 +26,6 @@ from dca_kernels.triton_backend.parameters import (
     projections_of,
 )
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
     first_blocks,
     kernel,
     load_tile,
@@ -210,15 +209,16 @@ def _channel_gradients_kernel(
     """
     TOTAL: tl.constexpr = SHAPE.total
     SCALES: tl.constexpr = len(SHAPE.channels)
-    BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_ROWS, SCALES)
+    FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_ROWS)
+    BLOCKS: tl.constexpr = FIRST[SCALES]
     TILES: tl.constexpr = triton.cdiv(PARAMETERS * TOTAL, BLOCK_C)
     pid = tl.program_id(0)
     offs = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs < PARAMETERS * TOTAL
     for i in tl.static_range(SCALES):
         if pid // TILES == i:
-            first = column_sums + blocks_before(SHAPE.channels, BLOCK_ROWS, i) * VECTORS * TOTAL
-            count: tl.constexpr = triton.cdiv(SHAPE.channels[i], BLOCK_ROWS)
+            first = column_sums + FIRST[i] * VECTORS * TOTAL
+            count: tl.constexpr = FIRST[i + 1] - FIRST[i]
             gradient = sum_images(first, offs, mask, batch, count, VECTORS * TOTAL, BLOCKS * VECTORS * TOTAL, ACC)
             tl.store(out.key_value + i * PARAMETERS * TOTAL + offs, gradient, mask=mask)
     if pid // TILES == SCALES:

@@ -73,10 +73,11 @@ def scale_of(tile, FIRST: tl.constexpr):
 
 @triton.jit
 def of_scale(values, i):
-    """The element of a tuple that is scale i's, where i is known no sooner than the program runs.
+    """The element of a tuple that is scale i's, where i is known no sooner than the program runs: pointer or integer.
 
-    With it one body serves every scale. Whole numbers and pointers keep what the compiler knows of all of them: loads
-    are as wide as the narrowest of the tuple's pointers allows.
+    One body then serves all scales, where their tiles have one shape. What the compiler knows of every element, such as
+    a pointer's alignment, it knows of the one. A chosen pointer takes registers, where a scale's own is read from the
+    launch's arguments: too many for the loops of the spatial attention.
     """
     value = values[0]
     for k in tl.static_range(1, len(values)):
@@ -86,7 +87,7 @@ def of_scale(values, i):
 
 @triton.jit
 def number_of_scale(NUMBERS: tl.constexpr, i, ACC: tl.constexpr):
-    """As `of_scale`, of numbers that are no whole ones, in ACC."""
+    """As `of_scale`, of numbers that are no integers, in ACC."""
     number = tl.full([], NUMBERS[0], ACC)
     for k in tl.static_range(1, len(NUMBERS)):
         number = tl.where(i == k, NUMBERS[k], number)
