@@ -13,11 +13,13 @@ from dca_kernels.triton_backend.launch import Launcher
 from dca_kernels.triton_backend.layer_norm import statistics_pointers, store_normalised
 from dca_kernels.triton_backend.parameters import eps_of, heads_of, layer_norms_of, projections_of
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
+    first_blocks,
     kernel,
     load_tile,
     load_vector,
+    of_scale,
     padded,
+    scale_of,
     split_program,
     sum_blocks,
 )
@@ -36,28 +38,25 @@ def _centre_kernel(
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
+    TILES: tl.constexpr = FIRST[len(SHAPE.channels)]
     b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
+    i = scale_of(tile % TILES, FIRST)
     offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c, offs_all, mask_c = channels_of_block(tile % TILES, i, FIRST, SHAPE, BLOCK_C)
     mask_n = offs_n < N
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile % TILES - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs_all = SHAPE.offsets[i] + offs_c
-            mask = mask_n[:, None] & mask_c[None, :]
-            offs = b * N * TOTAL + offs_n[:, None] * TOTAL + offs_all[None, :]
-            rows = tl.load(tokens + offs, mask=mask, other=0.0).to(ACC)
-            mean_ptrs, rstd_ptrs = statistics_pointers(statistics, b, i, offs_n, SHAPE)
-            token_mean, rstd = tl.load(mean_ptrs, mask=mask_n, other=0.0), tl.load(rstd_ptrs, mask=mask_n, other=0.0)
-            image_sums = sums + b * SUM_BLOCKS * 2 * TOTAL
-            of_grid = sum_blocks(image_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N
-            gamma = load_vector(norms.weight[i], offs_c, mask_c, ACC)
-            beta = load_vector(norms.bias[i], offs_c, mask_c, ACC)
-            out = gamma[None, :] * ((rows - token_mean[:, None]) * rstd[:, None] - of_grid[None, :])
-            tl.store(centred + offs, out, mask=mask)
-            tl.store(mean + b * TOTAL + offs_all, gamma * of_grid + beta, mask=mask_c & (tile < TILES))
+    mask = mask_n[:, None] & mask_c[None, :]
+    offs = b * N * TOTAL + offs_n[:, None] * TOTAL + offs_all[None, :]
+    rows = tl.load(tokens + offs, mask=mask, other=0.0).to(ACC)
+    mean_ptrs, rstd_ptrs = statistics_pointers(statistics, b, i, offs_n, SHAPE)
+    token_mean, rstd = tl.load(mean_ptrs, mask=mask_n, other=0.0), tl.load(rstd_ptrs, mask=mask_n, other=0.0)
+    image_sums = sums + b * SUM_BLOCKS * 2 * TOTAL
+    of_grid = sum_blocks(image_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N
+    gamma = load_vector(of_scale(norms.weight, i), offs_c, mask_c, ACC)
+    beta = load_vector(of_scale(norms.bias, i), offs_c, mask_c, ACC)
+    out = gamma[None, :] * ((rows - token_mean[:, None]) * rstd[:, None] - of_grid[None, :])
+    tl.store(centred + offs, out, mask=mask)
+    tl.store(mean + b * TOTAL + offs_all, gamma * of_grid + beta, mask=mask_c & (tile < TILES))
 
 
 @kernel
@@ -123,67 +122,73 @@ def _mixing_kernel(
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    b, tile = split_program(blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels)))
-    mean += b * TOTAL
+    FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
+    b, tile = split_program(FIRST[len(SHAPE.channels)])
+    i = scale_of(tile, FIRST)
+    offs_c, offs_all, mask_c = channels_of_block(tile, i, FIRST, SHAPE, BLOCK_C)
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
-    mean_d = load_vector(mean, offs_d, mask_d, ACC)
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs_all = SHAPE.offsets[i] + offs_c
-            mask = mask_c[:, None] & mask_d[None, :]
-            matrix = b * TOTAL * TOTAL + offs_all[:, None] * TOTAL + offs_d[None, :]
-            products = tl.load(covariance + matrix, mask=mask, other=0.0)
-            mean_c = load_vector(mean, offs_all, mask_c, ACC)
-            q_weight, k_weight, q_mean, k_mean = load_query_and_key(
-                projections=projections, mean_c=mean_c, mean_d=mean_d, offs_c=offs_c, offs_d=offs_d, mask_c=mask_c,
-                mask_d=mask_d, i=i, ACC=ACC,
-            )  # fmt: skip
-            weights = attention_weights(
-                covariance=products, q_weight=q_weight, k_weight=k_weight, q_mean=q_mean, k_mean=k_mean, offs_c=offs_c,
-                offs_d=offs_d, i=i, HEADS=HEADS, SHAPE=SHAPE,
-            )  # fmt: skip
-            v_weight = load_vector(projections.value_weight[i], offs_d, mask_d, ACC)
-            v_mean = v_weight * mean_d + load_vector(projections.value_bias[i], offs_d, mask_d, ACC)
-            p_weight = load_vector(projections.output_weight[i], offs_c, mask_c, ACC)
-            constant = p_weight * tl.sum(weights * v_mean[None, :], 1)
-            constant += load_vector(projections.output_bias[i], offs_c, mask_c, ACC)
-            tl.store(mixing + matrix, p_weight[:, None] * weights * v_weight[None, :], mask=mask)
-            tl.store(shift + b * TOTAL + offs_all, constant, mask=mask_c)
-            plain_sums = sums + (b * SUM_BLOCKS * 2 + 1) * TOTAL
-            behind = sum_blocks(plain_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N + constant
-            tl.store(mean_token + b * TOTAL + offs_all, behind, mask=mask_c)
+    mask = mask_c[:, None] & mask_d[None, :]
+    matrix = b * TOTAL * TOTAL + offs_all[:, None] * TOTAL + offs_d[None, :]
+    products = tl.load(covariance + matrix, mask=mask, other=0.0)
+    mean += b * TOTAL
+    mean_c, mean_d = load_vector(mean, offs_all, mask_c, ACC), load_vector(mean, offs_d, mask_d, ACC)
+    q_weight, k_weight, q_mean, k_mean = load_query_and_key(
+        projections=projections, mean_c=mean_c, mean_d=mean_d, offs_c=offs_c, offs_d=offs_d, mask_c=mask_c,
+        mask_d=mask_d, i=i, ACC=ACC,
+    )  # fmt: skip
+    weights = attention_weights(
+        covariance=products, q_weight=q_weight, k_weight=k_weight, q_mean=q_mean, k_mean=k_mean, offs_c=offs_c,
+        offs_d=offs_d, i=i, HEADS=HEADS, SHAPE=SHAPE,
+    )  # fmt: skip
+    v_weight = load_vector(of_scale(projections.value_weight, i), offs_d, mask_d, ACC)
+    v_mean = v_weight * mean_d + load_vector(of_scale(projections.value_bias, i), offs_d, mask_d, ACC)
+    p_weight = load_vector(of_scale(projections.output_weight, i), offs_c, mask_c, ACC)
+    constant = p_weight * tl.sum(weights * v_mean[None, :], 1)
+    constant += load_vector(of_scale(projections.output_bias, i), offs_c, mask_c, ACC)
+    tl.store(mixing + matrix, p_weight[:, None] * weights * v_weight[None, :], mask=mask)
+    tl.store(shift + b * TOTAL + offs_all, constant, mask=mask_c)
+    plain_sums = sums + (b * SUM_BLOCKS * 2 + 1) * TOTAL
+    behind = sum_blocks(plain_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / N + constant
+    tl.store(mean_token + b * TOTAL + offs_all, behind, mask=mask_c)
 
 
 @triton.jit
-def load_query_and_key(projections, mean_c, mean_d, offs_c, offs_d, mask_c, mask_d, i: tl.constexpr, ACC: tl.constexpr):
+def channels_of_block(block, i, FIRST: tl.constexpr, SHAPE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels of a block of scale i: among the scale's, among all, and which there are: [BLOCK_C] each."""
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    offs_c = (block - of_scale(FIRST, i)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return offs_c, of_scale(OFFSETS, i) + offs_c, offs_c < of_scale(CHANNELS, i)
+
+
+@triton.jit
+def load_query_and_key(projections, mean_c, mean_d, offs_c, offs_d, mask_c, mask_d, i, ACC: tl.constexpr):
     """Weights of the query map [BLOCK_C] and the key map [C], and what both make of the tokens' means."""
-    q_weight = load_vector(projections.query_weight[i], offs_c, mask_c, ACC)
-    k_weight = load_vector(projections.key_weight[i], offs_d, mask_d, ACC)
-    q_mean = q_weight * mean_c + load_vector(projections.query_bias[i], offs_c, mask_c, ACC)
-    k_mean = k_weight * mean_d + load_vector(projections.key_bias[i], offs_d, mask_d, ACC)
+    q_weight = load_vector(of_scale(projections.query_weight, i), offs_c, mask_c, ACC)
+    k_weight = load_vector(of_scale(projections.key_weight, i), offs_d, mask_d, ACC)
+    q_mean = q_weight * mean_c + load_vector(of_scale(projections.query_bias, i), offs_c, mask_c, ACC)
+    k_mean = k_weight * mean_d + load_vector(of_scale(projections.key_bias, i), offs_d, mask_d, ACC)
     return q_weight, k_weight, q_mean, k_mean
 
 
 @triton.jit
 def attention_weights(
-    covariance, q_weight, k_weight, q_mean, k_mean, offs_c, offs_d,
-    i: tl.constexpr, HEADS: tl.constexpr, SHAPE: tl.constexpr,
-):  # fmt: skip
+    covariance, q_weight, k_weight, q_mean, k_mean, offs_c, offs_d, i, HEADS: tl.constexpr, SHAPE: tl.constexpr
+):
     """softmax over d of C^-1/2 (q_weight_c k_weight_d covariance[c, d] + N q_mean_c k_mean_d) in a head.
 
     covariance and the result [BLOCK_C, C], query [BLOCK_C], key [C].
     """
     TOTAL: tl.constexpr = SHAPE.total
-    WIDTH: tl.constexpr = SHAPE.channels[i] // HEADS[i]
+    CHANNELS: tl.constexpr = SHAPE.channels
     logits = q_weight[:, None] * k_weight[None, :] * covariance
     logits = (logits + SHAPE.tokens * q_mean[:, None] * k_mean[None, :]) * TOTAL**-0.5
-    same_head = (offs_c // WIDTH)[:, None] == (offs_d // (TOTAL // HEADS[i]))[None, :]
-    logits = tl.where(same_head & (offs_d < TOTAL)[None, :], logits, float("-inf"))
-    logits = tl.where((offs_c < WIDTH * HEADS[i])[:, None], logits, 0.0)  # rows beyond the scale stay finite
+    channels, heads = of_scale(CHANNELS, i), of_scale(HEADS, i)
+    width = TOTAL // heads
+    place = offs_d[None, :] - (offs_c // (channels // heads) * width)[:, None]  # of a key in the channel's head
+    logits = tl.where((place >= 0) & (place < width) & (offs_d < TOTAL)[None, :], logits, float("-inf"))
+    logits = tl.where((offs_c < channels)[:, None], logits, 0.0)  # rows beyond the scale stay finite
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 

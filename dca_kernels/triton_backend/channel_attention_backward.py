@@ -13,6 +13,7 @@ from dca_kernels.triton_backend.channel_attention import (
     Saved,
     add_product,
     attention_weights,
+    channels_of_block,
     load_query_and_key,
 )
 from dca_kernels.triton_backend.layer_norm import store_layer_norm_backward, store_norm_gradients
@@ -25,11 +26,13 @@ from dca_kernels.triton_backend.parameters import (
     projections_of,
 )
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
+    first_blocks,
     kernel,
     load_tile,
     load_vector,
+    of_scale,
     padded,
+    scale_of,
     split_program,
     store_vectors,
     sum_blocks,
@@ -89,54 +92,50 @@ def _mixing_backward_kernel(
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
+    FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
+    BLOCKS: tl.constexpr = FIRST[len(SHAPE.channels)]
     b, tile = split_program(BLOCKS)
-    mean += b * TOTAL
+    i = scale_of(tile, FIRST)
+    offs_c, offs_all, mask_c = channels_of_block(tile, i, FIRST, SHAPE, BLOCK_C)
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
-    mean_d = load_vector(mean, offs_d, mask_d, ACC)
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs_all = SHAPE.offsets[i] + offs_c
-            mask = mask_c[:, None] & mask_d[None, :]
-            matrix = b * TOTAL * TOTAL + offs_all[:, None] * TOTAL + offs_d[None, :]
-            products = tl.load(covariance + matrix, mask=mask, other=0.0)
-            mean_c = load_vector(mean, offs_all, mask_c, ACC)
-            q_weight, k_weight, q_mean, k_mean = load_query_and_key(
-                projections=projections, mean_c=mean_c, mean_d=mean_d, offs_c=offs_c, offs_d=offs_d, mask_c=mask_c,
-                mask_d=mask_d, i=i, ACC=ACC,
-            )  # fmt: skip
-            weights = attention_weights(
-                covariance=products, q_weight=q_weight, k_weight=k_weight, q_mean=q_mean, k_mean=k_mean, offs_c=offs_c,
-                offs_d=offs_d, i=i, HEADS=HEADS, SHAPE=SHAPE,
-            )  # fmt: skip
-            v_weight = load_vector(projections.value_weight[i], offs_d, mask_d, ACC)
-            v_mean = v_weight * mean_d + load_vector(projections.value_bias[i], offs_d, mask_d, ACC)
-            p_weight = load_vector(projections.output_weight[i], offs_c, mask_c, ACC)
-            dconstant = load_vector(dshift + b * TOTAL, offs_all, mask_c, ACC)
-            dmatrix = tl.load(dmixing + matrix, mask=mask, other=0.0).to(ACC) * N
+    mask = mask_c[:, None] & mask_d[None, :]
+    matrix = b * TOTAL * TOTAL + offs_all[:, None] * TOTAL + offs_d[None, :]
+    products = tl.load(covariance + matrix, mask=mask, other=0.0)
+    mean += b * TOTAL
+    mean_c, mean_d = load_vector(mean, offs_all, mask_c, ACC), load_vector(mean, offs_d, mask_d, ACC)
+    q_weight, k_weight, q_mean, k_mean = load_query_and_key(
+        projections=projections, mean_c=mean_c, mean_d=mean_d, offs_c=offs_c, offs_d=offs_d, mask_c=mask_c,
+        mask_d=mask_d, i=i, ACC=ACC,
+    )  # fmt: skip
+    weights = attention_weights(
+        covariance=products, q_weight=q_weight, k_weight=k_weight, q_mean=q_mean, k_mean=k_mean, offs_c=offs_c,
+        offs_d=offs_d, i=i, HEADS=HEADS, SHAPE=SHAPE,
+    )  # fmt: skip
+    v_weight = load_vector(of_scale(projections.value_weight, i), offs_d, mask_d, ACC)
+    v_mean = v_weight * mean_d + load_vector(of_scale(projections.value_bias, i), offs_d, mask_d, ACC)
+    p_weight = load_vector(of_scale(projections.output_weight, i), offs_c, mask_c, ACC)
+    dconstant = load_vector(dshift + b * TOTAL, offs_all, mask_c, ACC)
+    dmatrix = tl.load(dmixing + matrix, mask=mask, other=0.0).to(ACC) * N
 
-            projected = p_weight[:, None] * weights
-            dweights = dmatrix * v_weight[None, :] + dconstant[:, None] * v_mean[None, :]
-            dp_weight = tl.sum(weights * dweights, 1)
-            dlogits = weights * (dweights - dp_weight[:, None]) * (p_weight * TOTAL**-0.5)[:, None]
-            tl.store(mixing + matrix, projected * v_weight[None, :], mask=mask)
-            tl.store(dcovariance + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
+    projected = p_weight[:, None] * weights
+    dweights = dmatrix * v_weight[None, :] + dconstant[:, None] * v_mean[None, :]
+    dp_weight = tl.sum(weights * dweights, 1)
+    dlogits = weights * (dweights - dp_weight[:, None]) * (p_weight * TOTAL**-0.5)[:, None]
+    tl.store(mixing + matrix, projected * v_weight[None, :], mask=mask)
+    tl.store(dcovariance + matrix, dlogits * q_weight[:, None] * k_weight[None, :], mask=mask)
 
-            dq_mean = N * tl.sum(dlogits * k_mean[None, :], 1)
-            dq_weight = tl.sum(dlogits * k_weight[None, :] * products, 1) + dq_mean * mean_c
-            of_rows = (dq_weight, dq_mean, dp_weight, dconstant, q_weight * dq_mean / N)
-            store_vectors(row_sums + b * VECTORS * TOTAL + offs_all, of_rows, mask_c, TOTAL)
+    dq_mean = N * tl.sum(dlogits * k_mean[None, :], 1)
+    dq_weight = tl.sum(dlogits * k_weight[None, :] * products, 1) + dq_mean * mean_c
+    of_rows = (dq_weight, dq_mean, dp_weight, dconstant, q_weight * dq_mean / N)
+    store_vectors(row_sums + b * VECTORS * TOTAL + offs_all, of_rows, mask_c, TOTAL)
 
-            dk_mean = N * tl.sum(dlogits * q_mean[:, None], 0)
-            dk_weight = tl.sum(dlogits * q_weight[:, None] * products, 0) + dk_mean * mean_d
-            dv_bias = tl.sum(projected * dconstant[:, None], 0)
-            dv_weight = tl.sum(projected * dmatrix, 0) + dv_bias * mean_d
-            of_columns = (dk_weight, dk_mean, dv_weight, dv_bias, k_weight * dk_mean / N)
-            store_vectors(column_sums + (b * BLOCKS + tile) * VECTORS * TOTAL + offs_d, of_columns, mask_d, TOTAL)
+    dk_mean = N * tl.sum(dlogits * q_mean[:, None], 0)
+    dk_weight = tl.sum(dlogits * q_weight[:, None] * products, 0) + dk_mean * mean_d
+    dv_bias = tl.sum(projected * dconstant[:, None], 0)
+    dv_weight = tl.sum(projected * dmatrix, 0) + dv_bias * mean_d
+    of_columns = (dk_weight, dk_mean, dv_weight, dv_bias, k_weight * dk_mean / N)
+    store_vectors(column_sums + (b * BLOCKS + tile) * VECTORS * TOTAL + offs_d, of_columns, mask_d, TOTAL)
 
 
 @kernel
@@ -181,15 +180,14 @@ def _mix_backward(
     mask_d = offs_d < SHAPE.channels[i]
     offs_all = SHAPE.offsets[i] + offs_d
     gradient = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
-    # In a loop each: of products in one loop, Triton 3.6 gives the sums different layouts, and moves them every time.
-    gradient = add_product(
-        out=gradient, left=dmixed, right=mixing, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
-        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
-    gradient = add_product(
-        out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False,
-        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
+    # A loop for each form of product: in one, Triton 3.6 gives the sums different layouts, and moves them every time.
+    left, right = dmixed, mixing
+    for _ in range(2):
+        gradient = add_product(
+            out=gradient, left=left, right=right, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False, SHAPE=SHAPE,
+            PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
+        left, right = centred, dcovariance
     gradient = add_product(
         out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True,
         SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
@@ -211,15 +209,16 @@ def _channel_gradients_kernel(
     """
     TOTAL: tl.constexpr = SHAPE.total
     SCALES: tl.constexpr = len(SHAPE.channels)
-    BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_ROWS, SCALES)
+    FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_ROWS)
+    BLOCKS: tl.constexpr = FIRST[SCALES]
     TILES: tl.constexpr = triton.cdiv(PARAMETERS * TOTAL, BLOCK_C)
     pid = tl.program_id(0)
     offs = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs < PARAMETERS * TOTAL
     for i in tl.static_range(SCALES):
         if pid // TILES == i:
-            first = column_sums + blocks_before(SHAPE.channels, BLOCK_ROWS, i) * VECTORS * TOTAL
-            count: tl.constexpr = triton.cdiv(SHAPE.channels[i], BLOCK_ROWS)
+            first = column_sums + FIRST[i] * VECTORS * TOTAL
+            count: tl.constexpr = FIRST[i + 1] - FIRST[i]
             gradient = sum_images(first, offs, mask, batch, count, VECTORS * TOTAL, BLOCKS * VECTORS * TOTAL, ACC)
             tl.store(out.key_value + i * PARAMETERS * TOTAL + offs, gradient, mask=mask)
     if pid // TILES == SCALES:

@@ -56,6 +56,44 @@ def blocks_before(sizes, block, i):
     return sum(-(-sizes[k] // block) for k in range(i))
 
 
+@triton.constexpr_function
+def first_blocks(sizes, block):
+    """Where the blocks of each size begin among those of all, and how many all have: `blocks_before`, as a tuple."""
+    return tuple(sum(-(-size // block) for size in sizes[:i]) for i in range(len(sizes) + 1))
+
+
+@triton.jit
+def scale_of(tile, FIRST: tl.constexpr):
+    """The scale that a tile belongs to, which a program finds as it runs. Those of scale i begin at FIRST[i]."""
+    i = tile * 0
+    for k in tl.static_range(1, len(FIRST) - 1):
+        i = tl.where(tile >= FIRST[k], k, i)
+    return i
+
+
+@triton.jit
+def of_scale(values, i):
+    """The element of a tuple that is scale i's, where i is known no sooner than the program runs: pointer or integer.
+
+    One body then serves all scales, where their tiles have one shape. What the compiler knows of every element, such as
+    a pointer's alignment, it knows of the one. A chosen pointer takes registers, where a scale's own is read from the
+    launch's arguments: too many for the loops of the spatial attention.
+    """
+    value = values[0]
+    for k in tl.static_range(1, len(values)):
+        value = tl.where(i == k, values[k], value)
+    return value
+
+
+@triton.jit
+def number_of_scale(NUMBERS: tl.constexpr, i, ACC: tl.constexpr):
+    """As `of_scale`, of numbers that are no integers, in ACC."""
+    number = tl.full([], NUMBERS[0], ACC)
+    for k in tl.static_range(1, len(NUMBERS)):
+        number = tl.where(i == k, NUMBERS[k], number)
+    return number
+
+
 @triton.jit
 def split_program(PER_IMAGE: tl.constexpr):
     """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""

@@ -18,6 +18,8 @@ from dca_kernels.triton_backend.primitives import (
     kernel,
     load_tokens,
     load_vector,
+    number_of_scale,
+    of_scale,
     padded,
     split_program,
     store_vectors,
@@ -195,6 +197,12 @@ def _attend_backward(
     tl.store(dnormalised + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
 
 
+@triton.constexpr_function
+def score_scales(total, heads):
+    """What each scale's scores are multiplied by, DK^-1/2 log2(e)."""
+    return tuple((total // count) ** -0.5 * LOG2_E.value for count in heads)
+
+
 @kernel
 def _spatial_gradients_kernel(
     level, partials, projections, out, batch,
@@ -212,27 +220,27 @@ def _spatial_gradients_kernel(
     pid = tl.program_id(0)
     offs_c = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < TOTAL
-    for i in tl.static_range(SCALES):
-        if pid // TILES == i:
-            scale: tl.constexpr = (TOTAL // HEADS[i]) ** -0.5 * LOG2_E
-            q_weight = load_vector(projections.query_weight[i], offs_c, mask_c, ACC) * scale
-            q_bias = load_vector(projections.query_bias[i], offs_c, mask_c, ACC) * scale
-            k_weight = load_vector(projections.key_weight[i], offs_c, mask_c, ACC) * scale
-            dbilinear, dlinear = sum_with_level(
-                partials.terms + i * 2 * TOTAL, level, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, TOTAL, ACC
-            )
-            dq_weight, dq_bias = k_weight * dbilinear, k_weight * dlinear
-            dk_weight, dk_bias = q_weight * dbilinear + q_bias * dlinear, tl.zeros([BLOCK_C], ACC)
-            out_ptrs = out.query_key + i * PARAMETERS * TOTAL + offs_c
-            store_vectors(out_ptrs, (dq_weight, dq_bias, dk_weight, dk_bias), mask_c, TOTAL)
-    if pid // TILES == SCALES:
+    i = pid // TILES
+    if i < SCALES:
+        scale = number_of_scale(score_scales(TOTAL, HEADS), i, ACC)
+        q_weight = load_vector(of_scale(projections.query_weight, i), offs_c, mask_c, ACC) * scale
+        q_bias = load_vector(of_scale(projections.query_bias, i), offs_c, mask_c, ACC) * scale
+        k_weight = load_vector(of_scale(projections.key_weight, i), offs_c, mask_c, ACC) * scale
+        dbilinear, dlinear = sum_with_level(
+            partials.terms + i * 2 * TOTAL, level, offs_c, mask_c, batch, BLOCKS, SCALES * 2 * TOTAL, TOTAL, ACC
+        )
+        dq_weight, dq_bias = k_weight * dbilinear, k_weight * dlinear
+        dk_weight, dk_bias = q_weight * dbilinear + q_bias * dlinear, tl.zeros([BLOCK_C], ACC)
+        out_ptrs = out.query_key + i * PARAMETERS * TOTAL + offs_c
+        store_vectors(out_ptrs, (dq_weight, dq_bias, dk_weight, dk_bias), mask_c, TOTAL)
+    elif i == SCALES:
         v_weight, v_bias, p_weight = _load_values_and_outputs(projections, offs_c, SHAPE, ACC)
         dweight, dbias = sum_with_level(partials.affine, level, offs_c, mask_c, batch, BLOCKS, 2 * TOTAL, TOTAL, ACC)
         dbias = zero_where_it_cancels(dbias, offs_c, SHIFT_CANCELS, SHAPE)
         dv_weight, dv_bias = p_weight * dweight, p_weight * dbias
         dp_weight = v_weight * dweight + v_bias * dbias
         store_vectors(out.value_output + offs_c, (dv_weight, dv_bias, dp_weight, dbias), mask_c, TOTAL)
-    if pid // TILES > SCALES:
+    else:
         offs = (pid - (SCALES + 1) * TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
         store_norm_gradients(partials.norm, out.norm, offs, batch, NORM_BLOCKS, SHAPE, ACC)
 
