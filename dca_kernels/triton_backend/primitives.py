@@ -17,9 +17,23 @@ import triton.language as tl
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
-# What is launched. Numbers of images and of rows are not specialised on: 1 would be a constant, which has no `.to`, and
-# 1, 16 and 17 images would be three compilations.
-kernel = triton.jit(do_not_specialize=["batch", "count"])
+# What is launched. Numbers of images, of rows and of blocks are not specialised on: 1 would be a constant, which has no
+# `.to`, and 1, 16 and 17 images would be three compilations.
+kernel = triton.jit(do_not_specialize=["batch", "count", "sum_blocks"])
+
+
+def argument(size: int) -> int:
+    """A number as kernels take it in a tuple: odd and not 1, since Triton specialises a tuple's 1 and multiples of 16.
+
+    `number` is what it stands for.
+    """
+    return 2 * size + 3
+
+
+@triton.jit
+def number(argument):
+    """What an `argument` stands for."""
+    return (argument - 3) >> 1
 
 
 class Shape(NamedTuple):
@@ -57,10 +71,29 @@ def blocks_before(sizes, block, i):
 
 
 @triton.jit
-def split_program(PER_IMAGE: tl.constexpr):
+def scale_of(tile, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of some sizes a block is of, and which of its blocks: none reaches over two sizes."""
+    scale, block = tile * 0, tile
+    for k in tl.static_range(1, len(SIZES)):
+        inside = tile >= blocks_before(SIZES, BLOCK, k)
+        scale, block = tl.where(inside, k, scale), tl.where(inside, tile - blocks_before(SIZES, BLOCK, k), block)
+    return scale, block
+
+
+@triton.jit
+def choose(candidates, scale, SCALES: tl.constexpr):
+    """The candidate of a scale, which is one of SCALES: a pointer or a number."""
+    chosen = candidates[SCALES[0]]
+    for k in tl.static_range(1, len(SCALES)):
+        chosen = tl.where(scale == SCALES[k], candidates[SCALES[k]], chosen)
+    return chosen
+
+
+@triton.jit
+def split_program(per_image):
     """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""
     pid = tl.program_id(0)
-    return (pid // PER_IMAGE).to(tl.int64), pid % PER_IMAGE
+    return (pid // per_image).to(tl.int64), pid % per_image
 
 
 @triton.jit
@@ -106,24 +139,20 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 
 
 @triton.jit
-def image_rows(
-    start, ROWS: tl.constexpr, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr
-):
-    """ROWS of the vectors of all images, BLOCKS each: the image, where it begins, and whether there is one: [ROWS]."""
+def image_rows(start, ROWS: tl.constexpr, batch, blocks, STRIDE: tl.constexpr, image_stride):
+    """ROWS of the vectors of all images, `blocks` each: the image, where each begins, and whether it exists: [ROWS]."""
     offs_row = start + tl.arange(0, ROWS)
-    b = (offs_row // BLOCKS).to(tl.int64)
-    return b, b * IMAGE_STRIDE + offs_row % BLOCKS * STRIDE, offs_row < batch * BLOCKS
+    b = (offs_row // blocks).to(tl.int64)
+    return b, b * image_stride + offs_row % blocks * STRIDE, offs_row < batch * blocks
 
 
 @triton.jit
-def sum_images(
-    ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr, ACC: tl.constexpr
-):
-    """Sum of the vectors of all images, BLOCKS each, that lie STRIDE and IMAGE_STRIDE apart, in a fixed order."""
+def sum_images(ptr, offs, mask, batch, blocks, STRIDE: tl.constexpr, image_stride, ACC: tl.constexpr):
+    """Sum of the vectors of all images, `blocks` each, that lie STRIDE and image_stride apart, in a fixed order."""
     ROWS: tl.constexpr = 4096 // offs.shape[0]  # many at a time: what takes long is to wait for them
     out = tl.zeros([ROWS, offs.shape[0]], ACC)
-    for start in range(0, batch * BLOCKS, ROWS):
-        _, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, IMAGE_STRIDE)
+    for start in range(0, batch * blocks, ROWS):
+        _, begin, mask_row = image_rows(start, ROWS, batch, blocks, STRIDE, image_stride)
         out += tl.load(ptr + begin[:, None] + offs[None, :], mask=mask_row[:, None] & mask[None, :], other=0.0)
     return tl.sum(out, 0)
 

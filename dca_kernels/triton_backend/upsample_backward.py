@@ -1,6 +1,5 @@
 """The backward of stage 4, as far as the tokens; the maps' gradients wait for those of the first stage's tokens."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +15,9 @@ from dca_kernels.triton_backend.grid import (
     DIAGONAL,
     NEXT_DIAGONAL,
     TABLES,
-    band,
+    area_of,
     band_begin,
+    band_end,
     column_table,
     interpolate,
     interpolation_matrix,
@@ -31,6 +31,12 @@ from dca_kernels.triton_backend.grid import (
     of_pairs,
     pairs,
     row_table,
+    size_arguments,
+    size_of,
+    sizes_of,
+    steps_of,
+    stretch_of,
+    strides_of,
     sum_pairs,
     tiles_of,
     weight_in_row,
@@ -38,10 +44,12 @@ from dca_kernels.triton_backend.grid import (
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
 from dca_kernels.triton_backend.partials import sum_partials
 from dca_kernels.triton_backend.primitives import (
+    argument,
     blocks_before,
     kernel,
     load_tokens,
     load_vector,
+    number,
     padded,
     split_program,
     sum_images,
@@ -63,9 +71,9 @@ def load_scale(
 
 @triton.jit
 def load_relu_gradient(
-    x, z, dout, affines, used, b, c_begin, h_begin,
+    x, z, dout, affines, used, b, c_begin, h_begin, sizes, height, width,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr, BY_PRODUCT: tl.constexpr,
+    BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
 
@@ -73,26 +81,28 @@ def load_relu_gradient(
     """
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    STRIDE: tl.constexpr = LAYOUT.of[i].stride
-    OUT_STRIDE: tl.constexpr = LAYOUT.of[i].out_stride
-    NORM: tl.constexpr = LAYOUT.of[i].norm
-    TILE: tl.constexpr = TILES.of[i]
+    MAP: tl.constexpr = LAYOUT.of[i]
+    NORM: tl.constexpr = MAP.norm
+    STRIDE: tl.constexpr = MAP.stride
+    OUT_STRIDE: tl.constexpr = MAP.out_stride
+    TILE: tl.constexpr = MAP.tile
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < SHAPE.channels[i]
     offs_all = SHAPE.offsets[i] + offs_c
     mean = load_vector(used, offs_all, mask_c, tl.float64)
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], height, TILE)
     offs_w = tl.arange(0, TILE.columns)
-    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    mask = mask_pair[:, None] & (offs_w < width)[None, :]
     z_ptrs = z + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i] + pair_c
+    row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
     up = interpolate(
-        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, w_begin=tl.zeros([], tl.int32), offs_w=offs_w, SIZE=SIZE,
-        GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=BY_PRODUCT,
+        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=0, offs_w=offs_w, row_step=row_step,
+        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+        BY_PRODUCT=BY_PRODUCT,
     )  # fmt: skip
-    pixels = load_map(x + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)
-    gradient = load_map(dout + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
+    gradient = load_map(dout, b, pair_c, pair_h, offs_w, mask, strides_of(OUT_STRIDE, height, width), ACC)
     if NORM is not None:
         scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)
         before_relu = y * of_pairs(scale, TILE.rows)[:, None]
@@ -104,69 +114,78 @@ def load_relu_gradient(
 
 @kernel
 def _upsample_backward_kernel(
-    maps, z, douts, affines, used, sums, strips,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
-    STRIPS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    maps, z, douts, affines, used, sums, strips, sizes, first, sum_blocks,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of whole rows of one map. Sums over its pixels of the gradient g behind the ReLU, and of g y.
 
-    maps, douts (B, C_i, H_i, W_i), z (B, N, C), used (2, C). Writes sums (B, SUM_BLOCKS, 2, C); and strips, g times the
-    transposed interpolation along rows: for each image S arrays (H_i, P_w, C_i), that of scale i from STRIPS[i] on.
+    maps, douts (B, C_i, H_i, W_i), z (B, N, C), used (2, C). Writes sums (B, sum_blocks, 2, C); and strips, g times the
+    transposed interpolation along rows: for each image S arrays (H_i, P_w, C_i), one after another.
     """
-    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    b, tile = split_program(number(first[len(SHAPE.channels)]))
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+        if (tile >= number(first[i])) & (tile < number(first[i + 1])):
             _upsample_backward(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used,
-                sums=sums + b * SUM_BLOCKS * 2 * SHAPE.total,
-                strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], b=b, tile=tile - TILES.first[i], i=i,
-                SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES,
+                sums=sums + b * sum_blocks * 2 * SHAPE.total,
+                strips=_strips_of(strips, b, sizes, i, SHAPE, LAYOUT.grid[1]), b=b, tile=tile - number(first[i]),
+                sizes=sizes, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
+def _strips_of(strips, b, sizes, i: tl.constexpr, SHAPE: tl.constexpr, GRID_WIDTH: tl.constexpr):
+    """Where those of scale i of image b begin."""
+    before, total = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    for k in tl.static_range(len(SHAPE.channels)):
+        if k == i:
+            before = total
+        total += number(sizes.height[k]) * (GRID_WIDTH * SHAPE.channels[k])
+    return strips + b * total + before
+
+
+@triton.jit
 def _upsample_backward(
-    x, z, dout, affines, used, sums, strips, b, tile,
+    x, z, dout, affines, used, sums, strips, b, tile, sizes,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_backward_kernel` for tile `tile` of image b and scale i; sums and strips are those of image b."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     GRID: tl.constexpr = LAYOUT.grid
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    TILE: tl.constexpr = TILES.of[i]
-    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
-    c_begin, h_begin = tile // ROWS * TILE.channels, tile % ROWS * TILE.rows
+    TILE: tl.constexpr = LAYOUT.of[i].tile
+    height, width = size_of(sizes, i, LAYOUT, i)
+    row_blocks = tl.cdiv(height, TILE.rows)
+    c_begin, h_begin = tile // row_blocks * TILE.channels, tile % row_blocks * TILE.rows
     _, y, gradient = load_relu_gradient(
-        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, i=i, SHAPE=SHAPE,
-        LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES, BY_PRODUCT=True,
+        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
+        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=True,
     )  # fmt: skip
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, height, TILE)
     offs_w = tl.arange(0, TILE.columns)
     offs_c = c_begin + tl.arange(0, TILE.channels)
-    sums_ptrs = sums + tile % ROWS * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
+    sums_ptrs = sums + tile % row_blocks * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
     tl.store(sums_ptrs, sum_pairs(gradient, TILE), mask=offs_c < CHANNELS)
     tl.store(sums_ptrs + SHAPE.total, sum_pairs(gradient * y, TILE), mask=offs_c < CHANNELS)
     offs_q = tl.arange(0, padded(GRID[1]))
-    matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
+    _, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
+    matrix = interpolation_matrix(offs_q, offs_w, column_step, ACC)
     # [pairs, columns] [columns, P_w]
     strip = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)
     ptrs = strips + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
-    strip /= SIZE[1] / GRID[1]  # of a gradient's size, whatever the stride
+    strip /= stretch_of(sizes, i, width, LAYOUT, i, ACC)  # of a gradient's size, whatever the stride
     tl.store(ptrs, strip, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
 
 
 @kernel
 def _norm_gradients_kernel(
-    sums, used, affines, out, through_statistics, batch,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    sums, used, affines, out, through_statistics, batch, sizes, blocks, sum_blocks,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a sum of BLOCK_C channels of one scale, over images and tiles in a fixed order, and what it is for.
 
     out (3, C): BatchNorm's weight and bias, the convolution's bias. through_statistics (2, C): what the gradient of
     up(z) + x loses where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean. sums
-    (B, SUM_BLOCKS, 2, C), of scale i in BLOCKS[i] blocks, used (2, C).
+    (B, sum_blocks, 2, C), of scale i in blocks[i] blocks, used (2, C).
     """
     TOTAL: tl.constexpr = SHAPE.total
     TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
@@ -175,7 +194,7 @@ def _norm_gradients_kernel(
         block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
         if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
             NORM: tl.constexpr = LAYOUT.of[i].norm
-            SIZE: tl.constexpr = LAYOUT.of[i].size
+            height, width = size_of(sizes, i, LAYOUT, i)
             offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_c = offs_c < SHAPE.channels[i]
             offs_all = SHAPE.offsets[i] + offs_c
@@ -186,10 +205,11 @@ def _norm_gradients_kernel(
                 scale = rstd
                 if affines.weight[i] is not None:
                     scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
-            pixels = batch.to(ACC) * (SIZE[0] * SIZE[1])
+            pixels = batch.to(ACC) * (height * width)
             gradient = sum_images(
-                sums + k * TOTAL, offs_all, mask_c, batch, BLOCKS[i], 2 * TOTAL, SUM_BLOCKS * 2 * TOTAL, ACC
-            )
+                ptr=sums + k * TOTAL, offs=offs_all, mask=mask_c, batch=batch, blocks=number(blocks[i]),
+                STRIDE=2 * TOTAL, image_stride=sum_blocks * 2 * TOTAL, ACC=ACC,
+            )  # fmt: skip
             if k == 0:
                 tl.store(out + TOTAL + offs_all, gradient, mask=mask_c)
                 if (NORM is not None) and NORM.from_batch:
@@ -205,8 +225,8 @@ def _norm_gradients_kernel(
 
 @kernel
 def _grid_gradient_kernel(
-    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, STRIPS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
@@ -230,16 +250,17 @@ def _grid_gradient_kernel(
             STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
             offs_in = block * BLOCK_C + tl.arange(0, min(padded(CHANNELS), BLOCK_C))
             mask_in = offs_in < CHANNELS
+            height, width = size_of(sizes, i, LAYOUT, i)
             out = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
             for start in range(0, CHANNELS, STEP):
                 offs_c = start + tl.arange(0, STEP)
                 mask_c = offs_c < CHANNELS
                 gradient = _grid_gradient(
-                    x=maps[i] + b * LAYOUT.of[i].stride[0], z=z, transposed=transposed, used=used, image=image,
+                    x=maps[i], z=z, transposed=transposed, used=used, b=b,
                     tables=tables + i * TABLES * (GRID[0] + GRID[1]),
-                    strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], affines=affines,
-                    through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, i=i,
-                    SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
+                    strips=_strips_of(strips, b, sizes, i, SHAPE, GRID[1]), affines=affines,
+                    through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c,
+                    sizes=sizes, height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
                 ).to(dz.dtype.element_ty)  # fmt: skip
                 here = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
                 tl.store(dz + row[:, None] + (SHAPE.offsets[i] + offs_c)[None, :], gradient, mask=here)
@@ -255,37 +276,42 @@ def _grid_gradient_kernel(
 
 @triton.jit
 def _grid_gradient(
-    x, z, transposed, used, image, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c,
+    x, z, transposed, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, height,
+    width,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z in one row of the grid: [columns, channels]. x is one image (C_i, H_i, W_i)."""
+    """The gradient of z in one row of the grid of image b: [columns, channels]. strips (H_i, P_w, C_i)."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    NORM: tl.constexpr = LAYOUT.of[i].norm
+    MAP: tl.constexpr = LAYOUT.of[i]
+    NORM: tl.constexpr = MAP.norm
+    STRIDE: tl.constexpr = MAP.stride
+    image = b * GRID[0] * GRID[1] * TOTAL
     offs_all = SHAPE.offsets[i] + offs_c
     mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
     strip_ptrs = strips + offs_q[:, None] * CHANNELS + offs_c[None, :]
     dz = tl.zeros(mask.shape, ACC)
-    begin = band_begin(p, SIZE[0], GRID[0])
-    for r in range(band(SIZE[0], GRID[0], 1)):
+    begin = band_begin(p, height, GRID[0])
+    row_step, _ = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
+    for r in range(0, band_end(p, height, GRID[0]) - begin):
         h = begin + r
-        weight = weight_in_row(p, h, SIZE[0], GRID[0], ACC)
-        row = tl.load(strip_ptrs + h * (GRID[1] * CHANNELS), mask=mask & (h < SIZE[0]), other=0.0)
+        weight = weight_in_row(p, h, row_step, GRID[0], ACC)
+        row = tl.load(strip_ptrs + h * (GRID[1] * CHANNELS), mask=mask, other=0.0)
         dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
-    dz *= SIZE[1] / GRID[1]
+    dz *= stretch_of(sizes, i, width, LAYOUT, i, ACC)
     if (NORM is not None) and NORM.from_batch:
         rows = p + tl.zeros(offs_q.shape, tl.int32)
         ones = row_table(tables, COLUMN_SUMS, rows, GRID) * column_table(tables, COLUMN_SUMS, offs_q, GRID)
-        first = tl.load(x + offs_c * LAYOUT.of[i].stride[1], mask=mask_c, other=0.0).to(ACC)
+        strides = strides_of(STRIDE, height, width)
+        first = tl.load(x + b * strides[0] + offs_c * strides[1], mask=mask_c, other=0.0).to(ACC)
         # Taken off z: as a mean is, it may be far larger than what varies.
         token = load_vector(z + image, offs_all, mask_c, ACC)
         apart = (first.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
         constant = load_vector(through_statistics, offs_all, mask_c, ACC)
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
         y = load_grid(transposed + image, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
-        y *= SIZE[0] * SIZE[1] / (GRID[0] * GRID[1])
+        y *= area_of(sizes, i, height * width, LAYOUT, i, ACC)
         y += _interpolated_twice(z + image, token, tables, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
         y += ones[:, None] * apart[None, :]
         dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
@@ -406,21 +432,19 @@ def upsample_backward(
         batch_norms_of(contract.norms),
         norms_of(contract.norms),
     )
-    layout, with_douts = layout_of(maps, grid, norms), layout_of(maps, grid, norms, douts)
-    sizes = layout.sizes
-    widest = max([width for _, width in sizes])
+    sizes = sizes_of(maps)
+    size_args, widest = size_arguments(sizes, grid), max([width for _, width in sizes])
     config = launcher.config("upsample_backward" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, config["tile"], config["block_c"], launch.padded(widest))
-    blocks = tuple([launch.blocks(size[0], tile.rows) for size, tile in zip(sizes, tiles.of, strict=True)])
-    sums = tokens.empty(batch, max(blocks), 2, shape.total)
-    elements = [c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)]
-    first_elements = (0, *itertools.accumulate(elements))
-    strips = tokens.empty(batch, first_elements[-1], dtype=launcher.dtype)
+    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+    most = max(tiles.rows)
+    sums = tokens.empty(batch, most, 2, shape.total)
+    elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
+    strips = tokens.empty(batch, elements, dtype=launcher.dtype)
+    layout = layout_of(maps, grid, norms)
     launcher(
-        _upsample_backward_kernel, config, batch * tiles.first[-1],
+        _upsample_backward_kernel, config, batch * tiles.programs,
         maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=affines, used=saved.used, sums=sums, strips=strips,
-        LAYOUT=with_douts, TILES=tiles, STRIPS=first_elements,
-        SUM_BLOCKS=max(blocks),
+        sizes=size_args, first=tiles.first, sum_blocks=most, LAYOUT=layout_of(maps, grid, norms, douts, tiles=tiles.of),
     )  # fmt: skip
 
     config = launcher.config("norm_gradients")
@@ -429,7 +453,7 @@ def upsample_backward(
     launcher(
         _norm_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         sums=sums, used=saved.used, affines=affines, out=gradients.norms, through_statistics=through_statistics,
-        batch=batch, LAYOUT=layout, BLOCKS=blocks, SUM_BLOCKS=max(blocks),
+        batch=batch, sizes=size_args, blocks=tuple(map(argument, tiles.rows)), sum_blocks=most, LAYOUT=layout,
     )  # fmt: skip
 
     config = launcher.config("grid_gradient", widest_scale(shape))
@@ -440,7 +464,7 @@ def upsample_backward(
         maps=tuple(maps), z=saved.z, transposed=saved.transposed, used=saved.used,
         tables=interpolation_tables(sizes, grid, accumulation_dtype(launcher.dtype), launcher.device), strips=strips,
         affines=affines, through_statistics=through_statistics, weights=affines_of(contract.upsample).weight, dz=dz,
-        dtokens=dtokens, LAYOUT=layout, STRIPS=first_elements,
+        dtokens=dtokens, sizes=size_args, LAYOUT=layout,
     )  # fmt: skip
 
     config = launcher.config("conv", widest_scale(shape))
