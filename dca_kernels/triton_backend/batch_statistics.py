@@ -30,8 +30,8 @@ from dca_kernels.triton_backend.grid import (
 )
 from dca_kernels.triton_backend.patch_embed import Maps
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
     choose,
+    first_blocks,
     kernel,
     load_vector,
     scale_of,
@@ -57,8 +57,9 @@ def _batch_statistics_kernel(
     BatchNorm takes the batch's statistics.
     """
     CHANNELS: tl.constexpr = SHAPE.channels
-    b, tile = split_program(blocks_before(CHANNELS, BLOCK_C, len(CHANNELS)))
-    scale, block = scale_of(tile, CHANNELS, BLOCK_C)
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    b, tile = split_program(FIRST[len(CHANNELS)])
+    scale, block = scale_of(tile, FIRST)
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     for g in tl.static_range(len(LAYOUT.groups)):
         if in_group(scale, LAYOUT, g):

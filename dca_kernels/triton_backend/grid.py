@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dca_kernels.contract import BatchNorm
 from dca_kernels.triton_backend import launch
-from dca_kernels.triton_backend.primitives import Shape, argument, choose, number
+from dca_kernels.triton_backend.primitives import Divisor, Shape, argument, choose, divide, divisor_of, number
 
 # What kernels take as constants
 
@@ -130,16 +130,27 @@ class Sizes(NamedTuple):
     area: tuple[float, ...]
 
 
-class Tiles(NamedTuple):
-    """The tile of each scale; where its programs begin within an image, the last number that of all, as arguments.
+class Counts(NamedTuple):
+    """How many tiles there are, as kernels take it.
 
     Attributes:
-        programs: that last number.
-        rows: how many tiles each scale has one above the other.
+        first: where each scale's begin among those of an image.
+        all: how many an image has.
+        rows: how many each map has one above the other.
+        columns: how many side by side.
     """
 
-    of: tuple[Tile, ...]
     first: tuple[int, ...]
+    all: Divisor
+    rows: tuple[Divisor, ...]
+    columns: tuple[Divisor, ...]
+
+
+class Tiles(NamedTuple):
+    """The tile of each scale, how many there are, in an image (`programs`) and in the height of each map (`rows`)."""
+
+    of: tuple[Tile, ...]
+    counts: Counts
     programs: int
     rows: tuple[int, ...]
 
@@ -245,7 +256,7 @@ def tiles_of(
 
     Products need 16 rows (pairs of row and channel) and columns.
     """
-    tiles, first, rows = [], [0], []
+    tiles, first, counts = [], [0], []
     for c, (height, width) in zip(shape.channels, sizes, strict=True):
         columns = min(most_w, launch.padded(width))
         pairs = max(16, elements // columns)
@@ -253,10 +264,16 @@ def tiles_of(
         tokens = 0 if (height, width) == grid else launch.padded(_columns_needed(columns, width, grid[1]))
         tiles.append(Tile(channels, pairs // channels, columns, tokens))
         extents = zip((c, height, width), tiles[-1], strict=False)
-        counts = [launch.blocks(extent, block) for extent, block in extents]
-        first.append(first[-1] + math.prod(counts))
-        rows.append(counts[1])
-    return Tiles(tuple(tiles), tuple(map(argument, first)), first[-1], tuple(rows))
+        counts.append([launch.blocks(extent, block) for extent, block in extents])
+        first.append(first[-1] + math.prod(counts[-1]))
+    _, rows, side_by_side = zip(*counts, strict=True)
+    arguments = Counts(
+        tuple(map(argument, first)),
+        divisor_of(first[-1]),
+        tuple([divisor_of(count) for count in rows]),
+        tuple([divisor_of(count) for count in side_by_side]),
+    )
+    return Tiles(tuple(tiles), arguments, first[-1], rows)
 
 
 def _columns_needed(block: int, high: int, low: int) -> int:
@@ -364,6 +381,19 @@ def choose_stride(LAYOUT: tl.constexpr, g: tl.constexpr, AXIS: tl.constexpr, hei
 def _stride_of_scale(LAYOUT: tl.constexpr, i: tl.constexpr, AXIS: tl.constexpr, height, width):
     STRIDE: tl.constexpr = LAYOUT.of[i].stride
     return _stride(STRIDE, AXIS, height, width)
+
+
+@triton.jit
+def split_tiles(counts):
+    """As `split_program`, of a kernel whose programs are tiles of maps."""
+    b, tile = divide(tl.program_id(0), counts.all)
+    return b.to(tl.int64), tile
+
+
+@triton.jit
+def has_tile(tile, counts, i: tl.constexpr):
+    """Whether a tile of an image is one of scale i."""
+    return (tile >= number(counts.first[i])) & (tile < number(counts.first[i + 1]))
 
 
 # Windows of adaptive average pooling

@@ -13,6 +13,7 @@ from dca_kernels.contract import Affine, Contract, memory_format
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.grid import (
     first_window,
+    has_tile,
     layout_of,
     map_pointers,
     memory_of,
@@ -22,6 +23,7 @@ from dca_kernels.triton_backend.grid import (
     size_arguments,
     size_of,
     sizes_of,
+    split_tiles,
     strides_of,
     sum_pairs,
     tiles_of,
@@ -31,12 +33,15 @@ from dca_kernels.triton_backend.grid import (
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
 from dca_kernels.triton_backend.primitives import (
     argument,
-    blocks_before,
+    choose,
+    divide,
+    first_blocks,
     kernel,
     load_vector,
     number,
     padded,
-    split_program,
+    scale_of,
+    scales_of,
     sum_images,
 )
 from dca_kernels.triton_backend.tokens import Tokens
@@ -46,7 +51,7 @@ from dca_kernels.triton_backend.upsample_backward import load_relu_gradient, loa
 
 @kernel
 def _map_gradient_kernel(
-    maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums, sizes, first,
+    maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums, sizes, counts,
     sum_blocks,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -56,20 +61,20 @@ def _map_gradient_kernel(
     windows at most have a row of each map in common. sums (B, sum_blocks, 2, C): over the tile, of the pooling's
     gradient times x, and of the pooling's gradient: the shares of the depthwise projection.
     """
-    b, tile = split_program(number(first[len(SHAPE.channels)]))
+    b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= number(first[i])) & (tile < number(first[i + 1])):
+        if has_tile(tile, counts, i):
             _map_gradient(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used, through_statistics=through_statistics,
                 dtokens=dtokens, weight=weights[i], dmap=dmaps[i], sums=sums + b * sum_blocks * 2 * SHAPE.total,
-                b=b, tile=tile - number(first[i]), sizes=sizes, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, SHARED=SHARED[i],
-                PRECISION=PRECISION, ACC=ACC,
+                b=b, tile=tile - number(counts.first[i]), sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT,
+                SHARED=SHARED[i], PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _map_gradient(
-    x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile, sizes,
+    x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +85,8 @@ def _map_gradient(
     NORM: tl.constexpr = MAP.norm
     TILE: tl.constexpr = MAP.tile
     height, width = size_of(sizes, i, LAYOUT, i)
-    row_blocks = tl.cdiv(height, TILE.rows)
-    c_begin, h_begin = tile // row_blocks * TILE.channels, tile % row_blocks * TILE.rows
+    block, row = divide(tile, counts.rows[i])
+    c_begin, h_begin = block * TILE.channels, row * TILE.rows
     pixels, y, gradient = load_relu_gradient(
         x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
         height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=False,
@@ -94,7 +99,7 @@ def _map_gradient(
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
         gradient -= of_pairs(constant, TILE.rows)[:, None] + y * of_pairs(multiple, TILE.rows)[:, None]
     if NORM is not None:
-        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)
+        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, TOTAL, ACC)
         gradient *= of_pairs(scale, TILE.rows)[:, None]
 
     pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], height, TILE)
@@ -113,7 +118,7 @@ def _map_gradient(
         STRIDE: tl.constexpr = MAP.gradient_stride
         strides = strides_of(STRIDE, height, width)
         tl.store(map_pointers(dmap, b, pair_c, pair_h, offs_w, strides), gradient, mask=mask)
-    sums_ptrs = sums + tile % row_blocks * 2 * TOTAL + offs_all
+    sums_ptrs = sums + row * 2 * TOTAL + offs_all
     tl.store(sums_ptrs, sum_pairs(pooled * pixels, TILE), mask=mask_c)
     tl.store(sums_ptrs + TOTAL, sum_pairs(rows, TILE), mask=mask_c)  # each window's value, once a column
 
@@ -163,19 +168,20 @@ def _patch_embed_gradients_kernel(
     sums (B, sum_blocks, 2, C), of scale i in blocks[i] blocks.
     """
     TOTAL: tl.constexpr = SHAPE.total
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs = k * TOTAL + SHAPE.offsets[i] + offs_c
-            gradient = sum_images(
-                ptr=sums, offs=offs, mask=mask_c, batch=batch, blocks=number(blocks[i]), STRIDE=2 * TOTAL,
-                image_stride=sum_blocks * 2 * TOTAL, ACC=ACC,
-            )  # fmt: skip
-            tl.store(out + offs, gradient, mask=mask_c)
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    SCALES: tl.constexpr = scales_of(CHANNELS)
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    k, tile = tl.program_id(0) // FIRST[len(CHANNELS)], tl.program_id(0) % FIRST[len(CHANNELS)]
+    scale, block = scale_of(tile, FIRST)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < choose(CHANNELS, scale, SCALES)
+    offs = k * TOTAL + choose(OFFSETS, scale, SCALES) + offs_c
+    gradient = sum_images(
+        ptr=sums, offs=offs, mask=mask_c, batch=batch, blocks=number(choose(blocks, scale, SCALES)), STRIDE=2 * TOTAL,
+        image_stride=sum_blocks * 2 * TOTAL, ACC=ACC,
+    )  # fmt: skip
+    tl.store(out + offs, gradient, mask=mask_c)
 
 
 class Gradients(NamedTuple):
@@ -232,7 +238,7 @@ def map_gradients(
         _map_gradient_kernel, config, batch * tiles.programs,
         maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=batch_norms_of(contract.norms), used=saved.used,
         through_statistics=through_statistics, dtokens=dtokens, weights=affines_of(contract.patch_embed).weight,
-        dmaps=tuple(dmaps), sums=sums, sizes=size_arguments(sizes, grid), first=tiles.first, sum_blocks=most,
+        dmaps=tuple(dmaps), sums=sums, sizes=size_arguments(sizes, grid), counts=tiles.counts, sum_blocks=most,
         LAYOUT=layout, SHARED=tuple([_shared_windows(size[0], grid[0]) for size in sizes]),
     )  # fmt: skip
 

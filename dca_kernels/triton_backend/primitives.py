@@ -36,6 +36,33 @@ def number(argument):
     return (argument - 3) >> 1
 
 
+class Divisor(NamedTuple):
+    """A number that a program's own is divided by, as `argument`s, with its reciprocal: see `divide`."""
+
+    number: int
+    reciprocal: int
+    shift: int
+
+
+@functools.cache
+def divisor_of(number: int) -> Divisor:
+    """Of a number above 0."""
+    shift = (number - 1).bit_length()
+    return Divisor(argument(number), argument(-(-(1 << 31 + shift) // number)), argument(shift))
+
+
+@triton.jit
+def divide(dividend, divisor):
+    """Quotient and rest of a scalar, 0 <= dividend < 2**31, by a `Divisor`.
+
+    A division by a number that is no constant leaves NVIDIA's uniform registers, and with it whatever depends on it: in
+    `upsample` half as many registers more.
+    """
+    product = tl.umulhi(2 * dividend.to(tl.uint32), number(divisor.reciprocal).to(tl.uint32))
+    quotient = product.to(tl.int32) >> number(divisor.shift)
+    return quotient, dividend - quotient * number(divisor.number)
+
+
 class Shape(NamedTuple):
     """The sizes of a token grid, as a kernel's constants.
 
@@ -65,19 +92,37 @@ def padded(size):
 
 
 @triton.constexpr_function
+def largest(sizes):
+    """The largest of some sizes."""
+    return max(sizes)
+
+
+@triton.constexpr_function
 def blocks_before(sizes, block, i):
     """How many blocks the first i sizes have, where none reaches over two sizes."""
     return sum(-(-sizes[k] // block) for k in range(i))
 
 
+@triton.constexpr_function
+def first_blocks(sizes, block):
+    """Where the blocks of each size begin among all, as `blocks_before`; the last number is that of all."""
+    return tuple(sum(-(-size // block) for size in sizes[:i]) for i in range(len(sizes) + 1))
+
+
+@triton.constexpr_function
+def scales_of(sizes):
+    """The numbers of all scales."""
+    return tuple(range(len(sizes)))
+
+
 @triton.jit
-def scale_of(tile, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of some sizes a block is of, and which of its blocks: none reaches over two sizes."""
-    scale, block = tile * 0, tile
-    for k in tl.static_range(1, len(SIZES)):
-        inside = tile >= blocks_before(SIZES, BLOCK, k)
-        scale, block = tl.where(inside, k, scale), tl.where(inside, tile - blocks_before(SIZES, BLOCK, k), block)
-    return scale, block
+def scale_of(tile, FIRST: tl.constexpr):
+    """Which scale a tile is of, and its number within it. FIRST is as of `first_blocks`."""
+    scale, local = tile * 0, tile
+    for k in tl.static_range(1, len(FIRST) - 1):
+        inside = tile >= FIRST[k]
+        scale, local = tl.where(inside, k, scale), tl.where(inside, tile - FIRST[k], local)
+    return scale, local
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from dca_kernels.triton_backend.batch_statistics import (
     update_buffers,
 )
 from dca_kernels.triton_backend.grid import (
+    has_tile,
     interpolate,
     interpolation,
     layout_of,
@@ -29,13 +30,27 @@ from dca_kernels.triton_backend.grid import (
     size_arguments,
     size_of,
     sizes_of,
+    split_tiles,
     steps_of,
     strides_of,
     tiles_of,
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, buffers_of
 from dca_kernels.triton_backend.patch_embed import Maps
-from dca_kernels.triton_backend.primitives import blocks_before, kernel, load_vector, number, padded, split_program
+from dca_kernels.triton_backend.primitives import (
+    choose,
+    divide,
+    first_blocks,
+    kernel,
+    largest,
+    load_tokens,
+    load_vector,
+    number,
+    padded,
+    scale_of,
+    scales_of,
+    split_program,
+)
 from dca_kernels.triton_backend.tokens import Tokens, widest_scale
 
 
@@ -50,45 +65,37 @@ def _conv_kernel(
     tokens, z (B, N, C), weights (C_i, C_i). OPERAND is the dtype of the products.
     """
     N: tl.constexpr = SHAPE.tokens
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
-    offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    image = b * N * SHAPE.total
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile % TILES - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            _conv(
-                tokens=tokens + image + SHAPE.offsets[i], weight=weights[i],
-                z=z + image + SHAPE.offsets[i], offs_n=offs_n, offs_out=block * BLOCK_C + tl.arange(0, BLOCK_C), N=N,
-                TOTAL=SHAPE.total, CHANNELS=SHAPE.channels[i], OPERAND=OPERAND, PRECISION=PRECISION, ACC=ACC,
-                BLOCK_K=BLOCK_C,
-            )  # fmt: skip
-
-
-@triton.jit
-def _conv(
-    tokens, weight, z, offs_n, offs_out,
-    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """z[n, out] = sum over channels of tokens[n, in] weight[out, in], weight (C_i, C_i)."""
-    STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
-    mask_n, mask_out = offs_n < N, offs_out < CHANNELS
-    out = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
-    for start in range(0, CHANNELS, STEP):
+    TOTAL: tl.constexpr = SHAPE.total
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    SCALES: tl.constexpr = scales_of(CHANNELS)
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    COLUMN_BLOCKS: tl.constexpr = FIRST[len(CHANNELS)]
+    STEP: tl.constexpr = min(padded(largest(CHANNELS)), BLOCK_C)
+    b, tile = split_program(triton.cdiv(N, BLOCK_N) * COLUMN_BLOCKS)
+    scale, block = scale_of(tile % COLUMN_BLOCKS, FIRST)
+    channels = choose(CHANNELS, scale, SCALES)
+    first = b * N * TOTAL + choose(OFFSETS, scale, SCALES)
+    weight = choose(weights, scale, SCALES)
+    offs_n = tile // COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_out = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_n, mask_out = offs_n < N, offs_out < channels
+    out = tl.zeros([BLOCK_N, BLOCK_C], ACC)
+    for start in range(0, channels, STEP):
         offs_in = start + tl.arange(0, STEP)
-        mask_in = offs_in < CHANNELS
-        a_ptrs = tokens + offs_n[:, None] * TOTAL + offs_in[None, :]
-        a = tl.load(a_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-        b_ptrs = weight + offs_out[:, None] * CHANNELS + offs_in[None, :]
-        b = tl.load(b_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-        out = tl.dot(a, tl.trans(b), out, input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_N, STEP] [STEP, BLOCK_C]
-    tl.store(z + offs_n[:, None] * TOTAL + offs_out[None, :], out, mask=mask_n[:, None] & mask_out[None, :])
+        mask_in = offs_in < channels
+        rows = load_tokens(tokens + first, offs_n, offs_in, mask_n, mask_in, TOTAL).to(OPERAND)
+        weight_ptrs = weight + offs_out[:, None] * channels + offs_in[None, :]
+        columns = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+        # [BLOCK_N, STEP] [STEP, BLOCK_C]
+        out = tl.dot(rows, tl.trans(columns), out, input_precision=PRECISION, out_dtype=ACC)
+    ptrs = z + first + offs_n[:, None] * TOTAL + offs_out[None, :]
+    tl.store(ptrs, out, mask=mask_n[:, None] & mask_out[None, :])
 
 
 @kernel
 def _upsample_kernel(
-    maps, z, biases, affines, buffers, statistics, outs, used, batch, sizes, first,
+    maps, z, biases, affines, buffers, statistics, outs, used, batch, sizes, counts,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
@@ -96,19 +103,19 @@ def _upsample_kernel(
     z (B, N, C), statistics (B, 2, C). Writes outs (B, C_i, H_i, W_i); and used (2, C), the mean without the
     convolution's bias and the variance that BatchNorm took.
     """
-    b, tile = split_program(number(first[len(SHAPE.channels)]))
+    b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= number(first[i])) & (tile < number(first[i + 1])):
+        if has_tile(tile, counts, i):
             _upsample(
                 x=maps[i], z=z, bias=biases[i], affines=affines, buffers=buffers,
-                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - number(first[i]),
-                sizes=sizes, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
+                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - number(counts.first[i]),
+                sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _upsample(
-    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile, sizes,
+    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_kernel` for tile `tile` of image b and scale i."""
@@ -121,10 +128,9 @@ def _upsample(
     OUT_STRIDE: tl.constexpr = MAP.out_stride
     TILE: tl.constexpr = MAP.tile
     height, width = size_of(sizes, i, LAYOUT, i)
-    rows, columns = tl.cdiv(height, TILE.rows), tl.cdiv(width, TILE.columns)
-    c_begin = tile // (rows * columns) * TILE.channels
-    h_begin = tile // columns % rows * TILE.rows
-    w_begin = tile % columns * TILE.columns
+    row, column = divide(tile, counts.columns[i])
+    block, row = divide(row, counts.rows[i])
+    c_begin, h_begin, w_begin = block * TILE.channels, row * TILE.rows, column * TILE.columns
 
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < CHANNELS
@@ -234,7 +240,7 @@ def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tenso
         _upsample_kernel, config, batch * tiles.programs,
         maps=maps.maps, z=saved.z, biases=affines_of(contract.upsample).bias,
         affines=batch_norms_of(contract.norms), buffers=buffers_of(contract.buffers), statistics=statistics,
-        outs=tuple(outs), used=saved.used, batch=batch, sizes=size_arguments(sizes, contract.grid), first=tiles.first,
+        outs=tuple(outs), used=saved.used, batch=batch, sizes=size_arguments(sizes, contract.grid), counts=tiles.counts,
         LAYOUT=layout,
     )  # fmt: skip
     return outs, saved
