@@ -57,8 +57,9 @@ class Reach(NamedTuple):
     """How many rows and columns of one map a program of `patch_embed` goes over, at most.
 
     Attributes:
-        window: of the largest pooling window.
-        band: that take from one row of tokens, and from the program's columns of tokens.
+        window: of the largest pooling window, the columns padded to a power of two.
+        band: that take from one row of tokens, up to a multiple of what is unrolled, and from the program's columns of
+            tokens, padded.
     """
 
     window: tuple[int, int]
@@ -70,7 +71,7 @@ class Map(NamedTuple):
 
     Attributes:
         stride: of the map.
-        unit: what divides W_i, as far as 16 bytes at a time need it.
+        unit: what divides W_i, as far as 16 bytes at a time need it; 1 in kernels that do not go over the map.
         windows: how high and how wide every pooling window is, None along an axis where they differ, or where the
             kernel does as well without.
         norm: its BatchNorm, where there is one and the kernel has to do with it.
@@ -191,7 +192,7 @@ def layout_of(
         elif gradients is not None and tile is not None:
             window = _window(x.shape[3], grid[1])
             windows = None, window if window is not None and launch.padded(grid[1]) * window == tile.columns else None
-        unit = math.gcd(x.shape[3], 16 // x.element_size())
+        unit = 1 if tile is None and reach is None else math.gcd(x.shape[3], 16 // x.element_size())
         stride = stride_of(x.shape, x.stride())
         scales.append(Map(stride, unit, windows, norm, out_stride, gradient_stride, tile, reach))
     return Layout(grid, tuple(scales), tuple([Group((i,), one.unit, (True,) * 4) for i, one in enumerate(scales)]))
@@ -462,8 +463,10 @@ def interpolation_matrix(offs_low, offs_high, step, ACC: tl.constexpr):
 @triton.jit
 def weight_in_row(p, h, step, LOW: tl.constexpr, ACC: tl.constexpr):
     """The weight of low-resolution row p in high-resolution row h."""
-    top, bottom, fraction = interpolation(h, step, LOW, ACC)
-    return tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
+    position = tl.minimum(h.to(ACC) * step, LOW - 1)
+    left = position.to(tl.int32)
+    fraction = position - left.to(ACC)
+    return tl.where(left == p, 1.0 - fraction, tl.where(left == p - 1, fraction, 0.0))
 
 
 def band(high: int, low: int, count: int) -> int:

@@ -17,6 +17,7 @@ from dca_kernels.triton_backend.grid import (
     area_of,
     band,
     band_begin,
+    band_end,
     interpolation_matrix,
     layout_of,
     size_arguments,
@@ -36,6 +37,8 @@ from dca_kernels.triton_backend.tokens import Tokens
 
 # Columns are read from a multiple of this one on: 16 bytes at a time, of 16-bit maps.
 ALIGNMENT = tl.constexpr(8)
+# Rows of the transposed interpolation at a time.
+UNROLLED = tl.constexpr(4)
 
 
 class Moments(NamedTuple):
@@ -136,11 +139,8 @@ def _extent(window, size, WINDOWS: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _lanes(
-    q_begin, width, LARGEST: tl.constexpr, GRID_WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+def _lanes(q_begin, width, PADDED: tl.constexpr, GRID_WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The columns of BLOCK_Q neighbouring windows, padded to powers of two: column, window, whether it exists."""
-    PADDED: tl.constexpr = triton.next_power_of_2(LARGEST)
     lane = tl.arange(0, BLOCK_Q * PADDED)
     if WINDOW == PADDED:  # one contiguous run
         column = q_begin * PADDED + lane
@@ -161,7 +161,7 @@ def _sum_windows(
     x is one image (C_i, H_i, W_i). Neighbouring windows may share a row (and a column): it belongs to the later window.
     Means are those of the map less its first pixel: small where it varies little.
     """
-    PADDED: tl.constexpr = triton.next_power_of_2(LARGEST[1])
+    PADDED: tl.constexpr = LARGEST[1]
     offs_c = tl.arange(0, padded(CHANNELS))
     column, _, mask_w = _lanes(q_begin, width, LARGEST[1], GRID[1], WINDOWS[1], BLOCK_Q)
     mask = (offs_c < CHANNELS)[:, None] & mask_w[None, :]
@@ -217,24 +217,22 @@ def _interpolate_transposed(
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """The transposed interpolation of the map less its first pixel: [C_i, BLOCK_Q]."""
-    COLUMNS: tl.constexpr = padded(BAND[1] + ALIGNMENT - 1)
     offs_c = tl.arange(0, padded(CHANNELS))
     offs_q = q_begin + tl.arange(0, BLOCK_Q)
-    offs_w = band_begin(q_begin, width, GRID[1]) // ALIGNMENT * ALIGNMENT + tl.arange(0, COLUMNS)
+    offs_w = band_begin(q_begin, width, GRID[1]) // ALIGNMENT * ALIGNMENT + tl.arange(0, BAND[1])
     mask = (offs_c < CHANNELS)[:, None] & (offs_w < width)[None, :]
     first = _first_pixel(x, strides, CHANNELS, ACC)
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
-    begin = band_begin(p, height, GRID[0])
+    begin, end = band_begin(p, height, GRID[0]), band_end(p, height, GRID[0])
     strip = tl.zeros(mask.shape, ACC)
-    for r in tl.range(0, BAND[0], loop_unroll_factor=min(BAND[0], 4)):
+    for r in tl.range(0, BAND[0], loop_unroll_factor=UNROLLED):
         h = begin + r
-        weight = weight_in_row(p, h, row_step, GRID[0], ACC)
-        weight = tl.where(h < height, weight, 0.0)
-        pixels = tl.load(x_ptrs + h * strides[2], mask=mask & (h < height), other=0.0).to(ACC)
+        weight = tl.where(h < end, weight_in_row(p, h, row_step, GRID[0], ACC), 0.0)
+        pixels = tl.load(x_ptrs + h * strides[2], mask=mask & (h < end), other=0.0).to(ACC)
         strip += weight * (pixels - first[:, None])
     strip = tl.where(mask, strip, 0.0)
     columns = tl.trans(interpolation_matrix(offs_q, offs_w, column_step, ACC))
-    return tl.dot(strip, columns, input_precision=PRECISION, out_dtype=ACC)  # [C_i, COLUMNS] [COLUMNS, BLOCK_Q]
+    return tl.dot(strip, columns, input_precision=PRECISION, out_dtype=ACC)  # [C_i, columns] [columns, BLOCK_Q]
 
 
 def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Maps]:
@@ -284,7 +282,10 @@ def _config(
 @functools.cache
 def _reach(size: tuple[int, int], grid: tuple[int, int], block_q: int) -> Reach:
     """Of one scale; `block_q` is how many columns of tokens a program has."""
-    return Reach(_widest_window(size, grid), (band(size[0], grid[0], 1), band(size[1], grid[1], block_q)))
+    rows, columns = _widest_window(size, grid)
+    band_rows = launch.blocks(band(size[0], grid[0], 1), UNROLLED.value) * UNROLLED.value
+    band_columns = launch.padded(band(size[1], grid[1], block_q) + ALIGNMENT.value - 1)
+    return Reach((rows, power_of_two(columns)), (band_rows, band_columns))
 
 
 @functools.cache

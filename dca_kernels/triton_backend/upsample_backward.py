@@ -338,16 +338,17 @@ def _gradient_of_z(
     image = b * GRID[0] * GRID[1] * TOTAL
     offs_all = offset + offs_c
     mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
-    strip_ptrs = strips + offs_q[:, None] * channels + offs_c[None, :]
     dz = tl.zeros(mask.shape, ACC)
     height, width = size_of(sizes, scale, LAYOUT, g)
     row_step, _ = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
     begin = band_begin(p, height, GRID[0])
+    strip_ptrs = strips + begin * (channels * GRID[1]) + offs_q[:, None] * channels + offs_c[None, :]
     for r in range(0, band_end(p, height, GRID[0]) - begin):
         h = begin + r
         weight = weight_in_row(p, h, row_step, GRID[0], ACC)
-        row = tl.load(strip_ptrs + h * (channels * GRID[1]), mask=mask, other=0.0)
+        row = tl.load(strip_ptrs, mask=mask, other=0.0)
         dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
+        strip_ptrs += channels * GRID[1]
     dz *= stretch_of(sizes, scale, width, LAYOUT, g, ACC)
     if (NORM is not None) and NORM.from_batch:
         rows = p + tl.zeros(offs_q.shape, tl.int32)
