@@ -47,7 +47,7 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
 }
 EXAMPLES = {"sm_80": "A100", "sm_86": "RTX 3090", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300"}
-SIZES = {"i32": 4, "i64": 8}  # bytes of the numbers that kernels take
+SIZES = {"i32": 4, "i64": 8, "fp32": 4}  # bytes of the numbers that kernels take
 MOST = 256  # arguments of a kernel, as in stand_in.c
 SCRATCH = [8, 8]  # pointers that Triton passes behind a kernel's own arguments
 

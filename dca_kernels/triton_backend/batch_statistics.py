@@ -12,16 +12,31 @@ from dca_kernels.triton_backend.grid import (
     DIAGONAL,
     NEXT_DIAGONAL,
     TABLES,
+    area_of,
     column_table,
+    grouped,
+    in_group,
     interpolation,
     interpolation_tables,
     layout_of,
     load_grid,
     row_table,
+    size_arguments,
+    size_of,
+    sizes_of,
+    steps_of,
+    stride_of_scale,
     window_begin,
 )
 from dca_kernels.triton_backend.patch_embed import Maps
-from dca_kernels.triton_backend.primitives import blocks_before, kernel, load_vector, split_program
+from dca_kernels.triton_backend.primitives import (
+    first_blocks,
+    kernel,
+    load_vector,
+    of_scale,
+    scale_of,
+    split_program,
+)
 from dca_kernels.triton_backend.tokens import Tokens
 
 # How much larger its two parts may be than a variance, before it is taken directly.
@@ -30,69 +45,101 @@ CANCELLATION = tl.constexpr(100.0)
 
 @kernel
 def _batch_statistics_kernel(
-    maps, z, moments, tables, counters, statistics,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, FROM_BATCH: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
+    maps, z, moments, tables, counters, statistics, sizes,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
     GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
 
     They follow from the map's own moments (`patch_embed.Moments`), from z (B, N, C), and from the transposed
     interpolation of the map. Where the two parts nearly cancel, too few digits would be left, and a pass over the map
-    takes them directly. tables (S, 3 (P_h + P_w)), see `grid.interpolation_tables`.
+    takes them directly. tables (S, 3 (P_h + P_w)), see `grid.interpolation_tables`. LAYOUT groups the scales whose
+    BatchNorm takes the batch's statistics.
     """
+    CHANNELS: tl.constexpr = SHAPE.channels
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    b, tile = split_program(FIRST[len(CHANNELS)])
+    scale, block = scale_of(tile, FIRST)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for g in tl.static_range(len(LAYOUT.groups)):
+        if in_group(scale, LAYOUT, g):
+            _batch_statistics(
+                maps=maps, z=z, moments=moments, tables=tables, statistics=statistics, sizes=sizes, b=b, scale=scale,
+                offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCKS=MOMENT_BLOCKS,
+                GUARDED=GUARDED, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P,
+            )  # fmt: skip
+    for i in tl.static_range(len(CHANNELS)):
+        if counters[i] is not None and (scale == i) & (b == 0) & (block == 0):
+            tl.store(counters[i], tl.load(counters[i]) + 1)
+
+
+@triton.jit
+def _batch_statistics(
+    maps, z, moments, tables, statistics, sizes, b, scale, offs_c,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
+    GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """`_batch_statistics_kernel` for image b and a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    SCALES: tl.constexpr = GROUP.scales
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
     SUM: tl.constexpr = tl.float64 if GUARDED else ACC
-    b, tile = split_program(blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels)))
     image = b * GRID[0] * GRID[1] * TOTAL
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if FROM_BATCH[i] and (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            MAP: tl.constexpr = LAYOUT.of[i]
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs_all = SHAPE.offsets[i] + offs_c
-            x_ptrs = maps[i] + b * MAP.stride[0] + offs_c * MAP.stride[1]
-            first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
-            x_mean, x_squares = _combine_blocks(
-                moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, MAP=MAP,
-                GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, SUM=SUM, BLOCK_N=BLOCK_N,
+    mask_c = offs_c < of_scale(CHANNELS, scale, SCALES)
+    offs_all = of_scale(OFFSETS, scale, SCALES) + offs_c
+    height, width = size_of(sizes, scale, LAYOUT, g)
+    strides = (
+        stride_of_scale(LAYOUT, g, 0, height.to(tl.int64), width, scale),
+        stride_of_scale(LAYOUT, g, 1, height, width, scale),
+        stride_of_scale(LAYOUT, g, 2, height, width, scale),
+        stride_of_scale(LAYOUT, g, 3, height, width, scale),
+    )
+    x_ptrs = of_scale(maps, scale, SCALES) + b * strides[0] + offs_c * strides[1]
+    first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
+    x_mean, x_squares = _combine_blocks(
+        moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, height=height,
+        width=width, GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, SUM=SUM, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    z_mean, z_squares, products = _interpolated_moments(
+        z=z + image, transposed=moments.transposed + image, tables=tables + scale * (TABLES * (GRID[0] + GRID[1])),
+        offs_all=offs_all, mask_c=mask_c, pixels=height * width,
+        area=area_of(sizes, scale, height * width, LAYOUT, g, ACC), GRID=GRID, TOTAL=TOTAL, ACC=ACC, SUM=SUM,
+        BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    mean = first + x_mean + z_mean
+    squares = x_squares + z_squares + 2 * products
+    if GUARDED:
+        row_step, column_step = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
+        if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
+            mean, squares = _direct_moments(
+                x_ptrs=x_ptrs, z_ptrs=z + image + offs_all, mask_c=mask_c, height=height, width=width,
+                row_step=row_step, column_step=column_step, strides=strides, GRID=GRID, TOTAL=TOTAL, ACC=ACC,
+                BLOCK_P=BLOCK_P,
             )  # fmt: skip
-            z_mean, z_squares, products = _interpolated_moments(
-                z=z + image, transposed=moments.transposed + image, tables=tables + i * TABLES * (GRID[0] + GRID[1]),
-                offs_all=offs_all, mask_c=mask_c, PIXELS=MAP.size[0] * MAP.size[1], GRID=GRID, TOTAL=TOTAL, ACC=ACC,
-                SUM=SUM, BLOCK_N=BLOCK_N,
-            )  # fmt: skip
-            mean = first + x_mean + z_mean
-            squares = x_squares + z_squares + 2 * products
-            if GUARDED:
-                if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
-                    mean, squares = _direct_moments(
-                        x_ptrs=x_ptrs, z_ptrs=z + image + offs_all, mask_c=mask_c, MAP=MAP, GRID=GRID, TOTAL=TOTAL,
-                        ACC=ACC, BLOCK_P=BLOCK_P,
-                    )  # fmt: skip
-            tl.store(statistics + b * 2 * TOTAL + offs_all, mean, mask=mask_c)
-            tl.store(statistics + (b * 2 + 1) * TOTAL + offs_all, tl.maximum(squares, 0.0), mask=mask_c)
-            if counters[i] is not None and (b == 0) & (block == 0):
-                tl.store(counters[i], tl.load(counters[i]) + 1)
+    tl.store(statistics + b * 2 * TOTAL + offs_all, mean, mask=mask_c)
+    tl.store(statistics + (b * 2 + 1) * TOTAL + offs_all, tl.maximum(squares, 0.0), mask=mask_c)
 
 
 @triton.jit
 def _combine_blocks(
-    moments, offs_all, mask_c,
-    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    moments, offs_all, mask_c, height, width,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
-        block_mean, _, count = _load_blocks(moments, start, offs_all, mask_c, MAP, GRID, TOTAL, BLOCKS, SUM, BLOCK_N)
+        block_mean, _, count = _load_blocks(
+            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+        )
         mean += block_mean * count[:, None]
-    mean = tl.sum(mean, 0) / (MAP.size[0] * MAP.size[1])
+    mean = tl.sum(mean, 0) / (height * width)
     squares = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, block_squares, count = _load_blocks(
-            moments, start, offs_all, mask_c, MAP, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
         )
         apart = block_mean - mean[None, :]
         squares += block_squares + apart * apart * count[:, None]
@@ -101,9 +148,8 @@ def _combine_blocks(
 
 @triton.jit
 def _load_blocks(
-    moments, start, offs_all, mask_c,
-    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    moments, start, offs_all, mask_c, height, width,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in SUM."""
     COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
@@ -114,16 +160,15 @@ def _load_blocks(
     means = tl.load(ptrs, mask=mask, other=0.0).to(SUM)
     squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(SUM)
     p, q = offs // COLUMN_BLOCKS, offs % COLUMN_BLOCKS * BLOCK_Q
-    rows = window_begin(p + 1, MAP.size[0], GRID[0]) - window_begin(p, MAP.size[0], GRID[0])
-    end = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), MAP.size[1], GRID[1])
-    columns = end - window_begin(q, MAP.size[1], GRID[1])
+    rows = window_begin(p + 1, height, GRID[0]) - window_begin(p, height, GRID[0])
+    columns = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), width, GRID[1]) - window_begin(q, width, GRID[1])
     return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(SUM)
 
 
 @triton.jit
 def _interpolated_moments(
-    z, transposed, tables, offs_all, mask_c,
-    PIXELS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
+    z, transposed, tables, offs_all, mask_c, pixels, area,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z), and its products with the map, without the map's resolution: each [BLOCK_C].
@@ -138,7 +183,7 @@ def _interpolated_moments(
         p, q = offs_n // GRID[1], offs_n % GRID[1]
         weight = row_table(tables, COLUMN_SUMS, p, GRID) * column_table(tables, COLUMN_SUMS, q, GRID)
         mean += (load_grid(z, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * weight[:, None]).to(SUM)
-    mean = tl.sum(mean, 0) / PIXELS
+    mean = tl.sum(mean, 0) / pixels
     squares = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     products = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     map_sums = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
@@ -158,7 +203,7 @@ def _interpolated_moments(
         product += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
         product += (row_next * column_before)[:, None] * below_left
         squares += (here * product).to(SUM)
-        of_map = load_grid(transposed, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * (PIXELS / N)
+        of_map = load_grid(transposed, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * area
         products += (here * of_map).to(SUM)
         map_sums += of_map.to(SUM)
     squares, products = tl.sum(squares, 0), tl.sum(products, 0)
@@ -177,19 +222,24 @@ def _load_less_mean(z, mean, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: 
 
 @triton.jit
 def _direct_moments(
-    x_ptrs, z_ptrs, mask_c,
-    MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptrs, z_ptrs, mask_c, height, width, row_step, column_step, strides,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z) + x over all its pixels, in two passes: each [BLOCK_C], float64."""
-    PIXELS: tl.constexpr = MAP.size[0] * MAP.size[1]
     mean = tl.zeros(mask_c.shape, tl.float64)
-    for start in range(0, PIXELS, BLOCK_P):
-        y, _ = _load_upsampled(x_ptrs, z_ptrs, mask_c, start + tl.arange(0, BLOCK_P), MAP, GRID, TOTAL, ACC)
+    for start in range(0, height * width, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        y, _ = _load_upsampled(
+            x_ptrs, z_ptrs, mask_c, pixel, height, width, row_step, column_step, strides, GRID, TOTAL, ACC
+        )
         mean += tl.sum(y.to(tl.float64), 0)
-    mean /= PIXELS
+    mean /= height * width
     squares = tl.zeros(mask_c.shape, tl.float64)
-    for start in range(0, PIXELS, BLOCK_P):
-        y, mask = _load_upsampled(x_ptrs, z_ptrs, mask_c, start + tl.arange(0, BLOCK_P), MAP, GRID, TOTAL, ACC)
+    for start in range(0, height * width, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        y, mask = _load_upsampled(
+            x_ptrs, z_ptrs, mask_c, pixel, height, width, row_step, column_step, strides, GRID, TOTAL, ACC
+        )
         apart = tl.where(mask, y.to(tl.float64) - mean[None, :], 0.0)
         squares += tl.sum(apart * apart, 0)
     return mean, squares
@@ -197,26 +247,27 @@ def _direct_moments(
 
 @triton.jit
 def _load_upsampled(
-    x_ptrs, z_ptrs, mask_c, pixel, MAP: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
-):
+    x_ptrs, z_ptrs, mask_c, pixel, height, width, row_step, column_step, strides,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """up(z) + x at some pixels [pixels, BLOCK_C], and which of them exist."""
-    h, w = pixel // MAP.size[1], pixel % MAP.size[1]
-    mask = (pixel < MAP.size[0] * MAP.size[1])[:, None] & mask_c[None, :]
-    top, bottom, fraction_h = interpolation(h, MAP.size[0], GRID[0], ACC)
-    left, right, fraction_w = interpolation(w, MAP.size[1], GRID[1], ACC)
+    h, w = pixel // width, pixel % width
+    mask = (pixel < height * width)[:, None] & mask_c[None, :]
+    top, bottom, fraction_h = interpolation(h, row_step, GRID[0], ACC)
+    left, right, fraction_w = interpolation(w, column_step, GRID[1], ACC)
     top_left = tl.load(z_ptrs[None, :] + (top * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
     top_right = tl.load(z_ptrs[None, :] + (top * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
     bottom_left = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + left)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
     bottom_right = tl.load(z_ptrs[None, :] + (bottom * GRID[1] + right)[:, None] * TOTAL, mask=mask, other=0.0).to(ACC)
     upper = top_left * (1.0 - fraction_w)[:, None] + top_right * fraction_w[:, None]
     lower = bottom_left * (1.0 - fraction_w)[:, None] + bottom_right * fraction_w[:, None]
-    x_ptrs = x_ptrs[None, :] + (h * MAP.stride[2] + w * MAP.stride[3])[:, None]
+    x_ptrs = x_ptrs[None, :] + (h * strides[2] + w * strides[3])[:, None]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
     return upper * (1.0 - fraction_h)[:, None] + lower * fraction_h[:, None] + x, mask
 
 
 @triton.jit
-def combine_images(statistics, offs_all, mask_c, batch, PIXELS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+def combine_images(statistics, offs_all, mask_c, batch, pixels, TOTAL: tl.constexpr, ACC: tl.constexpr):
     """Mean, in float64, and biased variance over the batch [channels], from each image's statistics (B, 2, C)."""
     STEP: tl.constexpr = 16
     mean = tl.zeros(offs_all.shape, tl.float64)
@@ -228,7 +279,7 @@ def combine_images(statistics, offs_all, mask_c, batch, PIXELS: tl.constexpr, TO
     for start in range(0, batch, STEP):
         image_mean, squares, mask = _load_images(statistics, start, offs_all, mask_c, batch, TOTAL, STEP)
         apart = tl.where(mask, image_mean - mean[None, :], 0.0)
-        variance += tl.sum(squares / PIXELS + apart * apart, 0)
+        variance += tl.sum(squares / pixels + apart * apart, 0)
     return mean, (variance / batch).to(ACC)
 
 
@@ -268,16 +319,18 @@ def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) 
         contract: of the call.
     """
     assert maps.moments is not None
-    launcher, layout, batch = tokens.launcher, layout_of(maps.maps, contract.grid), tokens.batch
+    launcher, batch = tokens.launcher, tokens.batch
+    sizes = sizes_of(maps.maps)
+    layout = grouped(layout_of(maps.maps, contract.grid), tuple([taken or None for taken in from_batch(contract)]))
     config = launcher.config("batch_statistics", batch)
     statistics = tokens.empty(batch, 2, launcher.shape.total, dtype=torch.float64)
     launcher(
         _batch_statistics_kernel, config,
         batch * sum([launch.blocks(c, config["block_c"]) for c in tokens.channels]),
         maps=maps.maps, z=z, moments=maps.moments,
-        tables=interpolation_tables(layout.sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
-        counters=counters_of(contract), statistics=statistics, LAYOUT=layout,
-        FROM_BATCH=from_batch(contract), MOMENT_BLOCKS=maps.moments.blocks.shape[1],
+        tables=interpolation_tables(sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
+        counters=counters_of(contract), statistics=statistics, sizes=size_arguments(sizes, contract.grid),
+        LAYOUT=layout, MOMENT_BLOCKS=maps.moments.blocks.shape[1],
         GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
     )  # fmt: skip
     return statistics

@@ -41,9 +41,9 @@ def _centre_kernel(
     FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
     TILES: tl.constexpr = FIRST[len(SHAPE.channels)]
     b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
-    i = scale_of(tile % TILES, FIRST)
+    i, block = scale_of(tile % TILES, FIRST)
     offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c, offs_all, mask_c = channels_of_block(tile % TILES, i, FIRST, SHAPE, BLOCK_C)
+    offs_c, offs_all, mask_c = channels_of_block(block, i, SHAPE, BLOCK_C)
     mask_n = offs_n < N
     mask = mask_n[:, None] & mask_c[None, :]
     offs = b * N * TOTAL + offs_n[:, None] * TOTAL + offs_all[None, :]
@@ -124,8 +124,8 @@ def _mixing_kernel(
     TOTAL: tl.constexpr = SHAPE.total
     FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
     b, tile = split_program(FIRST[len(SHAPE.channels)])
-    i = scale_of(tile, FIRST)
-    offs_c, offs_all, mask_c = channels_of_block(tile, i, FIRST, SHAPE, BLOCK_C)
+    i, block = scale_of(tile, FIRST)
+    offs_c, offs_all, mask_c = channels_of_block(block, i, SHAPE, BLOCK_C)
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
     mask = mask_c[:, None] & mask_d[None, :]
@@ -154,11 +154,11 @@ def _mixing_kernel(
 
 
 @triton.jit
-def channels_of_block(block, i, FIRST: tl.constexpr, SHAPE: tl.constexpr, BLOCK_C: tl.constexpr):
+def channels_of_block(block, i, SHAPE: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels of a block of scale i: among the scale's, among all, and which there are: [BLOCK_C] each."""
     CHANNELS: tl.constexpr = SHAPE.channels
     OFFSETS: tl.constexpr = SHAPE.offsets
-    offs_c = (block - of_scale(FIRST, i)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     return offs_c, of_scale(OFFSETS, i) + offs_c, offs_c < of_scale(CHANNELS, i)
 
 

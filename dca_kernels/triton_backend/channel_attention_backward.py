@@ -95,8 +95,8 @@ def _mixing_backward_kernel(
     FIRST: tl.constexpr = first_blocks(SHAPE.channels, BLOCK_C)
     BLOCKS: tl.constexpr = FIRST[len(SHAPE.channels)]
     b, tile = split_program(BLOCKS)
-    i = scale_of(tile, FIRST)
-    offs_c, offs_all, mask_c = channels_of_block(tile, i, FIRST, SHAPE, BLOCK_C)
+    i, block = scale_of(tile, FIRST)
+    offs_c, offs_all, mask_c = channels_of_block(block, i, SHAPE, BLOCK_C)
     offs_d = tl.arange(0, padded(TOTAL))
     mask_d = offs_d < TOTAL
     mask = mask_c[:, None] & mask_d[None, :]

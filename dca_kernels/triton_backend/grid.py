@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dca_kernels.contract import BatchNorm
 from dca_kernels.triton_backend import launch
-from dca_kernels.triton_backend.primitives import Shape, padded
+from dca_kernels.triton_backend.primitives import Divisor, Shape, argument, divide, divisor_of, number, of_scale
 
 # What kernels take as constants
 
@@ -27,51 +27,145 @@ class Norm(NamedTuple):
     momentum: float | None = None
 
 
-class Map(NamedTuple):
-    """One scale.
+class Stride(NamedTuple):
+    """Of a map (B, C_i, H_i, W_i), such that maps of other sizes have the same where they lie in memory alike.
 
     Attributes:
-        size: (H_i, W_i).
-        stride: of the map (B, C_i, H_i, W_i).
-        norm: its BatchNorm, where there is one and the kernel has to do with it.
-        out_stride: of the output or of its gradient.
-        gradient_stride: of the map's gradient.
-        window: rows and columns of the largest pooling window.
+        factors: what a step along each axis is a multiple of.
+        spans: how many of the last axes the multiplied size is of: 0 of none, 1 of W_i, 2 of H_i W_i.
     """
 
-    size: tuple[int, int]
-    stride: tuple[int, ...]
-    norm: Norm | None = None
-    out_stride: tuple[int, ...] | None = None
-    gradient_stride: tuple[int, ...] | None = None
-    window: tuple[int, int] | None = None
-
-
-class Layout(NamedTuple):
-    """The token grid (P_h, P_w) and the maps of all scales."""
-
-    grid: tuple[int, int]
-    of: tuple[Map, ...]
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(H_i, W_i) of each map."""
-        return tuple([one.size for one in self.of])
+    factors: tuple[int, ...]
+    spans: tuple[int, ...]
 
 
 class Tile(NamedTuple):
-    """How many channels, rows and columns of a map one program has."""
+    """How many channels, rows and columns of a map one program has.
+
+    Attributes:
+        tokens: columns of the token grid from which those of the tile are interpolated, padded; 0 where the map has the
+            grid's size, and nothing is interpolated.
+    """
 
     channels: int
     rows: int
     columns: int
+    tokens: int
+
+
+class Reach(NamedTuple):
+    """How many rows and columns of one map a program of `patch_embed` goes over, at most.
+
+    Attributes:
+        window: of the largest pooling window, the columns padded to a power of two.
+        band: that take from one row of tokens, up to a multiple of what is unrolled, and from the program's columns of
+            tokens, padded.
+    """
+
+    window: tuple[int, int]
+    band: tuple[int, int]
+
+
+class Map(NamedTuple):
+    """The constants of one scale. Its size is none of them: see `Sizes`.
+
+    Attributes:
+        stride: of the map.
+        unit: what divides W_i, as far as 16 bytes at a time need it; 1 in kernels that do not go over the map.
+        windows: how high and how wide every pooling window is, None along an axis where they differ, or where the
+            kernel does as well without.
+        norm: its BatchNorm, where there is one and the kernel has to do with it.
+        out_stride: of the output or of its gradient.
+        gradient_stride: of the map's gradient.
+        tile: what a program has of it.
+        reach: how far a program of `patch_embed` goes over it.
+    """
+
+    stride: Stride
+    unit: int
+    windows: tuple[int | None, int | None]
+    norm: Norm | None = None
+    out_stride: Stride | None = None
+    gradient_stride: Stride | None = None
+    tile: Tile | None = None
+    reach: Reach | None = None
+
+
+class Group(NamedTuple):
+    """Scales that share their code.
+
+    Attributes:
+        scales: their numbers.
+        unit: what divides the widths of all.
+        shared: along which axes their maps' strides have one factor.
+    """
+
+    scales: tuple[int, ...]
+    unit: int
+    shared: tuple[bool, ...]
+
+
+class Layout(NamedTuple):
+    """The token grid (P_h, P_w), the maps of all scales, and the groups of scales that share their code."""
+
+    grid: tuple[int, int]
+    of: tuple[Map, ...]
+    groups: tuple[Group, ...]
+
+
+class Sizes(NamedTuple):
+    """H_i and W_i of each map as kernels take them, see `primitives.argument`, and quotients that are rounded once.
+
+    Attributes:
+        row_step: rows of the token grid from one of the map's to the next, (P_h - 1) / (H_i - 1).
+        column_step: columns, likewise.
+        stretch: W_i / P_w.
+        area: H_i W_i / (P_h P_w).
+    """
+
+    height: tuple[int, ...]
+    width: tuple[int, ...]
+    row_step: tuple[float, ...]
+    column_step: tuple[float, ...]
+    stretch: tuple[float, ...]
+    area: tuple[float, ...]
+
+
+class Counts(NamedTuple):
+    """How many tiles there are, as kernels take it.
+
+    Attributes:
+        first: where each scale's begin among those of an image.
+        all: how many an image has.
+        rows: how many each map has one above the other.
+        columns: how many side by side.
+    """
+
+    first: tuple[int, ...]
+    all: Divisor
+    rows: tuple[Divisor, ...]
+    columns: tuple[Divisor, ...]
 
 
 class Tiles(NamedTuple):
-    """The tile of each scale, and where its programs begin within an image; the last number is that of all."""
+    """The tile of each scale, how many there are, in an image (`programs`) and in the height of each map (`rows`)."""
 
     of: tuple[Tile, ...]
-    first: tuple[int, ...]
+    counts: Counts
+    programs: int
+    rows: tuple[int, ...]
+
+
+@functools.cache
+def stride_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Stride:
+    """Of a tensor of four axes."""
+    sizes = (1, shape[3], shape[2] * shape[3])
+    found = []
+    for step, most in zip(stride, (2, 2, 1, 0), strict=True):
+        span = most if step != 0 and step % sizes[most] == 0 else 0
+        found.append((step // sizes[span], span))
+    factors, spans = zip(*found, strict=True)
+    return Stride(factors, spans)
 
 
 def layout_of(
@@ -80,17 +174,65 @@ def layout_of(
     norms: Sequence[Norm | None] | None = None,
     outs: Sequence[Tensor] | None = None,
     gradients: Sequence[Tensor | None] | None = None,
+    tiles: Sequence[Tile] | None = None,
+    reaches: Sequence[Reach] | None = None,
 ) -> Layout:
-    """Of S maps, their BatchNorms, the outputs (or their gradients) and the maps' gradients, where there are any."""
+    """Of S maps, their BatchNorms, the outputs (or their gradients) and what else the kernel has to do with."""
     scales = []
     for i, x in enumerate(maps):
-        _, _, height, width = x.shape
         norm = None if norms is None else norms[i]
-        out_stride = None if outs is None else outs[i].stride()
+        out_stride = None if outs is None else stride_of(outs[i].shape, outs[i].stride())
         gradient = None if gradients is None else gradients[i]
-        gradient_stride = None if gradient is None else gradient.stride()
-        scales.append(Map((height, width), x.stride(), norm, out_stride, gradient_stride))
-    return Layout(grid, tuple(scales))
+        gradient_stride = None if gradient is None else stride_of(gradient.shape, gradient.stride())
+        tile = None if tiles is None else tiles[i]
+        reach = None if reaches is None else reaches[i]
+        windows: tuple[int | None, int | None] = (None, None)
+        if reach is not None:
+            windows = _window(x.shape[2], grid[0]), _window(x.shape[3], grid[1])
+        elif gradients is not None and tile is not None:
+            window = _window(x.shape[3], grid[1])
+            windows = None, window if window is not None and launch.padded(grid[1]) * window == tile.columns else None
+        unit = 1 if tile is None and reach is None else math.gcd(x.shape[3], 16 // x.element_size())
+        stride = stride_of(x.shape, x.stride())
+        scales.append(Map(stride, unit, windows, norm, out_stride, gradient_stride, tile, reach))
+    return Layout(grid, tuple(scales), tuple([Group((i,), one.unit, (True,) * 4) for i, one in enumerate(scales)]))
+
+
+def _window(size: int, windows: int) -> int | None:
+    """How large all windows are, None where they differ."""
+    return size // windows if size % windows == 0 else None
+
+
+def sizes_of(maps: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """(H_i, W_i) of each map."""
+    return tuple([(x.shape[2], x.shape[3]) for x in maps])
+
+
+@functools.cache
+def size_arguments(sizes: tuple[tuple[int, int], ...], grid: tuple[int, int]) -> Sizes:
+    """Those of the maps, as kernels take them."""
+    found = []
+    for height, width in sizes:
+        steps = [(low - 1) / max(high - 1, 1) for low, high in zip(grid, (height, width), strict=True)]
+        quotients = (*steps, width / grid[1], height * width / (grid[0] * grid[1]))
+        found.append((argument(height), argument(width), *quotients))
+    return Sizes(*zip(*found, strict=True))
+
+
+@functools.cache
+def grouped(layout: Layout, keys: tuple[Hashable, ...]) -> Layout:
+    """With groups of the scales that have the same key, and whose maps lie in memory alike; without those of None."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, (one, key) in enumerate(zip(layout.of, keys, strict=True)):
+        if key is not None:
+            constants = [factor if factor < 2 else None for factor in one.stride.factors]
+            alike.setdefault((key, one.stride.spans, *constants), []).append(i)
+    groups = []
+    for scales in alike.values():
+        factors = zip(*[layout.of[i].stride.factors for i in scales], strict=True)
+        unit = math.gcd(*[layout.of[i].unit for i in scales])
+        groups.append(Group(tuple(scales), unit, tuple([len(set(along)) == 1 for along in factors])))
+    return layout._replace(groups=tuple(groups))
 
 
 def norms_of(norms: Sequence[BatchNorm | None], updates: bool = False) -> tuple[Norm | None, ...]:
@@ -108,20 +250,151 @@ def memory_of(maps: Sequence[Tensor]) -> str:
 
 
 @functools.cache
-def tiles_of(shape: Shape, sizes: tuple[tuple[int, int], ...], elements: int, most_c: int, most_w: int) -> Tiles:
+def tiles_of(
+    shape: Shape, sizes: tuple[tuple[int, int], ...], grid: tuple[int, int], elements: int, most_c: int, most_w: int
+) -> Tiles:
     """Tiles of at most `elements`, `most_c` channels and `most_w` columns.
 
     Products need 16 rows (pairs of row and channel) and columns.
     """
-    tiles, first = [], [0]
+    tiles, first, counts = [], [0], []
     for c, (height, width) in zip(shape.channels, sizes, strict=True):
         columns = min(most_w, launch.padded(width))
         pairs = max(16, elements // columns)
         channels = min(most_c, launch.padded(c), pairs)
-        tiles.append(Tile(channels, pairs // channels, columns))
-        extents = zip((c, height, width), tiles[-1], strict=True)
-        first.append(first[-1] + math.prod(launch.blocks(extent, block) for extent, block in extents))
-    return Tiles(tuple(tiles), tuple(first))
+        tokens = 0 if (height, width) == grid else launch.padded(_columns_needed(columns, width, grid[1]))
+        tiles.append(Tile(channels, pairs // channels, columns, tokens))
+        extents = zip((c, height, width), tiles[-1], strict=False)
+        counts.append([launch.blocks(extent, block) for extent, block in extents])
+        first.append(first[-1] + math.prod(counts[-1]))
+    _, rows, side_by_side = zip(*counts, strict=True)
+    arguments = Counts(
+        tuple(map(argument, first)),
+        divisor_of(first[-1]),
+        tuple([divisor_of(count) for count in rows]),
+        tuple([divisor_of(count) for count in side_by_side]),
+    )
+    return Tiles(tuple(tiles), arguments, first[-1], rows)
+
+
+def _columns_needed(block: int, high: int, low: int) -> int:
+    """How many low-resolution columns at most `block` neighbouring high-resolution ones take from."""
+    if high == 1:
+        return 1
+    return min(low, (block - 1) * (low - 1) // (high - 1) + 3)
+
+
+# Sizes and strides in a kernel
+
+
+@triton.jit
+def size_of(sizes, scale, LAYOUT: tl.constexpr, g: tl.constexpr):
+    """(H_i, W_i) of a scale of group g, the width known as a multiple of the group's unit."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    width = number(of_scale(sizes.width, scale, SCALES))
+    return number(of_scale(sizes.height, scale, SCALES)), width // GROUP.unit * GROUP.unit
+
+
+@triton.jit
+def steps_of(sizes, scale, height, width, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr):
+    """`row_step` and `column_step` of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    if ACC == tl.float64:  # an argument has 32 bits
+        row_step = _quotient(LAYOUT.grid[0] - 1, tl.maximum(height - 1, 1), ACC)
+        return row_step, _quotient(LAYOUT.grid[1] - 1, tl.maximum(width - 1, 1), ACC)
+    else:
+        return of_scale(sizes.row_step, scale, SCALES), of_scale(sizes.column_step, scale, SCALES)
+
+
+@triton.jit
+def stretch_of(sizes, scale, width, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr):
+    """`stretch` of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    if ACC == tl.float64:
+        return _quotient(width, LAYOUT.grid[1], ACC)
+    else:
+        return of_scale(sizes.stretch, scale, SCALES)
+
+
+@triton.jit
+def area_of(sizes, scale, pixels, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr):
+    """`area` of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    if ACC == tl.float64:
+        return _quotient(pixels, LAYOUT.grid[0] * LAYOUT.grid[1], ACC)
+    else:
+        return of_scale(sizes.area, scale, SCALES)
+
+
+@triton.jit
+def _quotient(numerator, denominator, ACC: tl.constexpr):
+    return tl.full([], numerator, ACC) / tl.full([], denominator, ACC)
+
+
+@triton.jit
+def strides_of(STRIDE: tl.constexpr, height, width):
+    """The four strides of a map (B, C_i, H_i, W_i): that of images has 64 bits, what is constant remains so."""
+    return (
+        _stride(STRIDE, 0, height.to(tl.int64), width),
+        _stride(STRIDE, 1, height, width),
+        _stride(STRIDE, 2, height, width),
+        _stride(STRIDE, 3, height, width),
+    )
+
+
+@triton.jit
+def _stride(STRIDE: tl.constexpr, AXIS: tl.constexpr, height, width):
+    if STRIDE.spans[AXIS] == 0:
+        return STRIDE.factors[AXIS]
+    elif STRIDE.spans[AXIS] == 1:
+        return width * STRIDE.factors[AXIS]
+    else:
+        return height * width * STRIDE.factors[AXIS]
+
+
+@triton.jit
+def in_group(scale, LAYOUT: tl.constexpr, g: tl.constexpr):
+    """Whether a scale is one of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    found = scale == GROUP.scales[0]
+    for k in tl.static_range(1, len(GROUP.scales)):
+        found |= scale == GROUP.scales[k]
+    return found
+
+
+@triton.jit
+def stride_of_scale(LAYOUT: tl.constexpr, g: tl.constexpr, AXIS: tl.constexpr, height, width, scale):
+    """One of `strides_of`, of the map of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    stride = _stride_of_scale(LAYOUT, GROUP.scales[0], AXIS, height, width)
+    if not GROUP.shared[AXIS]:
+        for k in tl.static_range(1, len(GROUP.scales)):
+            its = _stride_of_scale(LAYOUT, GROUP.scales[k], AXIS, height, width)
+            stride = tl.where(scale == GROUP.scales[k], its, stride)
+    return stride
+
+
+@triton.jit
+def _stride_of_scale(LAYOUT: tl.constexpr, i: tl.constexpr, AXIS: tl.constexpr, height, width):
+    STRIDE: tl.constexpr = LAYOUT.of[i].stride
+    return _stride(STRIDE, AXIS, height, width)
+
+
+@triton.jit
+def split_tiles(counts):
+    """As `split_program`, of a kernel whose programs are tiles of maps."""
+    b, tile = divide(tl.program_id(0), counts.all)
+    return b.to(tl.int64), tile
+
+
+@triton.jit
+def has_tile(tile, counts, i: tl.constexpr):
+    """Whether a tile of an image is one of scale i."""
+    return (tile >= number(counts.first[i])) & (tile < number(counts.first[i + 1]))
 
 
 # Windows of adaptive average pooling
@@ -148,83 +421,75 @@ def quotient(numbers, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def window_begin(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
-    """Where a window of adaptive average pooling begins."""
-    if SIZE % WINDOWS == 0:
-        return window * (SIZE // WINDOWS)
-    return quotient(window * SIZE, WINDOWS)
+def window_begin(window, size, WINDOWS: tl.constexpr, WINDOW: tl.constexpr = None):
+    """Where a window of adaptive average pooling begins. WINDOW is the size of all, where it is the same."""
+    if WINDOW is not None:
+        return window * WINDOW
+    return quotient(window * size, WINDOWS)
 
 
 @triton.jit
-def window_end(window, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+def window_end(window, size, WINDOWS: tl.constexpr, WINDOW: tl.constexpr = None):
     """Where it ends; neighbouring windows may have a position in common."""
-    if SIZE % WINDOWS == 0:
-        return (window + 1) * (SIZE // WINDOWS)
-    return quotient((window + 1) * SIZE + WINDOWS - 1, WINDOWS)
+    if WINDOW is not None:
+        return (window + 1) * WINDOW
+    return quotient((window + 1) * size + WINDOWS - 1, WINDOWS)
 
 
 @triton.jit
-def first_window(position, SIZE: tl.constexpr, WINDOWS: tl.constexpr):
+def first_window(position, size, WINDOWS: tl.constexpr):
     """A window not after the first that holds a position."""
-    if SIZE % WINDOWS == 0:
-        return quotient(position, SIZE // WINDOWS)
-    return quotient(position * WINDOWS, SIZE)
+    return position * WINDOWS // size
 
 
-# Bilinear interpolation, align_corners=True, from LOW positions to HIGH: the matrix U
+# Bilinear interpolation, align_corners=True, from LOW positions to `high`, `step` apart among the LOW: the matrix U
 
 
 @triton.jit
-def interpolation(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+def interpolation(offs, step, LOW: tl.constexpr, ACC: tl.constexpr):
     """As PyTorch computes it: left and right neighbour of high-resolution positions, the weight of the right one."""
-    position = _position(offs, HIGH, LOW, ACC)
+    position = offs.to(ACC) * step
     left = tl.minimum(position.to(tl.int32), LOW - 1)
     return left, tl.minimum(left + 1, LOW - 1), position - left.to(ACC)
 
 
 @triton.jit
-def _position(offs, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
-    """Of high-resolution positions among the low-resolution ones."""
-    STEP: tl.constexpr = (LOW - 1) / (HIGH - 1) if HIGH > 1 else 0.0
-    return offs.to(ACC) * STEP
-
-
-@triton.jit
-def interpolation_matrix(offs_low, offs_high, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+def interpolation_matrix(offs_low, offs_high, step, ACC: tl.constexpr):
     """The weight of each low-resolution position in each high-resolution one: [low, high]."""
-    apart = _position(offs_high, HIGH, LOW, ACC)[None, :] - offs_low.to(ACC)[:, None]
+    apart = (offs_high.to(ACC) * step)[None, :] - offs_low.to(ACC)[:, None]
     return tl.maximum(1.0 - tl.abs(apart), 0.0)
 
 
 @triton.jit
-def weight_in_row(p, h, HIGH: tl.constexpr, LOW: tl.constexpr, ACC: tl.constexpr):
+def weight_in_row(p, h, step, LOW: tl.constexpr, ACC: tl.constexpr):
     """The weight of low-resolution row p in high-resolution row h."""
-    top, bottom, fraction = interpolation(h, HIGH, LOW, ACC)
-    return tl.where(top == p, 1.0 - fraction, 0.0) + tl.where(bottom == p, fraction, 0.0)
+    position = tl.minimum(h.to(ACC) * step, LOW - 1)
+    left = position.to(tl.int32)
+    fraction = position - left.to(ACC)
+    return tl.where(left == p, 1.0 - fraction, tl.where(left == p - 1, fraction, 0.0))
 
 
-@triton.constexpr_function
-def band(high, low, count):
+def band(high: int, low: int, count: int) -> int:
     """How many high-resolution positions at most take from `count` neighbouring low-resolution ones."""
     if low == 1:
         return high
-    return min(high, math.ceil((count + 1) * (high - 1) / (low - 1)) + 2)
+    return min(high, -(-(count + 1) * (high - 1) // (low - 1)) + 2)
 
 
 @triton.jit
-def band_begin(position, HIGH: tl.constexpr, LOW: tl.constexpr):
+def band_begin(position, high, LOW: tl.constexpr):
     """A high-resolution position not after the first that takes from a low-resolution one."""
     if LOW == 1:
         return position * 0
-    return quotient(tl.maximum(position - 1, 0) * (HIGH - 1), LOW - 1)
+    return quotient(tl.maximum(position - 1, 0) * (high - 1), LOW - 1)
 
 
-@triton.constexpr_function
-def _columns_needed(block, high, low):
-    """How many low-resolution columns at most `block` neighbouring high-resolution ones take from."""
-    if high == 1:
-        return 1
-    return min(low, (block - 1) * (low - 1) // (high - 1) + 3)
+@triton.jit
+def band_end(position, high, LOW: tl.constexpr):
+    """One not before the last that does, and one more."""
+    if LOW == 1:
+        return position * 0 + high
+    return tl.minimum(quotient((position + 1) * (high - 1), LOW - 1) + 2, high)
 
 
 # Tables of U: its column sums, and the three diagonals of U^T U
@@ -290,11 +555,11 @@ def load_grid(ptr, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constex
 
 
 @triton.jit
-def pairs(c_begin, h_begin, CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr):
+def pairs(c_begin, h_begin, CHANNELS: tl.constexpr, height, TILE: tl.constexpr):
     """The rows of a tile are (row, channel) pairs, the channel fastest: channel, row, whether both exist: [pairs]."""
     pair = tl.arange(0, TILE.rows * TILE.channels)
     c, h = c_begin + pair % TILE.channels, h_begin + pair // TILE.channels
-    return c, h, (c < CHANNELS) & (h < HEIGHT)
+    return c, h, (c < CHANNELS) & (h < height)
 
 
 @triton.jit
@@ -311,16 +576,16 @@ def sum_pairs(tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def map_pointers(ptr, pair_c, pair_h, offs_w, STRIDE: tl.constexpr):
-    """Of one image (C_i, H_i, W_i): [pairs, columns]."""
-    offs = pair_c * STRIDE[1] + pair_h * STRIDE[2]
-    return ptr + offs[:, None] + (offs_w * STRIDE[3])[None, :]
+def map_pointers(ptr, b, pair_c, pair_h, offs_w, strides):
+    """Of image b of a map (B, C_i, H_i, W_i): [pairs, columns]."""
+    offs = pair_c * strides[1] + pair_h * strides[2]
+    return ptr + b * strides[0] + offs[:, None] + (offs_w * strides[3])[None, :]
 
 
 @triton.jit
-def load_map(ptr, pair_c, pair_h, offs_w, mask, STRIDE: tl.constexpr, ACC: tl.constexpr):
-    """A tile of one image (C_i, H_i, W_i): [pairs, columns]."""
-    return tl.load(map_pointers(ptr, pair_c, pair_h, offs_w, STRIDE), mask=mask, other=0.0).to(ACC)
+def load_map(ptr, b, pair_c, pair_h, offs_w, mask, strides, ACC: tl.constexpr):
+    """A tile of image b of a map (B, C_i, H_i, W_i): [pairs, columns]."""
+    return tl.load(map_pointers(ptr, b, pair_c, pair_h, offs_w, strides), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -336,33 +601,45 @@ def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def interpolate(
-    z_ptrs, mask_pair, pair_h, w_begin, offs_w,
-    SIZE: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    z_ptrs, mask_pair, pair_h, first, offs_w, row_step, column_step,
+    TOKENS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BY_PRODUCT: tl.constexpr = False,
 ):  # fmt: skip
     """up(z) in a tile: rows by weighting two of them, then columns: [pairs, columns].
 
-    z_ptrs [pairs] point to the channel's first token. BY_PRODUCT: columns by a product with the interpolation's matrix,
-    where that is needed anyway. It rounds up(z) to what the products have, less than z itself is rounded.
+    z_ptrs [pairs] point to the channel's first token, `first` is the first column of the grid that the tile takes from.
+    TOKENS is the tile's number. BY_PRODUCT: columns by a product
+    with the interpolation's matrix, where that is needed anyway. It rounds up(z) to what the products have, less than z
+    itself is rounded.
     """
-    if (SIZE[0] == GRID[0]) and (SIZE[1] == GRID[1]):
+    if TOKENS == 0:
         z_ptrs += pair_h * GRID[1] * TOTAL
-        mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+        mask = mask_pair[:, None] & (offs_w < GRID[1])[None, :]
         return tl.load(z_ptrs[:, None] + offs_w[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-    K: tl.constexpr = padded(_columns_needed(offs_w.shape[0], SIZE[1], GRID[1]))
-    first, _, _ = interpolation(w_begin, SIZE[1], GRID[1], ACC)
-    offs_q = first + tl.arange(0, K)
-    top, bottom, fraction = interpolation(pair_h, SIZE[0], GRID[0], ACC)
-    above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
-    mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
-    above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-    below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-    rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]  # [pairs, K]
+    else:
+        offs_q = first + tl.arange(0, TOKENS)
+        top, bottom, fraction = interpolation(pair_h, row_step, GRID[0], ACC)
+        above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
+        mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
+        above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+        below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+        rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]  # [pairs, TOKENS]
+        return _along_rows(rows, first, offs_q, offs_w, column_step, GRID[1], PRECISION, ACC, BY_PRODUCT)
+
+
+@triton.jit
+def _along_rows(
+    rows, first, offs_q, offs_w, step,
+    GRID_WIDTH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BY_PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Rows of the token grid from its column `first` on, interpolated: [pairs, TOKENS] -> [pairs, columns]."""
     if BY_PRODUCT:
-        matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
-        return tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)  # [pairs, K] [K, columns]
-    left, right, fraction = interpolation(offs_w, SIZE[1], GRID[1], ACC)
-    return _columns(rows, left - first) * (1.0 - fraction)[None, :] + _columns(rows, right - first) * fraction[None, :]
+        matrix = interpolation_matrix(offs_q, offs_w, step, ACC)
+        return tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)  # [pairs, TOKENS] [TOKENS, columns]
+    else:
+        left, right, fraction = interpolation(offs_w, step, GRID_WIDTH, ACC)
+        of_left, of_right = _columns(rows, left - first), _columns(rows, right - first)
+        return of_left * (1.0 - fraction)[None, :] + of_right * fraction[None, :]
 
 
 @triton.jit

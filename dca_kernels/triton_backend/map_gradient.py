@@ -13,12 +13,18 @@ from dca_kernels.contract import Affine, Contract, memory_format
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.grid import (
     first_window,
+    has_tile,
     layout_of,
     map_pointers,
     memory_of,
     norms_of,
     of_pairs,
     pairs,
+    size_arguments,
+    size_of,
+    sizes_of,
+    split_tiles,
+    strides_of,
     sum_pairs,
     tiles_of,
     window_begin,
@@ -26,11 +32,15 @@ from dca_kernels.triton_backend.grid import (
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
+    argument,
+    divide,
+    first_blocks,
     kernel,
     load_vector,
+    number,
+    of_scale,
     padded,
-    split_program,
+    scale_of,
     sum_images,
 )
 from dca_kernels.triton_backend.tokens import Tokens
@@ -40,44 +50,45 @@ from dca_kernels.triton_backend.upsample_backward import load_relu_gradient, loa
 
 @kernel
 def _map_gradient_kernel(
-    maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums,
+    maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums, sizes, counts,
+    sum_blocks,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
     maps, douts, dmaps (B, C_i, H_i, W_i), z, dtokens (B, N, C), used, through_statistics (2, C). SHARED is how many
-    windows at most have a row of each map in common. sums (B, SUM_BLOCKS, 2, C): over the tile, of the pooling's
+    windows at most have a row of each map in common. sums (B, sum_blocks, 2, C): over the tile, of the pooling's
     gradient times x, and of the pooling's gradient: the shares of the depthwise projection.
     """
-    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+        if has_tile(tile, counts, i):
             _map_gradient(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used, through_statistics=through_statistics,
-                dtokens=dtokens, weight=weights[i], dmap=dmaps[i], sums=sums,
-                b=b, tile=tile - TILES.first[i], i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, SHARED=SHARED,
-                PRECISION=PRECISION, ACC=ACC, TILES=TILES, SUM_BLOCKS=SUM_BLOCKS,
+                dtokens=dtokens, weight=weights[i], dmap=dmaps[i], sums=sums + b * sum_blocks * 2 * SHAPE.total,
+                b=b, tile=tile - number(counts.first[i]), sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT,
+                SHARED=SHARED[i], PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _map_gradient(
-    x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile,
+    x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, TILES: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """`_map_gradient_kernel` for tile `tile` of image b and scale i."""
+    """`_map_gradient_kernel` for tile `tile` of image b and scale i; sums are those of image b."""
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    NORM: tl.constexpr = LAYOUT.of[i].norm
-    TILE: tl.constexpr = TILES.of[i]
-    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
-    c_begin, h_begin = tile // ROWS * TILE.channels, tile % ROWS * TILE.rows
+    MAP: tl.constexpr = LAYOUT.of[i]
+    NORM: tl.constexpr = MAP.norm
+    TILE: tl.constexpr = MAP.tile
+    height, width = size_of(sizes, i, LAYOUT, i)
+    block, row = divide(tile, counts.rows[i])
+    c_begin, h_begin = block * TILE.channels, row * TILE.rows
     pixels, y, gradient = load_relu_gradient(
-        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, i=i, SHAPE=SHAPE,
-        LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES, BY_PRODUCT=False,
+        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
+        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=False,
     )  # fmt: skip
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < SHAPE.channels[i]
@@ -87,40 +98,40 @@ def _map_gradient(
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
         gradient -= of_pairs(constant, TILE.rows)[:, None] + y * of_pairs(multiple, TILE.rows)[:, None]
     if NORM is not None:
-        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)
+        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, TOTAL, ACC)
         gradient *= of_pairs(scale, TILE.rows)[:, None]
 
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], height, TILE)
     offs_w = tl.arange(0, TILE.columns)
     offs_q = tl.arange(0, padded(GRID[1]))
     image = dtokens + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i]
     rows = _load_windows(
         dtokens_ptrs=image + pair_c[:, None] + (offs_q * TOTAL)[None, :], pair_h=pair_h, mask_pair=mask_pair,
-        offs_q=offs_q, HEIGHT=SIZE[0], GRID=GRID, SHARED=SHARED[i], TOTAL=TOTAL, ACC=ACC,
+        offs_q=offs_q, height=height, GRID=GRID, SHARED=SHARED, TOTAL=TOTAL, ACC=ACC,
     )  # fmt: skip
-    pooled = _unpool(rows, offs_q, offs_w, SIZE[1], GRID[1], PRECISION, ACC)
+    pooled = _unpool(rows, offs_q, offs_w, width, MAP.windows[1], GRID[1], PRECISION, ACC)
     if dmap is not None:
-        GRADIENT_STRIDE: tl.constexpr = LAYOUT.of[i].gradient_stride
         weights = load_vector(weight, offs_c, mask_c, ACC)
         gradient += pooled * of_pairs(weights, TILE.rows)[:, None]
-        mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
-        ptrs = map_pointers(dmap + b * GRADIENT_STRIDE[0], pair_c, pair_h, offs_w, GRADIENT_STRIDE)
-        tl.store(ptrs, gradient, mask=mask)
-    sums_ptrs = sums + (b * SUM_BLOCKS + tile % ROWS) * 2 * TOTAL + offs_all
+        mask = mask_pair[:, None] & (offs_w < width)[None, :]
+        STRIDE: tl.constexpr = MAP.gradient_stride
+        strides = strides_of(STRIDE, height, width)
+        tl.store(map_pointers(dmap, b, pair_c, pair_h, offs_w, strides), gradient, mask=mask)
+    sums_ptrs = sums + row * 2 * TOTAL + offs_all
     tl.store(sums_ptrs, sum_pairs(pooled * pixels, TILE), mask=mask_c)
     tl.store(sums_ptrs + TOTAL, sum_pairs(rows, TILE), mask=mask_c)  # each window's value, once a column
 
 
 @triton.jit
 def _load_windows(
-    dtokens_ptrs, pair_h, mask_pair, offs_q,
-    HEIGHT: tl.constexpr, GRID: tl.constexpr, SHARED: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
+    dtokens_ptrs, pair_h, mask_pair, offs_q, height,
+    GRID: tl.constexpr, SHARED: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The tokens' gradients over their windows' heights, of the windows that hold each pair's row: [pairs, windows]."""
     rows = tl.zeros(dtokens_ptrs.shape, ACC)
     for k in tl.static_range(SHARED):
-        p = first_window(pair_h, HEIGHT, GRID[0]) + k
-        begin, end = window_begin(p, HEIGHT, GRID[0]), window_end(p, HEIGHT, GRID[0])
+        p = first_window(pair_h, height, GRID[0]) + k
+        begin, end = window_begin(p, height, GRID[0]), window_end(p, height, GRID[0])
         inside = mask_pair & (p < GRID[0]) & (begin <= pair_h) & (pair_h < end)
         mask = inside[:, None] & (offs_q < GRID[1])[None, :]
         gradient = tl.load(dtokens_ptrs + (p * GRID[1] * TOTAL)[:, None], mask=mask, other=0.0)
@@ -129,38 +140,46 @@ def _load_windows(
 
 
 @triton.jit
-def _unpool(rows, offs_q, offs_w, SIZE: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where two windows meet."""
-    WIDTH: tl.constexpr = SIZE // GRID
-    if offs_q.shape[0] * WIDTH == offs_w.shape[0] and SIZE % GRID == 0:
-        repeated = tl.broadcast_to(rows[:, :, None], [rows.shape[0], rows.shape[1], WIDTH])
-        return tl.reshape(repeated, [rows.shape[0], offs_w.shape[0]]) / WIDTH
-    begin, end = window_begin(offs_q, SIZE, GRID), window_end(offs_q, SIZE, GRID)
-    inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID)[:, None]
-    windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
-    return tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)  # [pairs, windows] [windows, columns]
+def _unpool(
+    rows, offs_q, offs_w, width,
+    WINDOW: tl.constexpr, GRID_WIDTH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where two windows meet.
+
+    WINDOW is the width of all, where the padded windows are the padded columns.
+    """
+    if WINDOW is not None:
+        repeated = tl.broadcast_to(rows[:, :, None], [rows.shape[0], rows.shape[1], WINDOW])
+        return tl.reshape(repeated, [rows.shape[0], offs_w.shape[0]]) / WINDOW
+    else:
+        begin, end = window_begin(offs_q, width, GRID_WIDTH), window_end(offs_q, width, GRID_WIDTH)
+        inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID_WIDTH)[:, None]
+        windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
+        return tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)  # [pairs, windows] [windows, columns]
 
 
 @kernel
 def _patch_embed_gradients_kernel(
-    sums, out, batch,
-    SHAPE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, SUM_BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    sums, out, batch, blocks, sum_blocks, SHAPE: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """One program: weight or bias, out (2, C), of BLOCK_C channels of a scale, over images and tiles in a fixed order.
 
-    sums (B, SUM_BLOCKS, 2, C), of scale i in BLOCKS[i] blocks.
+    sums (B, sum_blocks, 2, C), of scale i in blocks[i] blocks.
     """
     TOTAL: tl.constexpr = SHAPE.total
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs = k * TOTAL + SHAPE.offsets[i] + offs_c
-            gradient = sum_images(sums, offs, mask_c, batch, BLOCKS[i], 2 * TOTAL, SUM_BLOCKS * 2 * TOTAL, ACC)
-            tl.store(out + offs, gradient, mask=mask_c)
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    k, tile = tl.program_id(0) // FIRST[len(CHANNELS)], tl.program_id(0) % FIRST[len(CHANNELS)]
+    scale, block = scale_of(tile, FIRST)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < of_scale(CHANNELS, scale)
+    offs = k * TOTAL + of_scale(OFFSETS, scale) + offs_c
+    gradient = sum_images(
+        ptr=sums, offs=offs, mask=mask_c, batch=batch, blocks=number(of_scale(blocks, scale)), STRIDE=2 * TOTAL,
+        image_stride=sum_blocks * 2 * TOTAL, ACC=ACC,
+    )  # fmt: skip
+    tl.store(out + offs, gradient, mask=mask_c)
 
 
 class Gradients(NamedTuple):
@@ -206,26 +225,27 @@ def map_gradients(
         torch.empty_like(x, memory_format=memory_format(x)) if want else None
         for x, want in zip(maps, wanted, strict=True)
     ]
-    layout = layout_of(maps, grid, norms_of(contract.norms), douts, dmaps)
-    sizes = layout.sizes
+    sizes = sizes_of(maps)
     widest = max([width for _, width in sizes])
     config = launcher.config("map_gradient" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, config["tile"], config["block_c"], launch.padded(widest))
-    blocks = tuple([launch.blocks(size[0], tile.rows) for size, tile in zip(sizes, tiles.of, strict=True)])
-    sums = tokens.empty(batch, max(blocks), 2, shape.total)
+    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+    most = max(tiles.rows)
+    sums = tokens.empty(batch, most, 2, shape.total)
+    layout = layout_of(maps, grid, norms_of(contract.norms), douts, dmaps, tiles.of)
     launcher(
-        _map_gradient_kernel, config, batch * tiles.first[-1],
+        _map_gradient_kernel, config, batch * tiles.programs,
         maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=batch_norms_of(contract.norms), used=saved.used,
         through_statistics=through_statistics, dtokens=dtokens, weights=affines_of(contract.patch_embed).weight,
-        dmaps=tuple(dmaps), sums=sums, LAYOUT=layout,
-        SHARED=tuple([_shared_windows(size[0], grid[0]) for size in sizes]), TILES=tiles, SUM_BLOCKS=max(blocks),
+        dmaps=tuple(dmaps), sums=sums, sizes=size_arguments(sizes, grid), counts=tiles.counts, sum_blocks=most,
+        LAYOUT=layout, SHARED=tuple([_shared_windows(size[0], grid[0]) for size in sizes]),
     )  # fmt: skip
 
     config = launcher.config("patch_embed_gradients")
     gradients = Gradients.empty(tokens, contract.patch_embed[0].weight.dtype)
     launcher(
         _patch_embed_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
-        sums=sums, out=gradients.projections, batch=batch, BLOCKS=blocks, SUM_BLOCKS=max(blocks),
+        sums=sums, out=gradients.projections, batch=batch, blocks=tuple(map(argument, tiles.rows)),
+        sum_blocks=most,
     )  # fmt: skip
     return dmaps, gradients
 

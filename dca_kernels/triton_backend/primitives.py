@@ -17,9 +17,50 @@ import triton.language as tl
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
-# What is launched. Numbers of images and of rows are not specialised on: 1 would be a constant, which has no `.to`, and
-# 1, 16 and 17 images would be three compilations.
-kernel = triton.jit(do_not_specialize=["batch", "count"])
+# What is launched. Numbers of images, of rows and of blocks are not specialised on: 1 would be a constant, which has no
+# `.to`, and 1, 16 and 17 images would be three compilations.
+kernel = triton.jit(do_not_specialize=["batch", "count", "sum_blocks"])
+
+
+def argument(size: int) -> int:
+    """A number as kernels take it in a tuple: odd and not 1, since Triton specialises a tuple's 1 and multiples of 16.
+
+    `number` is what it stands for.
+    """
+    return 2 * size + 3
+
+
+@triton.jit
+def number(argument):
+    """What an `argument` stands for."""
+    return (argument - 3) >> 1
+
+
+class Divisor(NamedTuple):
+    """A number that a program's own is divided by, as `argument`s, with its reciprocal: see `divide`."""
+
+    number: int
+    reciprocal: int
+    shift: int
+
+
+@functools.cache
+def divisor_of(number: int) -> Divisor:
+    """Of a number above 0."""
+    shift = (number - 1).bit_length()
+    return Divisor(argument(number), argument(-(-(1 << 31 + shift) // number)), argument(shift))
+
+
+@triton.jit
+def divide(dividend, divisor):
+    """Quotient and rest of a scalar, 0 <= dividend < 2**31, by a `Divisor`.
+
+    A division by a number that is no constant leaves NVIDIA's uniform registers, and with it whatever depends on it: in
+    `upsample` half as many registers more.
+    """
+    product = tl.umulhi(2 * dividend.to(tl.uint32), number(divisor.reciprocal).to(tl.uint32))
+    quotient = product.to(tl.int32) >> number(divisor.shift)
+    return quotient, dividend - quotient * number(divisor.number)
 
 
 class Shape(NamedTuple):
@@ -51,6 +92,12 @@ def padded(size):
 
 
 @triton.constexpr_function
+def largest(sizes):
+    """The largest of some sizes."""
+    return max(sizes)
+
+
+@triton.constexpr_function
 def blocks_before(sizes, block, i):
     """How many blocks the first i sizes have, where none reaches over two sizes."""
     return sum(-(-sizes[k] // block) for k in range(i))
@@ -58,30 +105,37 @@ def blocks_before(sizes, block, i):
 
 @triton.constexpr_function
 def first_blocks(sizes, block):
-    """Where the blocks of each size begin among those of all, and how many all have: `blocks_before`, as a tuple."""
+    """Where the blocks of each size begin among those of all, as `blocks_before`; the last number is that of all."""
     return tuple(sum(-(-size // block) for size in sizes[:i]) for i in range(len(sizes) + 1))
 
 
 @triton.jit
 def scale_of(tile, FIRST: tl.constexpr):
-    """The scale that a tile belongs to, which a program finds as it runs. Those of scale i begin at FIRST[i]."""
-    i = tile * 0
+    """Which scale a tile is of, which a program finds as it runs, and its number within it. FIRST: `first_blocks`."""
+    i, block = tile * 0, tile
     for k in tl.static_range(1, len(FIRST) - 1):
-        i = tl.where(tile >= FIRST[k], k, i)
-    return i
+        inside = tile >= FIRST[k]
+        i, block = tl.where(inside, k, i), tl.where(inside, tile - FIRST[k], block)
+    return i, block
+
+
+@triton.constexpr_function
+def _numbers(count):
+    return tuple(range(count))
 
 
 @triton.jit
-def of_scale(values, i):
+def of_scale(values, i, SCALES: tl.constexpr = None):
     """The element of a tuple that is scale i's, where i is known no sooner than the program runs: pointer or integer.
 
-    One body then serves all scales, where their tiles have one shape. What the compiler knows of every element, such as
-    a pointer's alignment, it knows of the one. A chosen pointer takes registers, where a scale's own is read from the
-    launch's arguments: too many for the loops of the spatial attention.
+    It is one of SCALES, or any. One body then serves these scales, where their tiles have one shape. What the compiler
+    knows of every element, such as a pointer's alignment, it knows of the one. A chosen pointer takes registers, where
+    a scale's own is read from the launch's arguments: too many for the loops of the spatial attention.
     """
-    value = values[0]
-    for k in tl.static_range(1, len(values)):
-        value = tl.where(i == k, values[k], value)
+    AMONG: tl.constexpr = _numbers(len(values)) if SCALES is None else SCALES
+    value = values[AMONG[0]]
+    for k in tl.static_range(1, len(AMONG)):
+        value = tl.where(i == AMONG[k], values[AMONG[k]], value)
     return value
 
 
@@ -95,10 +149,10 @@ def number_of_scale(NUMBERS: tl.constexpr, i, ACC: tl.constexpr):
 
 
 @triton.jit
-def split_program(PER_IMAGE: tl.constexpr):
+def split_program(per_image):
     """The image (int64, since a stride will be multiplied by it) and the index within it of a program."""
     pid = tl.program_id(0)
-    return (pid // PER_IMAGE).to(tl.int64), pid % PER_IMAGE
+    return (pid // per_image).to(tl.int64), pid % per_image
 
 
 @triton.jit
@@ -144,24 +198,20 @@ def sum_blocks(ptr, offs, mask, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, ACC:
 
 
 @triton.jit
-def image_rows(
-    start, ROWS: tl.constexpr, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr
-):
-    """ROWS of the vectors of all images, BLOCKS each: the image, where it begins, and whether there is one: [ROWS]."""
+def image_rows(start, ROWS: tl.constexpr, batch, blocks, STRIDE: tl.constexpr, image_stride):
+    """ROWS of the vectors of all images, `blocks` each: the image, where each begins, and whether it exists: [ROWS]."""
     offs_row = start + tl.arange(0, ROWS)
-    b = (offs_row // BLOCKS).to(tl.int64)
-    return b, b * IMAGE_STRIDE + offs_row % BLOCKS * STRIDE, offs_row < batch * BLOCKS
+    b = (offs_row // blocks).to(tl.int64)
+    return b, b * image_stride + offs_row % blocks * STRIDE, offs_row < batch * blocks
 
 
 @triton.jit
-def sum_images(
-    ptr, offs, mask, batch, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, IMAGE_STRIDE: tl.constexpr, ACC: tl.constexpr
-):
-    """Sum of the vectors of all images, BLOCKS each, that lie STRIDE and IMAGE_STRIDE apart, in a fixed order."""
+def sum_images(ptr, offs, mask, batch, blocks, STRIDE: tl.constexpr, image_stride, ACC: tl.constexpr):
+    """Sum of the vectors of all images, `blocks` each, that lie STRIDE and image_stride apart, in a fixed order."""
     ROWS: tl.constexpr = 4096 // offs.shape[0]  # many at a time: what takes long is to wait for them
     out = tl.zeros([ROWS, offs.shape[0]], ACC)
-    for start in range(0, batch * BLOCKS, ROWS):
-        _, begin, mask_row = image_rows(start, ROWS, batch, BLOCKS, STRIDE, IMAGE_STRIDE)
+    for start in range(0, batch * blocks, ROWS):
+        _, begin, mask_row = image_rows(start, ROWS, batch, blocks, STRIDE, image_stride)
         out += tl.load(ptr + begin[:, None] + offs[None, :], mask=mask_row[:, None] & mask[None, :], other=0.0)
     return tl.sum(out, 0)
 

@@ -16,7 +16,9 @@ from dca_kernels.triton_backend.batch_statistics import (
     update_buffers,
 )
 from dca_kernels.triton_backend.grid import (
+    has_tile,
     interpolate,
+    interpolation,
     layout_of,
     less_mean,
     load_map,
@@ -25,11 +27,29 @@ from dca_kernels.triton_backend.grid import (
     norms_of,
     of_pairs,
     pairs,
+    size_arguments,
+    size_of,
+    sizes_of,
+    split_tiles,
+    steps_of,
+    strides_of,
     tiles_of,
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, buffers_of
 from dca_kernels.triton_backend.patch_embed import Maps
-from dca_kernels.triton_backend.primitives import blocks_before, kernel, load_vector, padded, split_program
+from dca_kernels.triton_backend.primitives import (
+    divide,
+    first_blocks,
+    kernel,
+    largest,
+    load_tokens,
+    load_vector,
+    number,
+    of_scale,
+    padded,
+    scale_of,
+    split_program,
+)
 from dca_kernels.triton_backend.tokens import Tokens, widest_scale
 
 
@@ -44,82 +64,71 @@ def _conv_kernel(
     tokens, z (B, N, C), weights (C_i, C_i). OPERAND is the dtype of the products.
     """
     N: tl.constexpr = SHAPE.tokens
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    b, tile = split_program(triton.cdiv(N, BLOCK_N) * TILES)
-    offs_n = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    image = b * N * SHAPE.total
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile % TILES - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            _conv(
-                tokens=tokens + image + SHAPE.offsets[i], weight=weights[i],
-                z=z + image + SHAPE.offsets[i], offs_n=offs_n, offs_out=block * BLOCK_C + tl.arange(0, BLOCK_C), N=N,
-                TOTAL=SHAPE.total, CHANNELS=SHAPE.channels[i], OPERAND=OPERAND, PRECISION=PRECISION, ACC=ACC,
-                BLOCK_K=BLOCK_C,
-            )  # fmt: skip
-
-
-@triton.jit
-def _conv(
-    tokens, weight, z, offs_n, offs_out,
-    N: tl.constexpr, TOTAL: tl.constexpr, CHANNELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """z[n, out] = sum over channels of tokens[n, in] weight[out, in], weight (C_i, C_i)."""
-    STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
-    mask_n, mask_out = offs_n < N, offs_out < CHANNELS
-    out = tl.zeros([offs_n.shape[0], offs_out.shape[0]], ACC)
-    for start in range(0, CHANNELS, STEP):
+    TOTAL: tl.constexpr = SHAPE.total
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    COLUMN_BLOCKS: tl.constexpr = FIRST[len(CHANNELS)]
+    STEP: tl.constexpr = min(padded(largest(CHANNELS)), BLOCK_C)
+    b, tile = split_program(triton.cdiv(N, BLOCK_N) * COLUMN_BLOCKS)
+    scale, block = scale_of(tile % COLUMN_BLOCKS, FIRST)
+    channels = of_scale(CHANNELS, scale)
+    first = b * N * TOTAL + of_scale(OFFSETS, scale)
+    weight = of_scale(weights, scale)
+    offs_n = tile // COLUMN_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_out = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_n, mask_out = offs_n < N, offs_out < channels
+    out = tl.zeros([BLOCK_N, BLOCK_C], ACC)
+    for start in range(0, channels, STEP):
         offs_in = start + tl.arange(0, STEP)
-        mask_in = offs_in < CHANNELS
-        a_ptrs = tokens + offs_n[:, None] * TOTAL + offs_in[None, :]
-        a = tl.load(a_ptrs, mask=mask_n[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-        b_ptrs = weight + offs_out[:, None] * CHANNELS + offs_in[None, :]
-        b = tl.load(b_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-        out = tl.dot(a, tl.trans(b), out, input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_N, STEP] [STEP, BLOCK_C]
-    tl.store(z + offs_n[:, None] * TOTAL + offs_out[None, :], out, mask=mask_n[:, None] & mask_out[None, :])
+        mask_in = offs_in < channels
+        rows = load_tokens(tokens + first, offs_n, offs_in, mask_n, mask_in, TOTAL).to(OPERAND)
+        weight_ptrs = weight + offs_out[:, None] * channels + offs_in[None, :]
+        columns = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+        # [BLOCK_N, STEP] [STEP, BLOCK_C]
+        out = tl.dot(rows, tl.trans(columns), out, input_precision=PRECISION, out_dtype=ACC)
+    ptrs = z + first + offs_n[:, None] * TOTAL + offs_out[None, :]
+    tl.store(ptrs, out, mask=mask_n[:, None] & mask_out[None, :])
 
 
 @kernel
 def _upsample_kernel(
-    maps, z, biases, affines, buffers, statistics, outs, used, batch,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
+    maps, z, biases, affines, buffers, statistics, outs, used, batch, sizes, counts,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
 
     z (B, N, C), statistics (B, 2, C). Writes outs (B, C_i, H_i, W_i); and used (2, C), the mean without the
     convolution's bias and the variance that BatchNorm took.
     """
-    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+        if has_tile(tile, counts, i):
             _upsample(
                 x=maps[i], z=z, bias=biases[i], affines=affines, buffers=buffers,
-                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - TILES.first[i], i=i,
-                SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES,
+                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - number(counts.first[i]),
+                sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _upsample(
-    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile,
+    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_kernel` for tile `tile` of image b and scale i."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     TOTAL: tl.constexpr = SHAPE.total
     GRID: tl.constexpr = LAYOUT.grid
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    STRIDE: tl.constexpr = LAYOUT.of[i].stride
-    OUT_STRIDE: tl.constexpr = LAYOUT.of[i].out_stride
-    NORM: tl.constexpr = LAYOUT.of[i].norm
-    TILE: tl.constexpr = TILES.of[i]
-    COLUMNS: tl.constexpr = triton.cdiv(SIZE[1], TILE.columns)
-    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
-    c_begin = tile // (ROWS * COLUMNS) * TILE.channels
-    h_begin = tile // COLUMNS % ROWS * TILE.rows
-    w_begin = tile % COLUMNS * TILE.columns
+    MAP: tl.constexpr = LAYOUT.of[i]
+    NORM: tl.constexpr = MAP.norm
+    STRIDE: tl.constexpr = MAP.stride
+    OUT_STRIDE: tl.constexpr = MAP.out_stride
+    TILE: tl.constexpr = MAP.tile
+    height, width = size_of(sizes, i, LAYOUT, i)
+    row, column = divide(tile, counts.columns[i])
+    block, row = divide(row, counts.rows[i])
+    c_begin, h_begin, w_begin = block * TILE.channels, row * TILE.rows, column * TILE.columns
 
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < CHANNELS
@@ -129,11 +138,11 @@ def _upsample(
         mean = -constant.to(tl.float64)
         variance = tl.zeros(offs_c.shape, ACC)
     elif NORM.from_batch:
-        mean, variance = combine_images(statistics, offs_all, mask_c, batch, SIZE[0] * SIZE[1], TOTAL, ACC)
+        mean, variance = combine_images(statistics, offs_all, mask_c, batch, height * width, TOTAL, ACC)
         if NORM.updates and (b == 0) & (h_begin == 0) & (w_begin == 0):
             update_buffers(
                 buffers=buffers, i=i, mean=(mean + constant).to(ACC), variance=variance, offs_c=offs_c,
-                mask_c=mask_c, count=batch.to(tl.int64) * SIZE[0] * SIZE[1], MOMENTUM=NORM.momentum, ACC=ACC,
+                mask_c=mask_c, count=batch.to(tl.int64) * height * width, MOMENTUM=NORM.momentum, ACC=ACC,
             )  # fmt: skip
     else:
         mean = load_vector(buffers.mean[i], offs_c, mask_c, tl.float64) - constant
@@ -142,12 +151,17 @@ def _upsample(
         tl.store(used + offs_all, mean, mask=mask_c)
         tl.store(used + TOTAL + offs_all, variance, mask=mask_c)
 
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, height, TILE)
     offs_w = w_begin + tl.arange(0, TILE.columns)
-    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    mask = mask_pair[:, None] & (offs_w < width)[None, :]
     z_ptrs = z + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i] + pair_c
-    up = interpolate(z_ptrs, mask_pair, pair_h, w_begin, offs_w, SIZE, GRID, TOTAL, PRECISION, ACC)
-    pixels = load_map(x + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
+    first, _, _ = interpolation(w_begin, column_step, GRID[1], ACC)
+    up = interpolate(
+        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=first, offs_w=offs_w, row_step=row_step,
+        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+    )  # fmt: skip
+    pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)  # [pairs, columns]
     if NORM is not None:
         scale = tl.rsqrt(variance + NORM.eps)
@@ -157,7 +171,7 @@ def _upsample(
         if affines.bias[i] is not None:
             y += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
         y = tl.where(y < 0, 0.0, y)  # keeps NaN
-    tl.store(map_pointers(out + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, OUT_STRIDE), y, mask=mask)
+    tl.store(map_pointers(out, b, pair_c, pair_h, offs_w, strides_of(OUT_STRIDE, height, width)), y, mask=mask)
 
 
 class Saved(NamedTuple):
@@ -216,13 +230,15 @@ def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tenso
             counter.add_(1)
         if saved.used is not None:
             saved.used.zero_()
-    layout = layout_of(maps.maps, contract.grid, norms_of(contract.norms, updates=True), outs)
-    config = launcher.config("upsample" + memory_of(maps.maps), max([width for _, width in layout.sizes]))
-    tiles = tiles_of(shape, layout.sizes, config["tile"], config["block_c"], config["block_w"])
+    sizes = sizes_of(maps.maps)
+    config = launcher.config("upsample" + memory_of(maps.maps), max([width for _, width in sizes]))
+    tiles = tiles_of(shape, sizes, contract.grid, config["tile"], config["block_c"], config["block_w"])
+    layout = layout_of(maps.maps, contract.grid, norms_of(contract.norms, updates=True), outs, tiles=tiles.of)
     launcher(
-        _upsample_kernel, config, batch * tiles.first[-1],
+        _upsample_kernel, config, batch * tiles.programs,
         maps=maps.maps, z=saved.z, biases=affines_of(contract.upsample).bias,
         affines=batch_norms_of(contract.norms), buffers=buffers_of(contract.buffers), statistics=statistics,
-        outs=tuple(outs), used=saved.used, batch=batch, LAYOUT=layout, TILES=tiles,
+        outs=tuple(outs), used=saved.used, batch=batch, sizes=size_arguments(sizes, contract.grid), counts=tiles.counts,
+        LAYOUT=layout,
     )  # fmt: skip
     return outs, saved

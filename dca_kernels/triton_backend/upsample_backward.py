@@ -1,6 +1,5 @@
 """The backward of stage 4, as far as the tokens; the maps' gradients wait for those of the first stage's tokens."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +15,13 @@ from dca_kernels.triton_backend.grid import (
     DIAGONAL,
     NEXT_DIAGONAL,
     TABLES,
-    band,
+    area_of,
     band_begin,
+    band_end,
     column_table,
+    grouped,
+    has_tile,
+    in_group,
     interpolate,
     interpolation_matrix,
     interpolation_tables,
@@ -31,6 +34,14 @@ from dca_kernels.triton_backend.grid import (
     of_pairs,
     pairs,
     row_table,
+    size_arguments,
+    size_of,
+    sizes_of,
+    split_tiles,
+    steps_of,
+    stretch_of,
+    stride_of_scale,
+    strides_of,
     sum_pairs,
     tiles_of,
     weight_in_row,
@@ -38,11 +49,17 @@ from dca_kernels.triton_backend.grid import (
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
 from dca_kernels.triton_backend.partials import sum_partials
 from dca_kernels.triton_backend.primitives import (
-    blocks_before,
+    argument,
+    divide,
+    first_blocks,
     kernel,
+    largest,
     load_tokens,
     load_vector,
+    number,
+    of_scale,
     padded,
+    scale_of,
     split_program,
     sum_images,
 )
@@ -52,20 +69,24 @@ from dca_kernels.triton_backend.upsample import Saved
 
 @triton.jit
 def load_scale(
-    used, affines, offs_c, offs_all, mask_c, i: tl.constexpr, EPS: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
-):
-    """What BatchNorm multiplies by: gamma / sqrt(variance + eps), [channels]. used (2, C), see `upsample.Saved`."""
-    scale = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + EPS)
-    if affines.weight[i] is not None:
-        scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
-    return scale
+    used, affines, offs_c, offs_all, mask_c, scale,
+    LAYOUT: tl.constexpr, g: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What the BatchNorm of a scale of group g multiplies by: gamma / sqrt(variance + eps), [channels]. used (2, C)."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
+    factor = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
+    if affines.weight[GROUP.scales[0]] is not None:
+        factor *= load_vector(of_scale(affines.weight, scale, SCALES), offs_c, mask_c, ACC)
+    return factor
 
 
 @triton.jit
 def load_relu_gradient(
-    x, z, dout, affines, used, b, c_begin, h_begin,
+    x, z, dout, affines, used, b, c_begin, h_begin, sizes, height, width,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr, BY_PRODUCT: tl.constexpr,
+    BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
 
@@ -73,28 +94,30 @@ def load_relu_gradient(
     """
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    STRIDE: tl.constexpr = LAYOUT.of[i].stride
-    OUT_STRIDE: tl.constexpr = LAYOUT.of[i].out_stride
-    NORM: tl.constexpr = LAYOUT.of[i].norm
-    TILE: tl.constexpr = TILES.of[i]
+    MAP: tl.constexpr = LAYOUT.of[i]
+    NORM: tl.constexpr = MAP.norm
+    STRIDE: tl.constexpr = MAP.stride
+    OUT_STRIDE: tl.constexpr = MAP.out_stride
+    TILE: tl.constexpr = MAP.tile
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < SHAPE.channels[i]
     offs_all = SHAPE.offsets[i] + offs_c
     mean = load_vector(used, offs_all, mask_c, tl.float64)
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], height, TILE)
     offs_w = tl.arange(0, TILE.columns)
-    mask = mask_pair[:, None] & (offs_w < SIZE[1])[None, :]
+    mask = mask_pair[:, None] & (offs_w < width)[None, :]
     z_ptrs = z + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i] + pair_c
+    row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
     up = interpolate(
-        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, w_begin=tl.zeros([], tl.int32), offs_w=offs_w, SIZE=SIZE,
-        GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=BY_PRODUCT,
+        z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=0, offs_w=offs_w, row_step=row_step,
+        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+        BY_PRODUCT=BY_PRODUCT,
     )  # fmt: skip
-    pixels = load_map(x + b * STRIDE[0], pair_c, pair_h, offs_w, mask, STRIDE, ACC)
+    pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)
-    gradient = load_map(dout + b * OUT_STRIDE[0], pair_c, pair_h, offs_w, mask, OUT_STRIDE, ACC)
+    gradient = load_map(dout, b, pair_c, pair_h, offs_w, mask, strides_of(OUT_STRIDE, height, width), ACC)
     if NORM is not None:
-        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)
+        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, TOTAL, ACC)
         before_relu = y * of_pairs(scale, TILE.rows)[:, None]
         if affines.bias[i] is not None:
             before_relu += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
@@ -104,109 +127,134 @@ def load_relu_gradient(
 
 @kernel
 def _upsample_backward_kernel(
-    maps, z, douts, affines, used, sums, strips,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TILES: tl.constexpr,
-    STRIPS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    maps, z, douts, affines, used, sums, strips, sizes, counts, sum_blocks,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of whole rows of one map. Sums over its pixels of the gradient g behind the ReLU, and of g y.
 
-    maps, douts (B, C_i, H_i, W_i), z (B, N, C), used (2, C). Writes sums (B, SUM_BLOCKS, 2, C); and strips, g times the
-    transposed interpolation along rows: for each image S arrays (H_i, P_w, C_i), that of scale i from STRIPS[i] on.
+    maps, douts (B, C_i, H_i, W_i), z (B, N, C), used (2, C). Writes sums (B, sum_blocks, 2, C); and strips, g times the
+    transposed interpolation along rows: for each image S arrays (H_i, P_w, C_i), one after another.
     """
-    b, tile = split_program(TILES.first[len(SHAPE.channels)])
+    b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
-        if (tile >= TILES.first[i]) & (tile < TILES.first[i + 1]):
+        if has_tile(tile, counts, i):
             _upsample_backward(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used,
-                sums=sums + b * SUM_BLOCKS * 2 * SHAPE.total,
-                strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], b=b, tile=tile - TILES.first[i], i=i,
-                SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES,
+                sums=sums + b * sum_blocks * 2 * SHAPE.total,
+                strips=_strips_of(strips, b, sizes, i, SHAPE, LAYOUT.grid[1]), b=b, tile=tile - number(counts.first[i]),
+                sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
+def _strips_of(strips, b, sizes, scale, SHAPE: tl.constexpr, GRID_WIDTH: tl.constexpr):
+    """Where those of a scale of image b begin."""
+    before, total = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    for k in tl.static_range(len(SHAPE.channels)):
+        before = tl.where(scale == k, total, before)
+        total += number(sizes.height[k]) * (GRID_WIDTH * SHAPE.channels[k])
+    return strips + b * total + before
+
+
+@triton.jit
 def _upsample_backward(
-    x, z, dout, affines, used, sums, strips, b, tile,
+    x, z, dout, affines, used, sums, strips, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_backward_kernel` for tile `tile` of image b and scale i; sums and strips are those of image b."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     GRID: tl.constexpr = LAYOUT.grid
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    TILE: tl.constexpr = TILES.of[i]
-    ROWS: tl.constexpr = triton.cdiv(SIZE[0], TILE.rows)
-    c_begin, h_begin = tile // ROWS * TILE.channels, tile % ROWS * TILE.rows
+    TILE: tl.constexpr = LAYOUT.of[i].tile
+    height, width = size_of(sizes, i, LAYOUT, i)
+    block, row = divide(tile, counts.rows[i])
+    c_begin, h_begin = block * TILE.channels, row * TILE.rows
     _, y, gradient = load_relu_gradient(
-        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, i=i, SHAPE=SHAPE,
-        LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, TILES=TILES, BY_PRODUCT=True,
+        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
+        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=True,
     )  # fmt: skip
-    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, SIZE[0], TILE)
+    pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, height, TILE)
     offs_w = tl.arange(0, TILE.columns)
     offs_c = c_begin + tl.arange(0, TILE.channels)
-    sums_ptrs = sums + tile % ROWS * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
+    sums_ptrs = sums + row * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
     tl.store(sums_ptrs, sum_pairs(gradient, TILE), mask=offs_c < CHANNELS)
     tl.store(sums_ptrs + SHAPE.total, sum_pairs(gradient * y, TILE), mask=offs_c < CHANNELS)
     offs_q = tl.arange(0, padded(GRID[1]))
-    matrix = interpolation_matrix(offs_q, offs_w, SIZE[1], GRID[1], ACC)
+    _, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
+    matrix = interpolation_matrix(offs_q, offs_w, column_step, ACC)
     # [pairs, columns] [columns, P_w]
     strip = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)
     ptrs = strips + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
-    strip /= SIZE[1] / GRID[1]  # of a gradient's size, whatever the stride
+    strip /= stretch_of(sizes, i, width, LAYOUT, i, ACC)  # of a gradient's size, whatever the stride
     tl.store(ptrs, strip, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
 
 
 @kernel
 def _norm_gradients_kernel(
-    sums, used, affines, out, through_statistics, batch,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    sums, used, affines, out, through_statistics, batch, sizes, blocks, sum_blocks,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: a sum of BLOCK_C channels of one scale, over images and tiles in a fixed order, and what it is for.
 
     out (3, C): BatchNorm's weight and bias, the convolution's bias. through_statistics (2, C): what the gradient of
     up(z) + x loses where the statistics are the batch's: a constant, and a multiple of up(z) + x less its mean. sums
-    (B, SUM_BLOCKS, 2, C), of scale i in BLOCKS[i] blocks, used (2, C).
+    (B, sum_blocks, 2, C), of scale i in blocks[i] blocks, used (2, C).
     """
+    CHANNELS: tl.constexpr = SHAPE.channels
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    k, tile = tl.program_id(0) // FIRST[len(CHANNELS)], tl.program_id(0) % FIRST[len(CHANNELS)]
+    scale, block = scale_of(tile, FIRST)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for g in tl.static_range(len(LAYOUT.groups)):
+        if in_group(scale, LAYOUT, g):
+            _norm_gradients(
+                sums=sums, used=used, affines=affines, out=out, through_statistics=through_statistics, batch=batch,
+                sizes=sizes, blocks=blocks, sum_blocks=sum_blocks, k=k, scale=scale, offs_c=offs_c, SHAPE=SHAPE,
+                LAYOUT=LAYOUT, g=g, ACC=ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _norm_gradients(
+    sums, used, affines, out, through_statistics, batch, sizes, blocks, sum_blocks, k, scale, offs_c,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`_norm_gradients_kernel` for sum k of some channels of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
     TOTAL: tl.constexpr = SHAPE.total
-    TILES: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    k, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            NORM: tl.constexpr = LAYOUT.of[i].norm
-            SIZE: tl.constexpr = LAYOUT.of[i].size
-            offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < SHAPE.channels[i]
-            offs_all = SHAPE.offsets[i] + offs_c
-            rstd = tl.full([BLOCK_C], 1.0, ACC)
-            scale = rstd
-            if NORM is not None:
-                rstd = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
-                scale = rstd
-                if affines.weight[i] is not None:
-                    scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
-            pixels = batch.to(ACC) * (SIZE[0] * SIZE[1])
-            gradient = sum_images(
-                sums + k * TOTAL, offs_all, mask_c, batch, BLOCKS[i], 2 * TOTAL, SUM_BLOCKS * 2 * TOTAL, ACC
-            )
-            if k == 0:
-                tl.store(out + TOTAL + offs_all, gradient, mask=mask_c)
-                if (NORM is not None) and NORM.from_batch:
-                    tl.store(out + 2 * TOTAL + offs_all, tl.zeros([BLOCK_C], ACC), mask=mask_c)
-                    tl.store(through_statistics + offs_all, gradient / pixels, mask=mask_c)
-                else:
-                    tl.store(out + 2 * TOTAL + offs_all, scale * gradient, mask=mask_c)
-            else:
-                tl.store(out + offs_all, gradient * rstd, mask=mask_c)
-                if (NORM is not None) and NORM.from_batch:
-                    tl.store(through_statistics + TOTAL + offs_all, gradient * rstd * rstd / pixels, mask=mask_c)
+    mask_c = offs_c < of_scale(CHANNELS, scale, SCALES)
+    offs_all = of_scale(OFFSETS, scale, SCALES) + offs_c
+    height, width = size_of(sizes, scale, LAYOUT, g)
+    rstd = tl.full(offs_c.shape, 1.0, ACC)
+    factor = rstd
+    if NORM is not None:
+        rstd = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
+        factor = load_scale(used, affines, offs_c, offs_all, mask_c, scale, LAYOUT, g, TOTAL, ACC)
+    pixels = batch.to(ACC) * (height * width)
+    gradient = sum_images(
+        ptr=sums + k * TOTAL, offs=offs_all, mask=mask_c, batch=batch, blocks=number(of_scale(blocks, scale, SCALES)),
+        STRIDE=2 * TOTAL, image_stride=sum_blocks * 2 * TOTAL, ACC=ACC,
+    )  # fmt: skip
+    if k == 0:
+        tl.store(out + TOTAL + offs_all, gradient, mask=mask_c)
+        if (NORM is not None) and NORM.from_batch:
+            tl.store(out + 2 * TOTAL + offs_all, tl.zeros(offs_c.shape, ACC), mask=mask_c)
+            tl.store(through_statistics + offs_all, gradient / pixels, mask=mask_c)
+        else:
+            tl.store(out + 2 * TOTAL + offs_all, factor * gradient, mask=mask_c)
+    else:
+        tl.store(out + offs_all, gradient * rstd, mask=mask_c)
+        if (NORM is not None) and NORM.from_batch:
+            tl.store(through_statistics + TOTAL + offs_all, gradient * rstd * rstd / pixels, mask=mask_c)
 
 
 @kernel
 def _grid_gradient_kernel(
-    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, STRIPS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
@@ -215,82 +263,110 @@ def _grid_gradient_kernel(
     all of z's, BLOCK_K at a time, and writes those of its own channels. z, transposed (B, N, C), used,
     through_statistics (2, C), tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them.
     """
-    GRID: tl.constexpr = LAYOUT.grid
-    TOTAL: tl.constexpr = SHAPE.total
-    ROW_BLOCKS: tl.constexpr = blocks_before(SHAPE.channels, BLOCK_C, len(SHAPE.channels))
-    b, tile = split_program(GRID[0] * ROW_BLOCKS)
-    p = tile // ROW_BLOCKS
-    image = b * GRID[0] * GRID[1] * TOTAL
-    offs_q = tl.arange(0, padded(GRID[1]))
-    row = image + (p * GRID[1] + offs_q) * TOTAL
-    for i in tl.static_range(len(SHAPE.channels)):
-        block = tile % ROW_BLOCKS - blocks_before(SHAPE.channels, BLOCK_C, i)
-        if (block >= 0) & (block < triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            CHANNELS: tl.constexpr = SHAPE.channels[i]
-            STEP: tl.constexpr = min(padded(CHANNELS), BLOCK_K)
-            offs_in = block * BLOCK_C + tl.arange(0, min(padded(CHANNELS), BLOCK_C))
-            mask_in = offs_in < CHANNELS
-            out = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
-            for start in range(0, CHANNELS, STEP):
-                offs_c = start + tl.arange(0, STEP)
-                mask_c = offs_c < CHANNELS
-                gradient = _grid_gradient(
-                    x=maps[i] + b * LAYOUT.of[i].stride[0], z=z, transposed=transposed, used=used, image=image,
-                    tables=tables + i * TABLES * (GRID[0] + GRID[1]),
-                    strips=strips + b * STRIPS[len(SHAPE.channels)] + STRIPS[i], affines=affines,
-                    through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, i=i,
-                    SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
-                ).to(dz.dtype.element_ty)  # fmt: skip
-                here = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
-                tl.store(dz + row[:, None] + (SHAPE.offsets[i] + offs_c)[None, :], gradient, mask=here)
-                if dtokens is not None:
-                    weight_ptrs = weights[i] + offs_c[:, None] * CHANNELS + offs_in[None, :]
-                    weight = tl.load(weight_ptrs, mask=mask_c[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
-                    # [P_w, STEP] [STEP, BLOCK_C]
-                    out = tl.dot(gradient.to(OPERAND), weight, out, input_precision=PRECISION, out_dtype=ACC)
-            if dtokens is not None:
-                ptrs = dtokens + row[:, None] + (SHAPE.offsets[i] + offs_in)[None, :]
-                tl.store(ptrs, out, mask=(offs_q < GRID[1])[:, None] & mask_in[None, :])
+    CHANNELS: tl.constexpr = SHAPE.channels
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    ROW_BLOCKS: tl.constexpr = FIRST[len(CHANNELS)]
+    b, tile = split_program(LAYOUT.grid[0] * ROW_BLOCKS)
+    scale, block = scale_of(tile % ROW_BLOCKS, FIRST)
+    for g in tl.static_range(len(LAYOUT.groups)):
+        if in_group(scale, LAYOUT, g):
+            _grid_gradient(
+                maps=maps, z=z, transposed=transposed, used=used, tables=tables, strips=strips, affines=affines,
+                through_statistics=through_statistics, weights=weights, dz=dz, dtokens=dtokens, sizes=sizes, b=b,
+                p=tile // ROW_BLOCKS, scale=scale, block=block, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, OPERAND=OPERAND,
+                PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
+            )  # fmt: skip
 
 
 @triton.jit
 def _grid_gradient(
-    x, z, transposed, used, image, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
+    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes, b, p, scale,
+    block,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of z in one row of the grid: [columns, channels]. x is one image (C_i, H_i, W_i)."""
-    CHANNELS: tl.constexpr = SHAPE.channels[i]
+    """`_grid_gradient_kernel` for row p of image b, and a block of channels of a scale of group g."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    SCALES: tl.constexpr = GROUP.scales
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SIZE: tl.constexpr = LAYOUT.of[i].size
-    NORM: tl.constexpr = LAYOUT.of[i].norm
-    offs_all = SHAPE.offsets[i] + offs_c
+    WIDEST: tl.constexpr = padded(largest(CHANNELS))
+    STEP: tl.constexpr = min(WIDEST, BLOCK_K)
+    channels, offset = of_scale(CHANNELS, scale, SCALES), of_scale(OFFSETS, scale, SCALES)
+    image = b * GRID[0] * GRID[1] * TOTAL
+    offs_q = tl.arange(0, padded(GRID[1]))
+    row = image + (p * GRID[1] + offs_q) * TOTAL
+    offs_in = block * BLOCK_C + tl.arange(0, min(WIDEST, BLOCK_C))
+    mask_in = offs_in < channels
+    out = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
+    for start in range(0, channels, STEP):
+        offs_c = start + tl.arange(0, STEP)
+        mask_c = offs_c < channels
+        gradient = _gradient_of_z(
+            x=of_scale(maps, scale, SCALES), z=z, transposed=transposed, used=used, b=b,
+            tables=tables + scale * (TABLES * (GRID[0] + GRID[1])),
+            strips=_strips_of(strips, b, sizes, scale, SHAPE, GRID[1]), affines=affines,
+            through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, sizes=sizes,
+            scale=scale, channels=channels, offset=offset, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, ACC=ACC,
+        ).to(dz.dtype.element_ty)  # fmt: skip
+        here = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
+        tl.store(dz + row[:, None] + (offset + offs_c)[None, :], gradient, mask=here)
+        if dtokens is not None:
+            weight_ptrs = of_scale(weights, scale, SCALES) + offs_c[:, None] * channels + offs_in[None, :]
+            weight = tl.load(weight_ptrs, mask=mask_c[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
+            # [P_w, STEP] [STEP, BLOCK_C]
+            out = tl.dot(gradient.to(OPERAND), weight, out, input_precision=PRECISION, out_dtype=ACC)
+    if dtokens is not None:
+        ptrs = dtokens + row[:, None] + (offset + offs_in)[None, :]
+        tl.store(ptrs, out, mask=(offs_q < GRID[1])[:, None] & mask_in[None, :])
+
+
+@triton.jit
+def _gradient_of_z(
+    x, z, transposed, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, scale,
+    channels, offset,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """In row p of the grid of image b: [columns, channels]. strips (H_i, P_w, C_i)."""
+    GROUP: tl.constexpr = LAYOUT.groups[g]
+    NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
+    GRID: tl.constexpr = LAYOUT.grid
+    TOTAL: tl.constexpr = SHAPE.total
+    image = b * GRID[0] * GRID[1] * TOTAL
+    offs_all = offset + offs_c
     mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
-    strip_ptrs = strips + offs_q[:, None] * CHANNELS + offs_c[None, :]
     dz = tl.zeros(mask.shape, ACC)
-    begin = band_begin(p, SIZE[0], GRID[0])
-    for r in range(band(SIZE[0], GRID[0], 1)):
+    height, width = size_of(sizes, scale, LAYOUT, g)
+    row_step, _ = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
+    begin = band_begin(p, height, GRID[0])
+    strip_ptrs = strips + begin * (channels * GRID[1]) + offs_q[:, None] * channels + offs_c[None, :]
+    for r in range(0, band_end(p, height, GRID[0]) - begin):
         h = begin + r
-        weight = weight_in_row(p, h, SIZE[0], GRID[0], ACC)
-        row = tl.load(strip_ptrs + h * (GRID[1] * CHANNELS), mask=mask & (h < SIZE[0]), other=0.0)
+        weight = weight_in_row(p, h, row_step, GRID[0], ACC)
+        row = tl.load(strip_ptrs, mask=mask, other=0.0)
         dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
-    dz *= SIZE[1] / GRID[1]
+        strip_ptrs += channels * GRID[1]
+    dz *= stretch_of(sizes, scale, width, LAYOUT, g, ACC)
     if (NORM is not None) and NORM.from_batch:
         rows = p + tl.zeros(offs_q.shape, tl.int32)
         ones = row_table(tables, COLUMN_SUMS, rows, GRID) * column_table(tables, COLUMN_SUMS, offs_q, GRID)
-        first = tl.load(x + offs_c * LAYOUT.of[i].stride[1], mask=mask_c, other=0.0).to(ACC)
+        image_stride = stride_of_scale(LAYOUT, g, 0, height.to(tl.int64), width, scale)
+        first_ptrs = x + b * image_stride + offs_c * stride_of_scale(LAYOUT, g, 1, height, width, scale)
+        first = tl.load(first_ptrs, mask=mask_c, other=0.0).to(ACC)
         # Taken off z: as a mean is, it may be far larger than what varies.
         token = load_vector(z + image, offs_all, mask_c, ACC)
         apart = (first.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
         constant = load_vector(through_statistics, offs_all, mask_c, ACC)
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
         y = load_grid(transposed + image, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
-        y *= SIZE[0] * SIZE[1] / (GRID[0] * GRID[1])
+        y *= area_of(sizes, scale, height * width, LAYOUT, g, ACC)
         y += _interpolated_twice(z + image, token, tables, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
         y += ones[:, None] * apart[None, :]
         dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
     if NORM is not None:
-        dz *= load_scale(used, affines, offs_c, offs_all, mask_c, i, NORM.eps, TOTAL, ACC)[None, :]
+        dz *= load_scale(used, affines, offs_c, offs_all, mask_c, scale, LAYOUT, g, TOTAL, ACC)[None, :]
     return dz
 
 
@@ -321,33 +397,35 @@ def _conv_gradient_kernel(
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    b, tile = split_program(_squares(SHAPE.channels, BLOCK_C, len(SHAPE.channels)))
-    for i in tl.static_range(len(SHAPE.channels)):
-        local = tile - _squares(SHAPE.channels, BLOCK_C, i)
-        if (local >= 0) & (local < triton.cdiv(SHAPE.channels[i], BLOCK_C) * triton.cdiv(SHAPE.channels[i], BLOCK_C)):
-            first = b * N * TOTAL + SHAPE.offsets[i]
-            CHANNELS: tl.constexpr = SHAPE.channels[i]
-            ROWS: tl.constexpr = triton.cdiv(CHANNELS, BLOCK_C)
-            offs_out = local // ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
-            offs_in = local % ROWS * BLOCK_C + tl.arange(0, BLOCK_C)
-            mask_out, mask_in = offs_out < CHANNELS, offs_in < CHANNELS
-            out = tl.zeros([BLOCK_C, BLOCK_C], ACC)
-            for start in range(0, N, BLOCK_N):
-                offs_n = start + tl.arange(0, BLOCK_N)
-                gradient = load_tokens(dz + first, offs_n, offs_out, offs_n < N, mask_out, TOTAL)
-                rows = load_tokens(tokens + first, offs_n, offs_in, offs_n < N, mask_in, TOTAL)
-                out = tl.dot(  # [BLOCK_C, BLOCK_N] [BLOCK_N, BLOCK_C]
-                    tl.trans(gradient.to(OPERAND)), rows.to(OPERAND), out, input_precision=PRECISION, out_dtype=ACC
-                )
-            matrix = b * _squares(SHAPE.channels, 1, len(SHAPE.channels)) + _squares(SHAPE.channels, 1, i)
-            ptrs = dweight + matrix + offs_out[:, None] * CHANNELS + offs_in[None, :]
-            tl.store(ptrs, out, mask=mask_out[:, None] & mask_in[None, :])
+    CHANNELS: tl.constexpr = SHAPE.channels
+    OFFSETS: tl.constexpr = SHAPE.offsets
+    FIRST: tl.constexpr = _first_squares(CHANNELS, BLOCK_C)
+    ELEMENTS: tl.constexpr = _first_squares(CHANNELS, 1)
+    b, tile = split_program(FIRST[len(CHANNELS)])
+    scale, local = scale_of(tile, FIRST)
+    channels = of_scale(CHANNELS, scale)
+    first = b * N * TOTAL + of_scale(OFFSETS, scale)
+    rows = tl.cdiv(channels, BLOCK_C)
+    offs_out = local // rows * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_in = local % rows * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_out, mask_in = offs_out < channels, offs_in < channels
+    out = tl.zeros([BLOCK_C, BLOCK_C], ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        gradient = load_tokens(dz + first, offs_n, offs_out, offs_n < N, mask_out, TOTAL)
+        its_tokens = load_tokens(tokens + first, offs_n, offs_in, offs_n < N, mask_in, TOTAL)
+        out = tl.dot(  # [BLOCK_C, BLOCK_N] [BLOCK_N, BLOCK_C]
+            tl.trans(gradient.to(OPERAND)), its_tokens.to(OPERAND), out, input_precision=PRECISION, out_dtype=ACC
+        )
+    matrix = b * ELEMENTS[len(CHANNELS)] + of_scale(ELEMENTS, scale)
+    ptrs = dweight + matrix + offs_out[:, None] * channels + offs_in[None, :]
+    tl.store(ptrs, out, mask=mask_out[:, None] & mask_in[None, :])
 
 
 @triton.constexpr_function
-def _squares(sizes, block, i):
-    """Tiles of the first i square matrices."""
-    return sum((-(-sizes[k] // block)) ** 2 for k in range(i))
+def _first_squares(sizes, block):
+    """Where the tiles of each square matrix begin among all; the last number is that of all."""
+    return tuple(sum((-(-size // block)) ** 2 for size in sizes[:i]) for i in range(len(sizes) + 1))
 
 
 class Gradients(NamedTuple):
@@ -406,21 +484,21 @@ def upsample_backward(
         batch_norms_of(contract.norms),
         norms_of(contract.norms),
     )
-    layout, with_douts = layout_of(maps, grid, norms), layout_of(maps, grid, norms, douts)
-    sizes = layout.sizes
-    widest = max([width for _, width in sizes])
+    sizes = sizes_of(maps)
+    size_args, widest = size_arguments(sizes, grid), max([width for _, width in sizes])
     config = launcher.config("upsample_backward" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, config["tile"], config["block_c"], launch.padded(widest))
-    blocks = tuple([launch.blocks(size[0], tile.rows) for size, tile in zip(sizes, tiles.of, strict=True)])
-    sums = tokens.empty(batch, max(blocks), 2, shape.total)
-    elements = [c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)]
-    first_elements = (0, *itertools.accumulate(elements))
-    strips = tokens.empty(batch, first_elements[-1], dtype=launcher.dtype)
+    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+    most = max(tiles.rows)
+    sums = tokens.empty(batch, most, 2, shape.total)
+    elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
+    strips = tokens.empty(batch, elements, dtype=launcher.dtype)
+    kinds = tuple([(norm, weight is None) for norm, weight in zip(norms, affines.weight, strict=True)])
+    layout = grouped(layout_of(maps, grid, norms), kinds)
     launcher(
-        _upsample_backward_kernel, config, batch * tiles.first[-1],
+        _upsample_backward_kernel, config, batch * tiles.programs,
         maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=affines, used=saved.used, sums=sums, strips=strips,
-        LAYOUT=with_douts, TILES=tiles, STRIPS=first_elements,
-        SUM_BLOCKS=max(blocks),
+        sizes=size_args, counts=tiles.counts, sum_blocks=most,
+        LAYOUT=layout_of(maps, grid, norms, douts, tiles=tiles.of),
     )  # fmt: skip
 
     config = launcher.config("norm_gradients")
@@ -429,7 +507,7 @@ def upsample_backward(
     launcher(
         _norm_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         sums=sums, used=saved.used, affines=affines, out=gradients.norms, through_statistics=through_statistics,
-        batch=batch, LAYOUT=layout, BLOCKS=blocks, SUM_BLOCKS=max(blocks),
+        batch=batch, sizes=size_args, blocks=tuple(map(argument, tiles.rows)), sum_blocks=most, LAYOUT=layout,
     )  # fmt: skip
 
     config = launcher.config("grid_gradient", widest_scale(shape))
@@ -440,7 +518,7 @@ def upsample_backward(
         maps=tuple(maps), z=saved.z, transposed=saved.transposed, used=saved.used,
         tables=interpolation_tables(sizes, grid, accumulation_dtype(launcher.dtype), launcher.device), strips=strips,
         affines=affines, through_statistics=through_statistics, weights=affines_of(contract.upsample).weight, dz=dz,
-        dtokens=dtokens, LAYOUT=layout, STRIPS=first_elements,
+        dtokens=dtokens, sizes=size_args, LAYOUT=layout,
     )  # fmt: skip
 
     config = launcher.config("conv", widest_scale(shape))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor, nn
@@ -94,6 +95,13 @@ def leaves(argument: Any) -> Iterator[Any]:
         yield argument
 
 
+def bits(part: Tensor | float) -> int:
+    """What the driver is given of a tensor or a number: an address, or the number's bits."""
+    if isinstance(part, float):
+        return int(np.float32(part).view(np.uint32))
+    return part.data_ptr() if isinstance(part, Tensor) else part
+
+
 def check(asked: dict[str, Any], given: stand_in.Launched, call: Call, shared_limit: int) -> None:
     """What one launch was given is what `launch.run` was asked for, and the user's tensors are the right ones."""
     kernel, arguments = asked["kernel"], asked["arguments"]
@@ -102,9 +110,7 @@ def check(asked: dict[str, Any], given: stand_in.Launched, call: Call, shared_li
     assert given.threads == 32 * asked["config"]["num_warps"]
     assert given.shared <= shared_limit, (name, given.shared)
     handed = [p.name for p in kernel.params if not p.is_constexpr]
-    expected = [
-        part.data_ptr() if isinstance(part, Tensor) else part for arg in handed for part in leaves(arguments[arg])
-    ]
+    expected = [bits(part) for arg in handed for part in leaves(arguments[arg])]
     assert given.arguments == expected, (name, given.arguments, expected)
 
     storages = {t.untyped_storage().data_ptr() for t in call.given}
