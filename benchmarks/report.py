@@ -1,12 +1,14 @@
 """`python -m benchmarks report`: tables between a document's markers, and figures, made of committed rows alone."""
 
 import argparse
+import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import cases, command, console, journal, plots, rows
 from benchmarks.environment import ROOT, measured_on
@@ -306,6 +308,32 @@ def block(name: str, results: Path, document: Path, figures: bool = True) -> str
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
+def host(results: Path) -> str:
+    """What a call costs the host, and what it compiles: of host.json in each machine's folder."""
+    parts = []
+    for path in sorted(folder / "host.json" for folder in machines(results)):
+        if path.exists():
+            its = json.loads(path.read_text())
+            subject = f"triton {its['environment']['triton']}, {its['size']}, batch {its['batch']}, {its['dtype']}"
+            parts += [f"{measured_on(its['environment'])}, {subject}:", calls(its["rows"]), compiling(its["compiling"])]
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def calls(found: Sequence[dict[str, Any]]) -> str:
+    """What calls of `python -m benchmarks host` took, the first of some over each."""
+    lines = [
+        [one["mode"], one["what"], *[f"{one[name]:.0f}" for name in ("us", "p20", "p80")], f"{one['ratio']:.2f}"]
+        for one in found
+    ]
+    return console.table(lines, ["mode", "what", "µs", "p20", "p80", "the call over this"])
+
+
+def compiling(found: Sequence[dict[str, Any]]) -> str:
+    """What its calls compiled."""
+    lines = [[one["mode"], one["what"], one["kernels"], f"{one['seconds']:.1f}"] for one in found]
+    return console.table(lines, ["mode", "compiling", "kernels", "seconds of one core"])
+
+
 def filled(text: str, blocks: dict[str, str]) -> str:
     """The document with each block between its markers; text without a block's markers stays as it is.
 
@@ -346,9 +374,10 @@ def documents(chosen: argparse.Namespace) -> dict[Path, str]:
         ValueError: as `checked`, or a row or a marker is broken.
     """
     checked(chosen)
-    entries, written, missing = journal.read(chosen.journal), {}, set(BLOCKS)
+    entries, written, missing = journal.read(chosen.journal), {}, {*BLOCKS, "host"}
     for document in chosen.document:
         blocks = {name: block(name, chosen.results, document, not chosen.no_figures) for name in BLOCKS}
+        blocks |= {"host": host(chosen.results)}
         if chosen.journal is not None:
             blocks |= {"checks": checks(entries), "kernels": kernels(entries)}
         empty = "\n\n".join(f"## {n.capitalize()}\n\n<!-- begin: {n} -->\n<!-- end: {n} -->" for n in blocks) + "\n"
@@ -367,8 +396,8 @@ def parser() -> argparse.ArgumentParser:
     parser = command.parser(
         "report",
         "Writes tables of committed rows between the documents' markers, `<!-- begin: NAME -->` and "
-        f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, and draws figures beside the rows. A document that "
-        "does not exist is made, with every block.",
+        f"`<!-- end: NAME -->` with the names {', '.join(BLOCKS)}, host, and draws figures beside the rows. A document "
+        "that does not exist is made, with every block.",
         "",
         "--check",
         "--results benchmarks/results/latest --document report.md",

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
+from types import ModuleType
 from typing import SupportsIndex, cast
 
 import torch
@@ -125,15 +126,20 @@ class DCA(nn.Module):
         for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
             if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
-        large = backends.too_large(self, maps)
-        name = backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large)
-        backend = backends.load(name)
-        read = functools.partial(contract.read, self, norms, backend.operand_dtype(maps), dtypes)
+        backend, read = self._backend(maps, norms, dtypes)
         its = read()
         refined = backend.refine(maps, its)
         if None not in norms and not torch.compiler.is_compiling():
             known.keep(self, maps, its, backend, lambda: read(known.Held))
         return tuple(head(y) if norm is None else y for y, norm, head in zip(refined, norms, self.bn_relu, strict=True))
+
+    def _backend(
+        self, maps: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d | None], dtypes: Sequence[torch.dtype]
+    ) -> tuple[ModuleType, Callable[..., contract.Contract]]:
+        """What runs a call, and what reads its contract: see `contract.read`."""
+        large = backends.too_large(self, maps)
+        backend = backends.load(backends.choose(self.backend, maps[0].device, backends.tokens_dtype(maps), large))
+        return backend, functools.partial(contract.read, self, norms, backend.operand_dtype(maps), dtypes)
 
     def _as_leaf(self, maps: object, tracer: fx.Tracer) -> tuple[Tensor, ...]:
         """One call of this module in the graph of `torch.fx.symbolic_trace`: checks and algebra are for tensors."""
@@ -200,6 +206,42 @@ class DCA(nn.Module):
             return [weight.dtype] * len(maps)
         autocast = torch.get_autocast_dtype(device_type)
         return [torch.promote_types(x.dtype, autocast) for x in maps]
+
+
+def warm_up(
+    dca: DCA,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    backward: bool = True,
+) -> None:
+    """Compile what calls of a DCA will need, before the first one: with the `triton` backend, that takes a while.
+
+    Nothing is computed, and the module stays as it is. It needs the memory of one call. Call it in the mode (train or
+    eval) and under the autocast of the calls. What one process has compiled, others read from Triton's cache.
+
+    Args:
+        dca: the module.
+        shapes: S shapes (B, C_i, H_i, W_i) of the skip maps.
+        dtype: of the maps; the parameters' where None.
+        memory_format: of the maps.
+        backward: whether the calls will be differentiated, with gradients of maps and of what requires them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as a call with such maps.
+    """
+    if not isinstance(dca, DCA):
+        raise TypeError(f"dca: expected a dca_kernels.DCA, got {type(dca).__name__}: pass the one within a network")
+    weight = cast(DepthwiseProjection, dca.avg_map[0]).convolution.weight
+    maps = [torch.empty(tuple(shape), dtype=dtype or weight.dtype, device=weight.device) for shape in shapes]
+    dca._check(maps)
+    dca._check_sizes(maps)
+    dtypes = dca._output_dtypes(maps)
+    maps = [x.contiguous(memory_format=memory_format).requires_grad_(backward) for x in maps]
+    if plain.hooked(dca) is None:
+        with torch.set_grad_enabled(backward):
+            backend, read = dca._backend(maps, [_plain_norm(head) for head in dca.bn_relu], dtypes)
+            backend.warm_up(maps, read())
 
 
 def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:

@@ -89,7 +89,8 @@ def launches_of(module: nn.Module, maps: Sequence[Tensor], backward: bool, targe
     launches: list[Launch] = []
 
     def keep(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
-        launches.append(Launch(kernel, grid, arguments))
+        if not warmup:
+            launches.append(Launch(kernel, grid, arguments))
 
     module.requires_grad_(backward)
     with mock.patch.object(JITFunction, "run", keep), stand_in.standing_in(target):

@@ -54,3 +54,7 @@ def prepared(
     """Calls of the same kind as this one, of maps and of the contract's tensors."""
     its = skeleton(contract)
     return lambda maps, tensors: refine(maps, unflatten(its, iter(tensors)))
+
+
+def warm_up(maps: Sequence[Tensor], contract: Contract) -> None:
+    """Nothing is compiled here."""

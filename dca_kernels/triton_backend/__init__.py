@@ -70,6 +70,17 @@ def prepared(
     return call
 
 
+def warm_up(maps: Sequence[Tensor], contract: Contract) -> None:
+    """Compile what a call of this kind, and its backward where there will be one, launches."""
+    if len(maps[0]) == 0:
+        return
+    parameters = flatten(learned(contract))
+    contract = _without_needless_backward(maps, contract, parameters)
+    its = passes.aligned(parameters)
+    copied = unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
+    eager.planned(maps, copied).compile(maps, parameters, [*its, *flatten(contract.buffers)])
+
+
 def _without_needless_backward(maps: Sequence[Tensor], contract: Contract, parameters: Sequence[Tensor]) -> Contract:
     if contract.backward and not any(t.requires_grad for t in (*maps, *parameters)):
         return contract._replace(backward=False)

@@ -116,6 +116,15 @@ class Forward:
             return list(Refine.apply(self, tensors, addresses, *maps, *parameters))
         return self.plan.run(maps, tensors, addresses)
 
+    def compile(self, maps: Sequence[Tensor], parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """What such a call launches, and its backward where there will be one: see `__call__`."""
+        made = self.plan.compile(maps, tensors)
+        if self.contract.backward:
+            *douts, saved = made
+            needed = tuple([t.requires_grad for t in (*maps, *parameters)])
+            backward = self.backward(maps, douts, needed, (True,) * len(maps))
+            backward.plan.compile([saved, *maps, *douts], tensors[: len(parameters)])
+
     def backward(
         self, maps: Sequence[Tensor], douts: Sequence[Tensor], needed: tuple[bool, ...], used: tuple[bool, ...]
     ) -> "Backward":

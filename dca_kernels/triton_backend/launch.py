@@ -1,11 +1,14 @@
 """The host's side of every kernel: its block sizes, its constants, one place that launches."""
 
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +16,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from dca_kernels.backends import power_of_two
 from dca_kernels.contract import accumulation_dtype
 from dca_kernels.triton_backend.primitives import Shape
 
 MAX_PROGRAMS = 2**31 - 1
+
+_logger = logging.getLogger("dca_kernels")
 
 # `maxnreg`, the most registers of a thread, is NVIDIA's alone; it is left to the compiler where a row has none.
 COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -179,11 +185,36 @@ def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) ->
     if not _any(programs):
         return None
     with on(_first_tensor(arguments).device):
-        return kernel[(programs,)](
-            **arguments,
-            **compiler_options(config),
-            enable_fp_fusion=True,  # explicit: its default changes between Triton versions
-        )
+        return kernel[(programs,)](**arguments, **_options(config))
+
+
+def compile_all(launches: Sequence[Launch]) -> None:
+    """Compile what these need and this process has not, in threads, with a line in the log; a launch raises errors."""
+    if not all(isinstance(one.kernel, JITFunction) for one in launches):  # interpreted
+        return
+    threads = len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        compiled = [
+            one.kernel.run(grid=(one.programs,), warmup=True, **one.arguments, **_options(one.config))
+            for one in launches
+        ]
+        names = [
+            one.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+            for one, kernel in zip(launches, compiled, strict=True)
+            if isinstance(kernel, triton.FutureKernel)
+        ]
+        if names:
+            _logger.info(
+                "compiling %d kernels in %d threads, or reading them from %s: %s",
+                *(len(names), threads, triton.knobs.cache.dir, ", ".join(names)),
+            )
+
+
+def _options(config: dict[str, int]) -> dict[str, Any]:
+    """What a launch tells the compiler."""
+    return compiler_options(config) | {
+        "enable_fp_fusion": True
+    }  # explicit: its default changes between Triton versions
 
 
 def _any(programs: int) -> bool:

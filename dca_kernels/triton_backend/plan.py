@@ -149,14 +149,23 @@ class Plan:
         addresses = [0] * self._module.start + list(addresses)
         return one._replace(arguments=_filled_in(one.arguments, one.of_module, addresses))
 
+    def compile(self, of_call: Sequence[Tensor], of_module: Sequence[Tensor]) -> list[Tensor]:
+        """As `run`, but that nothing is launched: what no call has compiled is compiled."""
+        made = [make() for make in self._make]
+        with launch.on(self.device):
+            launch.compile_all(self._launches([*of_call, *of_module, *made]))
+        return made[: self._results]
+
     def _run_first(self, tensors: Sequence[Tensor]) -> None:
-        """By `launch.run`, which compiles what has not been compiled."""
-        compiled = [
-            launch.run(one.kernel, one.programs, one.config, **self._filled(one.arguments, tensors))
-            for one in self.launches
-        ]
+        launches = self._launches(tensors)
+        launch.compile_all(launches)
+        compiled = [launch.run(one.kernel, one.programs, one.config, **one.arguments) for one in launches]
         if all(isinstance(kernel, CompiledKernel) for kernel in compiled) and _is_tested():  # none is interpreted
             self._ready = [self._prepared(*one) for one in zip(self.launches, compiled, strict=True)]
+
+    def _launches(self, tensors: Sequence[Tensor]) -> list[Launch]:
+        """With the tensors that a call is given and makes."""
+        return [one._replace(arguments=self._filled(one.arguments, tensors)) for one in self.launches]
 
     def _filled(self, argument: Any, tensors: Sequence[Tensor]) -> Any:
         """An argument with a call's tensors in the place of those of the meta device."""

@@ -361,7 +361,7 @@ def test_what_is_asked_for(backend: str) -> None:
 
 
 @each_backend
-def test_maps_of_a_frozen_encoder(backend: str) -> None:
+def test_inference_tensors(backend: str) -> None:
     """Which no backward could keep."""
     module, maps = seen(backend)
     expected = module(maps)

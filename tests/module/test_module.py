@@ -348,6 +348,38 @@ def test_copies_compute_the_same(duplicate: Callable[[nn.Module], nn.Module], ba
     assert_identical(run(other), run(module))
 
 
+@each_backend
+@both_modes
+def test_warming_up_changes_nothing(backend: str, train: bool) -> None:
+    """What it compiles is a test of the launches (tests/tools/test_launch.py)."""
+    (module, _), maps = pair(Config(), backend, torch.float32, train), random_maps(Config(), torch.float32, 0, backend)
+    expected = evaluate(copy.deepcopy(module), maps, backward=False)
+    before = copy.deepcopy(module.state_dict())
+    for backward in (True, False):
+        dca_kernels.warm_up(module, [x.shape for x in maps], backward=backward)
+        dca_kernels.warm_up(module, [x.shape for x in maps], memory_format=torch.channels_last, backward=backward)
+    dca_kernels.warm_up(module, [(0, *x.shape[1:]) for x in maps])
+    assert_identical(module.state_dict(), before)
+    assert all(p.grad is None for p in module.parameters())
+    assert_identical(evaluate(module, maps, backward=False), expected)
+
+
+def test_warming_up_refuses_what_a_call_does() -> None:
+    module = dca_kernels.DCA((8, 16), patch=4)
+    with pytest.raises(ValueError, match=r"^maps: expected 2 tensors, one for each of features, got 1$"):
+        dca_kernels.warm_up(module, [(1, 8, 4, 4)])
+    with pytest.raises(ValueError, match=r"^maps\[1\]: expected shape \(B, 16, H, W\), got \(1, 8, 4\)$"):
+        dca_kernels.warm_up(module, [(1, 8, 4, 4), (1, 8, 4)])
+    with pytest.raises(
+        TypeError, match=r"^maps\[0\]: expected dtype torch.float32, as the parameters, got torch.float64"
+    ):
+        dca_kernels.warm_up(module, [(1, 8, 4, 4), (1, 16, 4, 4)], dtype=torch.float64)
+    with pytest.raises(
+        TypeError, match=r"^dca: expected a dca_kernels.DCA, got Sequential: pass the one within a network"
+    ):
+        dca_kernels.warm_up(nn.Sequential(module), [(1, 8, 4, 4), (1, 16, 4, 4)])
+
+
 def test_repr_names_the_arguments() -> None:
     text = repr(dca_kernels.DCA([8, 16], patch=(4, 7), spatial_head=[2, 4], backend="torch"))
     assert "features=[8, 16], patch=(4, 7)" in text

@@ -177,6 +177,17 @@ class Recorder:
         assert len(moved) <= (3 if module.training else 1), moved
         return self._names()
 
+    def warmed(self, module: nn.Module, maps: Sequence[Tensor]) -> dict[str, Any]:
+        """What `warm_up` compiles, and a call then; nothing is launched meanwhile, and the module stays as it is."""
+        self.compiled.clear()
+        self.driver.launched.clear()
+        before = {name: t.clone() for name, t in module.state_dict().items()}
+        dca_kernels.warm_up(module, [x.shape for x in maps], backward=module.training)
+        assert not self.driver.launched
+        assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+        compiled = list(self.compiled)
+        return {"compiled": compiled, "then": self.call(module, maps)["compiled"]}
+
     def _made(self, module: nn.Module, maps: Sequence[Tensor]) -> Call:
         for found in (self.compiled, self.asked, self.driver.launched):
             found.clear()
@@ -218,7 +229,8 @@ def main(name: str, dtype: str, mode: str, *batches: str) -> None:
                 found.append(recorder.call(module, maps(batch)))
             again = recorder.again(module, maps(int(batches[-1])))
             other = recorder.call(module, maps(int(batches[-1]), 1.5)) if name == "tiny" else None
-    print(json.dumps({"calls": found, "again": again, "other size": other}))
+            warmed = recorder.warmed(module, maps(int(batches[-1]), 2.5)) if name == "tiny" else None
+    print(json.dumps({"calls": found, "again": again, "other size": other, "warmed": warmed}))
 
 
 if __name__ == "__main__":

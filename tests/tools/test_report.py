@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -96,7 +97,7 @@ def test_a_line_has_two_points() -> None:
 def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = results.parent / "README.md"
     blocks = "\n\n".join(
-        f"<!-- begin: {n} -->\nold\n<!-- end: {n} -->" for n in ("module", "stages", "hosts", "not run")
+        f"<!-- begin: {n} -->\nold\n<!-- end: {n} -->" for n in ("module", "stages", "hosts", "host", "not run")
     )
     document.write_text(f"# Before\n\n{blocks}\n\nAfter.\n")
     options = ["--document", str(document), "--results", str(results)]
@@ -117,6 +118,23 @@ def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report.main([*options, "--check"]) == 1
     assert "README.md" in (out := capsys.readouterr().out) and "latency.png" in out
     assert all(path.read_bytes() == old for path, old in pictures.items())
+
+
+def test_what_calls_cost_the_host_is_a_machine_s(results: Path) -> None:
+    assert report.host(results) == "Nothing measured yet."
+    call = {"mode": "eval", "what": "forward", "us": 75.4, "p20": 70.0, "p80": 80.0, "ratio": 1.0}
+    its = {
+        "environment": {"cpu": "a CPU", "threads": 1, "torch": "2.13.0", "triton": "3.6.0"},
+        "size": "paper",
+        "batch": 1,
+    }
+    its |= {"dtype": "bfloat16", "rows": [call, call | {"what": "its launches", "us": 25.0, "ratio": 3.016}]}
+    its |= {"compiling": [{"mode": "eval", "what": "the first forward", "kernels": 8, "seconds": 7.25}]}
+    (results / "a-machine" / "host.json").write_text(json.dumps(its))
+    text = report.host(results)
+    assert text.startswith("a CPU, 1 thread, torch 2.13.0, triton 3.6.0, paper, batch 1, bfloat16:\n\n| mode")
+    assert re.search(r"\| eval +\| its launches +\| 25 +\| 70 +\| 80 +\| 3.02 +\|", text)
+    assert re.search(r"\| eval +\| the first forward +\| 8 +\| 7.2 +\|", text)
 
 
 def test_nothing_is_said_of_no_comparison() -> None:
