@@ -189,7 +189,11 @@ def run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) ->
 
 
 def compile_all(launches: Sequence[Launch]) -> None:
-    """Compile what these need and this process has not, in threads, with a line in the log; a launch raises errors."""
+    """Compile what these need and this process has not: in threads, with a line in the log.
+
+    Errors are the launch's to raise, which compiles again. At times Python 3.11 makes one: its parser counts the depth
+    of recursion for all threads together ("AST constructor recursion depth mismatch").
+    """
     if not all(isinstance(one.kernel, JITFunction) for one in launches):  # interpreted
         return
     threads = len(os.sched_getaffinity(0))

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -51,10 +52,13 @@ class FrontEnd:
 
     def compile(self, source: Any, target: Any, options: dict[str, Any], **_: Any) -> Any:
         if source.hash() not in self.sources:
-            self.sources.add(source.hash())
             try:
                 self._make_ir(source, target, options)
+                self.sources.add(source.hash())
             except Exception as error:
+                if threading.current_thread() is not threading.main_thread():
+                    raise  # and the launch compiles again: `launch.compile_all`
+                self.sources.add(source.hash())
                 while error.__cause__ is not None:
                     error = error.__cause__
                 message = f"{source.fn.__name__}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
