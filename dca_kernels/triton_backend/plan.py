@@ -147,7 +147,10 @@ class Plan:
     def _with_module(self, one: Ready, addresses: Sequence[int]) -> Ready:
         """With those arguments filled in that depend on the module alone."""
         addresses = [0] * self._module.start + list(addresses)
-        return one._replace(arguments=_filled_in(one.arguments, one.of_module, addresses))
+        arguments = one.arguments.copy()
+        for n, take in one.of_module:
+            arguments[n] = take(addresses)
+        return one._replace(arguments=arguments)
 
     def compile(self, of_call: Sequence[Tensor], of_module: Sequence[Tensor]) -> list[Tensor]:
         """As `run`, but that nothing is launched: what no call has compiled is compiled."""
@@ -226,16 +229,11 @@ def _run(ready: Sequence[Ready], addresses: list[int], inside: Iterable[Place]) 
     enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
     addresses += [addresses[n] + offset for n, offset in inside]
     for compiled, run, function, metadata, programs, filled, _, of_call in ready:
-        arguments = _filled_in(filled, of_call, addresses)
+        arguments = filled.copy()
+        for n, take in of_call:
+            arguments[n] = take(addresses)
         seen = compiled.launch_metadata((programs, 1, 1), stream, *arguments) if enter or leave else None
         run(programs, 1, 1, stream, function, metadata, seen, enter, leave, *arguments)
-
-
-def _filled_in(arguments: Sequence[Any], places: Iterable[tuple[int, Take]], addresses: Sequence[int]) -> list[Any]:
-    found = list(arguments)
-    for n, take in places:
-        found[n] = take(addresses)
-    return found
 
 
 def _hook(chain: Any) -> Any:
