@@ -12,21 +12,23 @@ from dca_kernels.triton_backend.grid import (
     DIAGONAL,
     NEXT_DIAGONAL,
     TABLES,
-    area_of,
     column_table,
-    grouped,
-    in_group,
     interpolation,
     interpolation_tables,
-    layout_of,
     load_grid,
     row_table,
+    window_begin,
+)
+from dca_kernels.triton_backend.layout import (
+    area_of,
+    grouped,
+    in_group,
+    layout_of,
     size_arguments,
     size_of,
     sizes_of,
     steps_of,
     stride_of_scale,
-    window_begin,
 )
 from dca_kernels.triton_backend.patch_embed import Maps
 from dca_kernels.triton_backend.primitives import (

@@ -183,6 +183,7 @@ class Backward:
         if not self.plan.was_run(addresses):
             parameters = passes.aligned(parameters)
             addresses = list(map(Tensor.data_ptr, parameters))
+        saved = passes.aligned([saved])[0]  # a hook on saved tensors may have put it elsewhere
         *dmaps, kept = self.plan.run([saved, *maps, *douts], parameters, addresses)
         made = iter(dmaps)
         return [next(made) if has else None for has in self._dmaps] + self._views.of(kept)

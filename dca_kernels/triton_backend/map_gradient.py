@@ -13,22 +13,24 @@ from dca_kernels.contract import Affine, Contract, memory_format
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.grid import (
     first_window,
-    has_tile,
-    layout_of,
     map_pointers,
-    memory_of,
-    norms_of,
     of_pairs,
     pairs,
+    sum_pairs,
+    window_begin,
+    window_end,
+)
+from dca_kernels.triton_backend.layout import (
+    has_tile,
+    layout_of,
+    memory_of,
+    norms_of,
     size_arguments,
     size_of,
     sizes_of,
     split_tiles,
     strides_of,
-    sum_pairs,
     tiles_of,
-    window_begin,
-    window_end,
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
 from dca_kernels.triton_backend.primitives import (

@@ -13,24 +13,26 @@ from dca_kernels.backends import power_of_two
 from dca_kernels.contract import Contract, attentions_of, from_batch
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.grid import (
-    Reach,
-    area_of,
     band,
     band_begin,
     band_end,
     interpolation_matrix,
-    layout_of,
-    size_arguments,
-    size_of,
-    sizes_of,
-    steps_of,
-    strides_of,
     weight_in_row,
     window_begin,
     window_end,
 )
 from dca_kernels.triton_backend.launch import Launcher
 from dca_kernels.triton_backend.layer_norm import store_statistics
+from dca_kernels.triton_backend.layout import (
+    Reach,
+    area_of,
+    layout_of,
+    size_arguments,
+    size_of,
+    sizes_of,
+    steps_of,
+    strides_of,
+)
 from dca_kernels.triton_backend.parameters import affines_of, eps_of
 from dca_kernels.triton_backend.primitives import kernel, load_vector, padded, split_program
 from dca_kernels.triton_backend.tokens import Tokens

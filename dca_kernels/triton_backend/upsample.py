@@ -16,17 +16,19 @@ from dca_kernels.triton_backend.batch_statistics import (
     update_buffers,
 )
 from dca_kernels.triton_backend.grid import (
-    has_tile,
     interpolate,
     interpolation,
-    layout_of,
     less_mean,
     load_map,
     map_pointers,
-    memory_of,
-    norms_of,
     of_pairs,
     pairs,
+)
+from dca_kernels.triton_backend.layout import (
+    has_tile,
+    layout_of,
+    memory_of,
+    norms_of,
     size_arguments,
     size_of,
     sizes_of,

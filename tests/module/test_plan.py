@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dca_kernels import contract
-from tests.oracle import DEVICE, LAYOUTS, Config, both_modes, evaluate, pair, random_maps
+from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_maps
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -195,3 +195,17 @@ def test_parameters_at_odd_addresses_are_copied(monkeypatch: pytest.MonkeyPatch)
         evaluate(module, maps)
         assert addresses
         assert all(address % 16 == 0 for address in addresses)
+
+
+def test_saved_tensors_may_come_back_elsewhere() -> None:
+    """From a hook that keeps them on another device, as activation offloading does: other addresses, dense strides."""
+    module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    maps = [LAYOUTS["part_of_cat"](x) for x in maps]
+    expected = evaluate(copy.deepcopy(module), maps)
+
+    def elsewhere(t: Tensor) -> Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
+        found = evaluate(module, maps)
+    assert_same(found, expected, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dca_kernels.triton_backend.grid import stride_of
+from dca_kernels.triton_backend.layout import stride_of
 from dca_kernels.triton_backend.primitives import argument, divisor_of
 
 ARRANGEMENTS = {
