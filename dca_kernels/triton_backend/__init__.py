@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dca_kernels.backends import tokens_dtype
-from dca_kernels.contract import Contract, flatten, learned, unflatten, update_buffers
+from dca_kernels.contract import Contract, flatten, learned, update_buffers
 from dca_kernels.triton_backend import eager, launch, operator, passes
 
 
@@ -39,10 +39,9 @@ def refine(maps: Sequence[Tensor], contract: Contract) -> list[Tensor]:
     contract = _without_needless_backward(maps, contract, parameters)
     if watched() or len(maps[0]) == 0:
         return _refine_watched(maps, contract, parameters)
-    its = passes.aligned(parameters)
-    copied = unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
-    tensors = [*its, *flatten(contract.buffers)]
-    return eager.planned(maps, copied)(maps, parameters, tensors, list(map(Tensor.data_ptr, tensors)))
+    taken = passes.as_taken(contract)
+    tensors = flatten(taken)
+    return eager.planned(maps, taken)(maps, parameters, tensors, list(map(Tensor.data_ptr, tensors)))
 
 
 def prepared(
@@ -54,7 +53,8 @@ def prepared(
     kernels cannot take them as they lie.
     """
     parameters = flatten(learned(contract))
-    if watched() or len(maps[0]) == 0 or not passes.are_aligned(flatten(contract)):
+    as_it_is = passes.as_taken(contract) is contract and passes.are_aligned(flatten(contract))
+    if watched() or len(maps[0]) == 0 or not as_it_is:
         return None
     forward = eager.planned(maps, _without_needless_backward(maps, contract, parameters))
     count, device = len(parameters), maps[0].device
@@ -76,9 +76,8 @@ def warm_up(maps: Sequence[Tensor], contract: Contract) -> None:
         return
     parameters = flatten(learned(contract))
     contract = _without_needless_backward(maps, contract, parameters)
-    its = passes.aligned(parameters)
-    copied = unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
-    eager.planned(maps, copied).compile(maps, parameters, [*its, *flatten(contract.buffers)])
+    taken = passes.as_taken(contract)
+    eager.planned(maps, taken).compile(maps, parameters, flatten(taken))
 
 
 def _without_needless_backward(maps: Sequence[Tensor], contract: Contract, parameters: Sequence[Tensor]) -> Contract:

@@ -323,7 +323,8 @@ def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) 
     assert maps.moments is not None
     launcher, batch = tokens.launcher, tokens.batch
     sizes = sizes_of(maps.maps)
-    layout = grouped(layout_of(maps.maps, contract.grid), tuple([taken or None for taken in from_batch(contract)]))
+    keys = tuple([x.dtype if taken else None for x, taken in zip(maps.maps, from_batch(contract), strict=True)])
+    layout = grouped(layout_of(maps.maps, contract.grid), keys)
     config = launcher.config("batch_statistics", batch)
     statistics = tokens.empty(batch, 2, launcher.shape.total, dtype=torch.float64)
     launcher(

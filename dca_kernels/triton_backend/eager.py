@@ -67,7 +67,7 @@ def planned(maps: Sequence[Tensor], contract: Contract) -> "Forward":
 
     Args:
         maps: S tensors (B, C_i, H_i, W_i) of at least one image, any strides.
-        contract: of the call, its parameters `passes.aligned`.
+        contract: of the call, `passes.as_taken`.
     """
     kinds = tuple(map(Kind.of, maps)), tuple(map(Kind.of, flatten(contract)))
     numbers = unflatten(contract, itertools.repeat("tensor"))  # type: ignore[arg-type]
@@ -166,6 +166,7 @@ class Backward:
         given = [saved, *[[(t, 0)] for t in (*its_maps, *its_douts, *parameters)]]
         outs = [g for g in dmaps if g is not None]
         self.plan = Plan(launches, device, given, outs, kept, dtype, module=len(parameters))
+        self._dtypes = [t.dtype for t in parameters]
         begins = [offset // dtype.itemsize for offset in self.plan.kept_offsets]
         self._dmaps, self._views = [g is not None for g in dmaps], Views(asked, parameters, kept, begins)
 
@@ -181,7 +182,7 @@ class Backward:
         """
         addresses = list(map(Tensor.data_ptr, parameters))
         if not self.plan.was_run(addresses):
-            parameters = passes.aligned(parameters)
+            parameters = passes.aligned([t.to(dtype) for t, dtype in zip(parameters, self._dtypes, strict=True)])
             addresses = list(map(Tensor.data_ptr, parameters))
         saved = passes.aligned([saved])[0]  # a hook on saved tensors may have put it elsewhere
         *dmaps, kept = self.plan.run([saved, *maps, *douts], parameters, addresses)

@@ -219,7 +219,10 @@ def size_arguments(sizes: tuple[tuple[int, int], ...], grid: tuple[int, int]) ->
 
 @functools.cache
 def grouped(layout: Layout, keys: tuple[Hashable, ...]) -> Layout:
-    """With groups of the scales that have the same key, and whose maps lie in memory alike; without those of None."""
+    """With groups of the scales that have the same key, and whose maps lie in memory alike; without those of None.
+
+    The maps' dtypes belong to the keys: a kernel chooses among pointers of one type.
+    """
     alike: dict[Hashable, list[int]] = {}
     for i, (one, key) in enumerate(zip(layout.of, keys, strict=True)):
         if key is not None:

@@ -91,7 +91,7 @@ def _refine(
     maps: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], floats: list[float], contract: str
 ) -> list[Tensor]:
     """The outputs, then what the backward needs; without one, what BatchNorm took of a batch."""
-    return _results(passes.forward, maps, restored(contract, [*passes.aligned(parameters), *buffers], floats))
+    return _results(passes.forward, maps, passes.as_taken(restored(contract, [*parameters, *buffers], floats)))
 
 
 @_refine.register_fake
@@ -122,7 +122,7 @@ def _refine_backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted gradients of the maps, then those of the parameters as the kernels write them."""
-    restored_contract = restored(contract, passes.aligned(parameters), floats)
+    restored_contract = passes.as_taken(restored(contract, parameters, floats))
     its = unflatten(_saved_skeleton(contract, channels_of(restored_contract)), iter(saved))
     dmaps, gradients = passes.backward(maps, restored_contract, its, douts, wanted)
     return flatten((tuple(dmaps), gradients))

@@ -17,7 +17,9 @@ from dca_kernels.contract import (
     channels_of,
     flatten,
     from_batch,
+    learned,
     memory_format,
+    unflatten,
 )
 from dca_kernels.triton_backend import (
     channel_attention,
@@ -73,7 +75,7 @@ def forward(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], S
 
     Args:
         maps: S tensors (B, C_i, H_i, W_i), any strides.
-        contract: of the call, its parameters `aligned`.
+        contract: of the call, `as_taken`.
 
     Raises:
         ValueError: a map's image is too large for 32-bit indices, or a size too large for the kernels' tiles.
@@ -236,8 +238,36 @@ def _last(x: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
 
 
+def as_taken(contract: Contract) -> Contract:
+    """With its parameters as the kernels take them: `aligned`, and in all scales of one dtype, the promoted one.
+
+    A kernel chooses among the pointers of all scales, which have to be of one type.
+    """
+    parameters = flatten(learned(contract))
+    dtypes = _taken_dtypes(contract) if len({t.dtype for t in parameters}) > 1 else []
+    its = aligned([t.to(dtype) for t, dtype in zip(parameters, dtypes, strict=True)] if dtypes else parameters)
+    if all(map(operator.is_, its, parameters)):
+        return contract
+    return unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
+
+
+def _taken_dtypes(contract: Contract) -> list[torch.dtype]:
+    """Of each parameter: what it and those in its place in the other scales promote to; of BatchNorms, all of them."""
+    found = []
+    for scales in (contract.patch_embed, *attentions_of(contract), contract.upsample):
+        places = zip(*[flatten((scale,)) for scale in scales], strict=True)
+        promoted = [_promoted(tensors) for tensors in places]
+        found += promoted * len(scales)
+    norms = flatten(contract.norms)
+    return found + [_promoted(norms) for _ in norms]
+
+
+def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+
+
 def aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Parameters as the kernels take them, contiguous, at addresses that are multiples of 16 bytes; some are copies.
+    """Contiguous, at addresses that are multiples of 16 bytes; some are copies.
 
     Triton compiles another kernel for any other address; a copy is faster by far.
     """
@@ -247,7 +277,7 @@ def aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def are_aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether `aligned` leaves parameters as they are."""
+    """Whether `aligned` leaves tensors as they are."""
     return are_multiples(map(Tensor.data_ptr, tensors)) and all(map(Tensor.is_contiguous, tensors))
 
 

@@ -494,8 +494,9 @@ def upsample_backward(
     sums = tokens.empty(batch, most, 2, shape.total)
     elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
     strips = tokens.empty(batch, elements, dtype=launcher.dtype)
-    kinds = tuple([(norm, weight is None) for norm, weight in zip(norms, affines.weight, strict=True)])
-    layout = grouped(layout_of(maps, grid, norms), kinds)
+    of_scales = zip(maps, norms, affines.weight, strict=True)
+    keys = tuple([(x.dtype, norm, weight is None) for x, norm, weight in of_scales])
+    layout = grouped(layout_of(maps, grid, norms), keys)
     launcher(
         _upsample_backward_kernel, config, batch * tiles.programs,
         maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=affines, used=saved.used, sums=sums, strips=strips,

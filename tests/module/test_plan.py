@@ -1,5 +1,6 @@
 """The plan of a call of the kernels: where its memory lies, what it allocates, what it knows of a call."""
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dca_kernels import contract
 from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_maps
@@ -209,3 +211,35 @@ def test_saved_tensors_may_come_back_elsewhere() -> None:
     with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
         found = evaluate(module, maps)
     assert_same(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["plan", "operator"])
+def test_parameters_of_unequal_dtypes(watched: bool) -> None:
+    """Of some scales: a kernel chooses among the pointers of all, and takes them in the wider dtype."""
+    alike, module = (pair(CONFIG, "triton", torch.float32)[0] for _ in range(2))
+    narrow = (
+        "avg_map.1.",
+        "attention.0.channel_norm.0.",
+        "attention.0.s_attention.1.k_map.",
+        "upconvs.0.",
+        "bn_relu.1.",
+    )
+    for name, p in alike.named_parameters():
+        if name.startswith(narrow):
+            p.data = p.data.bfloat16().float()
+    for (name, p), q in zip(module.named_parameters(), alike.parameters(), strict=True):
+        p.data = q.data.bfloat16() if name.startswith(narrow) else q.data.clone()
+    maps = random_maps(CONFIG, torch.float32, backend="triton")
+    for _ in range(2):
+        with Watch() if watched else contextlib.nullcontext():
+            found, expected = evaluate(module, maps), evaluate(alike, maps)
+        assert found["grad.upconvs.0.conv.conv.weight"].dtype == torch.bfloat16
+        assert_same({n: t.to(expected[n].dtype) for n, t in found.items()}, expected, rtol=1e-2)
+        assert all(torch.equal(found[n], expected[n]) for n in found if n.startswith(("output", "grad_input")))
+
+
+class Watch(TorchDispatchMode):
+    """Makes a call one operator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
