@@ -227,7 +227,8 @@ def main(name: str, dtype: str, mode: str, *batches: str) -> None:
 
             for batch in map(int, batches):
                 found.append(recorder.call(module, maps(batch)))
-            again = recorder.again(module, maps(int(batches[-1])))
+            recorder.again(module, maps(int(batches[-1])))
+            again = recorder.again(module, maps(int(batches[-1])))  # of parameters at other addresses
             other = recorder.call(module, maps(int(batches[-1]), 1.5)) if name == "tiny" else None
             warmed = recorder.warmed(module, maps(int(batches[-1]), 2.5)) if name == "tiny" else None
     print(json.dumps({"calls": found, "again": again, "other size": other, "warmed": warmed}))
