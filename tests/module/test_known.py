@@ -351,9 +351,10 @@ def test_other_sizes(backend: str) -> None:
 
 @each_backend
 def test_what_is_asked_for(backend: str) -> None:
-    """Each second call without gradients, and with those of the maps alone."""
+    """Without gradients, with those of the maps alone, and so on: each twice."""
     module, maps = seen(backend)
-    for enabled, maps_too, parameters_too in ((False, False, True), (True, True, False), (True, False, True)) * 2:
+    asked = (False, False, True), (True, False, False), (True, True, False), (True, False, True)
+    for enabled, maps_too, parameters_too in asked * 2:
         module.requires_grad_(parameters_too)
         with torch.set_grad_enabled(enabled):
             outs = module([x.detach().requires_grad_(maps_too) for x in maps])
