@@ -102,6 +102,7 @@ def of_kernels(mode: str, size: cases.Size, dtype: torch.dtype, batch: int) -> T
     count = len(launches.asked)
     found = {
         name: call,
+        "1000 turns of a Python loop": loop,
         f"its {count} launches by kernel[grid]": launches.by_grid,
         f"its {count} launches by the compiled kernels' run": launches.by_run,
     }
@@ -111,6 +112,11 @@ def of_kernels(mode: str, size: cases.Size, dtype: torch.dtype, batch: int) -> T
             Idle.apply(results, gradients, *inputs), inputs, douts
         )
     return Timed(mode, found, CALLS[mode])
+
+
+def loop() -> None:
+    for _ in range(1000):
+        pass
 
 
 def of_torch(mode: str) -> Timed:

@@ -1,9 +1,9 @@
 """What a call costs beside its backend: little, where the module has seen one like it.
 
 The first call of a kind makes all checks, reads the module (`contract.read`) and has its backend prepare. A later one
-asks whether the module is as it was (`Module.is_unchanged`), which tensors it holds now (`Module.tensors`), and whether
-the call is of a kind that was prepared, by passes in C over flat lists. No tensor is kept. Whatever is unusual goes the
-way of a first call.
+asks whether it is of a kind that was prepared, whether the module is as it was, and which tensors that holds now
+(`Module.tensors_of`), by passes in C over flat lists. No tensor is kept. Whatever is unusual goes the way of a first
+call.
 """
 
 import operator

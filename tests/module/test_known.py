@@ -1,8 +1,10 @@
 """What a module keeps of its calls: after any change a call is that of a module that has never been called."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -326,8 +328,9 @@ def test_another_dtype(backend: str) -> None:
 def test_another_dtype_where_it_lies(backend: str) -> None:
     module, maps = seen(backend)
     weight = norm(module).weight
-    weight.data = weight.data.view(torch.int32).view(torch.float32)
-    weight.data = torch.ones_like(weight).view(torch.bfloat16)[: len(weight)]
+    address = weight.data_ptr()
+    weight.data = weight.data.view(torch.bfloat16)[: len(weight)]
+    assert weight.data_ptr() == address
     assert_as_a_new_one(module, maps)
 
 
@@ -365,13 +368,12 @@ def test_what_is_asked_for(backend: str) -> None:
 def test_inference_tensors(backend: str) -> None:
     """Which no backward could keep."""
     module, maps = seen(backend)
-    expected = module(maps)
+    module(maps)  # of a kind that is seen now
     with torch.inference_mode():
         frozen = [x.clone() for x in maps]
     assert not any(y.is_inference() for y in module(frozen))
     module(frozen)[0].sum().backward()
     assert_same_outputs(module.eval()(frozen), module(maps))
-    assert len(expected) == len(frozen)
 
 
 @each_backend
@@ -435,9 +437,6 @@ def test_another_backend_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each_backend
 def test_no_tensor_is_kept(backend: str) -> None:
-    import gc
-    import weakref
-
     module, maps = seen(backend)
     places = [weakref.ref(p) for p in (projection(module).weight, norm(module).running_mean)] + [
         weakref.ref(x) for x in maps
@@ -457,12 +456,10 @@ def test_a_bounded_number_is_kept(backend: str, monkeypatch: pytest.MonkeyPatch)
         with torch.no_grad():
             module([x[:1].repeat(batch, 1, 1, 1) for x in maps])
         assert len(module._known.calls) <= 3
-    for _ in range(2 * known.MOST_OF_A_KIND):
-        for p in module.parameters():
-            p.requires_grad_(not p.requires_grad)
-            module(maps)
-            assert all(len(calls) <= known.MOST_OF_A_KIND for calls in module._known.calls.values())
-            break
+    for p in list(module.parameters())[: 2 * known.MOST_OF_A_KIND]:
+        p.requires_grad_(False)
+        module(maps)
+    assert max(map(len, module._known.calls.values())) == known.MOST_OF_A_KIND
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
