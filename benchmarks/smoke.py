@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton.knobs import HookChain
 
 import dca_kernels
 import reference
@@ -42,16 +43,32 @@ class Watch:
 
     @contextlib.contextmanager
     def launches(self) -> Iterator[None]:
+        """By Triton's hooks: a call goes as a user's. The interpreter has none, and its launches are replaced."""
+        with self._hooked() if torch.cuda.is_available() else self._replaced():
+            yield
+
+    def _hooked(self) -> contextlib.AbstractContextManager:
+        enter, leave = HookChain(), HookChain(reversed=True)
+        enter.add(lambda metadata: self._note(metadata.get()["name"]))
+        leave.add(lambda metadata: _wait())
+        return mock.patch.multiple(triton.knobs.runtime, launch_enter_hook=enter, launch_exit_hook=leave)
+
+    def _replaced(self) -> contextlib.AbstractContextManager:
         run = launch.run
 
-        def run_and_wait(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
-            self.kernels.append(kernel.__name__.removeprefix("_").removesuffix("_kernel"))
+        def note_and_run(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
+            self._note(kernel.__name__)
             run(kernel, programs, config, **arguments)
-            if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
-                torch.cuda.synchronize()
 
-        with mock.patch.object(launch, "run", run_and_wait):
-            yield
+        return mock.patch.object(launch, "run", note_and_run)
+
+    def _note(self, name: str) -> None:
+        self.kernels.append(name.removeprefix("_").removesuffix("_kernel"))
+
+
+def _wait() -> None:
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -114,7 +131,7 @@ def replay_is_eager(problem: Problem) -> Found:
     subject = providers.build(providers.PROVIDERS["triton"], problem, *inputs)
 
     def results(of: providers.Subject) -> list[Tensor]:
-        outputs = [y.clone() for y in of.forward()]
+        outputs = [y.detach().clone() for y in of.forward()]  # a graph of autograd's that lives on breaks a capture
         return [*outputs, *(g.clone() for g in of.backward())] if of.has_backward else outputs
 
     expected = results(subject)
