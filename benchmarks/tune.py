@@ -36,6 +36,14 @@ WARPS = (4, 8)
 LOST = "the GPU answers no more"
 Config = dict[str, int]
 
+PRODUCT = {
+    "block_n": (32, 64, 128),
+    "block_c": (32, 64, 128),
+    "block_k": (32, 64),
+    "num_warps": WARPS,
+    "num_stages": (2, 3, 4),
+}
+
 # What is tried, beside the table's present row: each is a product of its values.
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
@@ -44,10 +52,10 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS},
     "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},
     "mixing": {"block_c": (2, 4, 8, 16), "num_warps": WARPS},
-    "mix": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4)},
+    "mix": PRODUCT,
     "mixing_gradient": {"block_c": (64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3, 4)},
     "mixing_backward": {"block_c": (4, 8, 16), "num_warps": (4, 8, 16)},
-    "mix_backward": {"block_n": (32, 64), "block_c": (32, 64), "num_warps": (4, 8, 16), "num_stages": (2, 3, 4)},
+    "mix_backward": PRODUCT,
     "channel_gradients": {"block_c": (8, 16, 32), "num_warps": WARPS},
     "spatial_attention": {"block_m": (64, 128), "block_n": (32, 64), "num_warps": WARPS, "num_stages": (2, 3, 4)},
     "spatial_attention_backward": {
@@ -117,12 +125,7 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
         {"block_c": 8},
         {"tile": 1024, "maxnreg": 96},
     ),
-    "mix_backward": (
-        {"num_warps": 16},
-        {"block_n": 32, "block_c": 64, "num_stages": 2},
-        {"block_n": 32, "num_warps": 4, "num_stages": 3},
-        {"block_c": 64, "num_stages": 2},
-    ),
+    "mix_backward": ({"num_stages": 2}, {"block_k": 32, "num_stages": 4}, {"block_n": 128, "num_warps": 8}),
     "patch_embed_train": ({"block_q": 4}, {"num_warps": 8}, {"block_q": 16, "num_warps": 8}),
     "map_gradient_contiguous": ({"tile": 2048, "num_warps": 4}, {"maxnreg": 64}, {"tile": 2048}),
     "upsample_contiguous": (
@@ -132,11 +135,7 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
         {"tile": 4096, "block_w": 128},
     ),
     "grid_gradient": ({"block_k": 32}, {"maxnreg": None}, {"block_c": 64, "block_k": 32, "num_warps": 4}),
-    "mix": (
-        {"block_c": 32},
-        {"block_n": 32, "block_c": 32, "num_warps": 4},
-        {"num_warps": 16},
-    ),
+    "mix": ({"num_stages": 2}, {"block_n": 128}, {"block_c": 128}, {"num_stages": 4}),
     "covariance": (
         {"num_stages": 3},
         {"block_n": 128, "num_stages": 3},

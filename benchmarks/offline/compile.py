@@ -156,11 +156,12 @@ def perform(job: Job, target: str) -> Compiled:
 
 
 def said(error: BaseException) -> str:
-    """An exception in one line: Triton wraps what went wrong in where it did."""
+    """An exception in one line: Triton wraps what went wrong in where it did, PyTorch puts what the GPU says first."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1][:200]}"
+    line = lines[0] if isinstance(error, torch.AcceleratorError) else lines[-1]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 class Pool:

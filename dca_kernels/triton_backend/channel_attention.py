@@ -10,9 +10,10 @@ from torch import Tensor
 from dca_kernels.contract import Attention, Contract
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.launch import Launcher
-from dca_kernels.triton_backend.layer_norm import statistics_pointers, store_normalised
-from dca_kernels.triton_backend.parameters import eps_of, heads_of, layer_norms_of, projections_of
+from dca_kernels.triton_backend.layer_norm import statistics_pointers
+from dca_kernels.triton_backend.parameters import heads_of, layer_norms_of, projections_of
 from dca_kernels.triton_backend.primitives import (
+    Shape,
     first_blocks,
     kernel,
     load_tile,
@@ -21,9 +22,10 @@ from dca_kernels.triton_backend.primitives import (
     padded,
     scale_of,
     split_program,
+    store_tile,
     sum_blocks,
 )
-from dca_kernels.triton_backend.tokens import Tokens, widest_scale, with_statistics
+from dca_kernels.triton_backend.tokens import Tokens, with_statistics
 
 
 @kernel
@@ -94,19 +96,19 @@ def _covariance_kernel(
 @triton.jit
 def add_product(
     out, left, right, offs_n, offs_all,
-    TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out + tokens offs_n and channels offs_all of left right, or left right^T: left (N, C), right (C, C)."""
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    for start in range(0, TOTAL, BLOCK_C):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        a = load_tile(left, offs_n, offs_c, N, TOTAL)
+    for start in range(0, TOTAL, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        a = load_tile(left, offs_n, offs_k, N, TOTAL)
         if TRANSPOSED:
-            b = tl.trans(load_tile(right, offs_all, offs_c, TOTAL, TOTAL))
+            b = tl.trans(load_tile(right, offs_all, offs_k, TOTAL, TOTAL))
         else:
-            b = load_tile(right, offs_c, offs_all, TOTAL, TOTAL)
-        out = tl.dot(a, b, out, input_precision=PRECISION, out_dtype=ACC)  # [tokens, BLOCK_C] [BLOCK_C, channels]
+            b = load_tile(right, offs_k, offs_all, TOTAL, TOTAL)
+        out = tl.dot(a, b, out, input_precision=PRECISION, out_dtype=ACC)  # [tokens, BLOCK_K] [BLOCK_K, channels]
     return out
 
 
@@ -195,57 +197,40 @@ def attention_weights(
 
 @kernel
 def _mix_kernel(
-    tokens, centred, mixing, shift, mean_token, norms, mixed, normalised, level,
-    SHAPE: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    tokens, centred, mixing, shift, mixed,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: tokens + Z mixing^T + shift for BLOCK_N tokens, all channels of one scale, and their LayerNorm.
+    """One program: tokens + Z mixing^T + shift for BLOCK_N tokens and BLOCK_C channels.
 
-    tokens, centred, mixed, normalised (B, N, C), mixing (B, C, C), shift, mean_token, level (B, C).
+    tokens, centred, which is Z, and mixed (B, N, C), mixing (B, C, C), shift (B, C).
     """
-    BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
+    N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    b, tile = split_program(len(SHAPE.channels) * BLOCKS)
-    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    for i in tl.static_range(len(SHAPE.channels)):
-        if tile // BLOCKS == len(SHAPE.channels) - 1 - i:  # the widest scale, usually the last, first
-            _mix(
-                tokens=tokens, centred=centred + b * SHAPE.tokens * TOTAL, mixing=mixing + b * TOTAL * TOTAL,
-                shift=shift + b * TOTAL, mean_token=mean_token + b * TOTAL, norms=norms, mixed=mixed,
-                normalised=normalised, level=level, b=b, offs_n=offs_n, i=i, SHAPE=SHAPE, EPS=EPS, PRECISION=PRECISION,
-                ACC=ACC, BLOCK_C=BLOCK_C,
-            )  # fmt: skip
+    b, offs_n, offs_c = tile_of_product(SHAPE, BLOCK_N, BLOCK_C)
+    image = b * N * TOTAL
+    out = tl.zeros([BLOCK_N, BLOCK_C], ACC)
+    out = add_product(
+        out=out, left=centred + image, right=mixing + b * TOTAL * TOTAL, offs_n=offs_n, offs_all=offs_c,
+        TRANSPOSED=True, SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
+    out += load_vector(shift + b * TOTAL, offs_c, offs_c < TOTAL, ACC)[None, :]
+    out += load_tile(tokens + image, offs_n, offs_c, N, TOTAL).to(ACC)
+    store_tile(mixed + image, out, offs_n, offs_c, N, TOTAL)
 
 
 @triton.jit
-def _mix(
-    tokens, centred, mixing, shift, mean_token, norms, mixed, normalised, level, b, offs_n,
-    i: tl.constexpr, SHAPE: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`_mix_kernel` for scale i; centred, mixing, shift and mean_token are those of image b."""
-    N: tl.constexpr = SHAPE.tokens
-    TOTAL: tl.constexpr = SHAPE.total
-    offs_c = tl.arange(0, padded(SHAPE.channels[i]))
-    mask_c = offs_c < SHAPE.channels[i]
-    offs_all = SHAPE.offsets[i] + offs_c
-    out = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
-    out = add_product(
-        out=out, left=centred, right=mixing, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True, SHAPE=SHAPE,
-        PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
-    mask = (offs_n < N)[:, None] & mask_c[None, :]
-    offs = b * N * TOTAL + offs_n[:, None] * TOTAL + offs_all[None, :]
-    constant = load_vector(shift, offs_all, mask_c, ACC)
-    out += tl.load(tokens + offs, mask=mask, other=0.0).to(ACC) + constant[None, :]
-    out = out.to(mixed.dtype.element_ty)
-    tl.store(mixed + offs, out, mask=mask)
-    if EPS is not None:
-        mean = load_vector(mean_token, offs_all, mask_c, ACC)
-        store_normalised(
-            tokens=tl.where(mask, out.to(ACC), 0.0), mask=mask, mean_token=mean, norms=norms, normalised=normalised,
-            level=level, b=b, offs_n=offs_n, i=i, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC,
-        )  # fmt: skip
+def tile_of_product(SHAPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The image, the tokens and the channels, of all scales, of a program that makes one tile of (B, N, C)."""
+    COLUMNS: tl.constexpr = triton.cdiv(SHAPE.total, BLOCK_C)
+    b, tile = split_program(triton.cdiv(SHAPE.tokens, BLOCK_N) * COLUMNS)
+    offs_n = tile // COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)
+    return b, offs_n, tile % COLUMNS * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+def tiles_of_product(shape: Shape, config: dict[str, int]) -> int:
+    """How many of them an image has."""
+    return launch.blocks(shape.tokens, config["block_n"]) * launch.blocks(shape.total, config["block_c"])
 
 
 class Saved(NamedTuple):
@@ -277,16 +262,16 @@ def channel_attention(tokens: Tokens, contract: Contract, block: int) -> tuple[T
         block: which of its blocks.
 
     Returns:
-        The tokens, normalised for the block's spatial attention where it has one, and what the backward needs; of a
-        block without a channel attention the tokens as they came, and None.
+        The tokens, with their mean, and what the backward needs; of a block without a channel attention the tokens as
+        they came, and None.
     """
-    attention, following = contract.blocks[block]
+    attention = contract.blocks[block].channel_attention
     if attention is None:
         return tokens, None
     tokens = with_statistics(tokens, attention)
     launcher, saved = tokens.launcher, Saved.empty(tokens)
     _centre_and_multiply(launcher, tokens, attention, saved)
-    return _mix_tokens(launcher, tokens, attention, following, saved), saved
+    return _mix_tokens(launcher, tokens, attention, saved), saved
 
 
 def _centre_and_multiply(launcher: Launcher, tokens: Tokens, attention: tuple[Attention, ...], saved: Saved) -> None:
@@ -306,31 +291,21 @@ def _centre_and_multiply(launcher: Launcher, tokens: Tokens, attention: tuple[At
     )
 
 
-def _mix_tokens(
-    launcher: Launcher,
-    tokens: Tokens,
-    attention: tuple[Attention, ...],
-    following: tuple[Attention, ...] | None,
-    saved: Saved,
-) -> Tokens:
+def _mix_tokens(launcher: Launcher, tokens: Tokens, attention: tuple[Attention, ...], saved: Saved) -> Tokens:
     """The tokens behind the attention, by the softmax of the covariance."""
     batch, shape = tokens.batch, launcher.shape
     config = launcher.config("mixing", launch.padded(shape.total))
     mixing = tokens.empty(batch, shape.total, shape.total, dtype=launcher.dtype)
-    shift, mean_token = tokens.empty(batch, shape.total), tokens.empty(batch, shape.total)
+    shift, mean = tokens.empty(batch, shape.total), tokens.empty(batch, shape.total)
     launcher(
         _mixing_kernel, config, batch * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         covariance=saved.covariance, mean=saved.mean, sums=tokens.sums, projections=projections_of(attention),
-        mixing=mixing, shift=shift, mean_token=mean_token, HEADS=heads_of(attention), SUM_BLOCKS=tokens.sum_blocks,
+        mixing=mixing, shift=shift, mean_token=mean, HEADS=heads_of(attention), SUM_BLOCKS=tokens.sum_blocks,
     )  # fmt: skip
-    config = launcher.config("mix", widest_scale(shape))
-    mixed = Tokens(torch.empty_like(tokens.plain), tokens.channels)
-    if following is not None:
-        mixed = mixed._replace(normalised=torch.empty_like(tokens.plain), level=tokens.empty(batch, shape.total))
+    config = launcher.config("mix", batch)
+    mixed = Tokens(torch.empty_like(tokens.plain), tokens.channels, mean=mean)
     launcher(
-        _mix_kernel, config, batch * len(shape.channels) * launch.blocks(shape.tokens, config["block_n"]),
-        tokens=tokens.plain, centred=saved.centred, mixing=mixing, shift=shift, mean_token=mean_token,
-        norms=None if following is None else layer_norms_of(following), mixed=mixed.plain, normalised=mixed.normalised,
-        level=mixed.level, EPS=None if following is None else eps_of(following),
+        _mix_kernel, config, batch * tiles_of_product(shape, config),
+        tokens=tokens.plain, centred=saved.centred, mixing=mixing, shift=shift, mixed=mixed.plain,
     )  # fmt: skip
     return mixed

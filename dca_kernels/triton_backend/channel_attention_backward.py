@@ -15,16 +15,11 @@ from dca_kernels.triton_backend.channel_attention import (
     attention_weights,
     channels_of_block,
     load_query_and_key,
+    tile_of_product,
+    tiles_of_product,
 )
-from dca_kernels.triton_backend.layer_norm import store_layer_norm_backward, store_norm_gradients
-from dca_kernels.triton_backend.parameters import (
-    attention_gradients,
-    cancels_of,
-    eps_of,
-    heads_of,
-    layer_norms_of,
-    projections_of,
-)
+from dca_kernels.triton_backend.layer_norm import store_norm_gradients
+from dca_kernels.triton_backend.parameters import attention_gradients, cancels_of, heads_of, projections_of
 from dca_kernels.triton_backend.primitives import (
     first_blocks,
     kernel,
@@ -34,12 +29,13 @@ from dca_kernels.triton_backend.primitives import (
     padded,
     scale_of,
     split_program,
+    store_tile,
     store_vectors,
     sum_blocks,
     sum_images,
     zero_where_it_cancels,
 )
-from dca_kernels.triton_backend.tokens import Tokens, widest_scale
+from dca_kernels.triton_backend.tokens import Tokens, layer_norm_backward
 
 # The vectors that a program of `_mixing_backward_kernel` sums, one behind another: weight and bias of two maps (query
 # and projection, or key and value), then the gradient of the centred tokens' means.
@@ -140,61 +136,38 @@ def _mixing_backward_kernel(
 
 @kernel
 def _mix_backward_kernel(
-    tokens, centred, mixing, dcovariance, row_sums, column_sums, dmixed, norms, dtokens, dnorm,
-    SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    centred, mixing, dcovariance, row_sums, column_sums, dmixed, dnormalised,
+    SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of BLOCK_N tokens of one scale, through attention, LayerNorm and residual.
+    """One program: the gradient of the normalised tokens, for BLOCK_N of them and BLOCK_C channels.
 
-    tokens, centred, dmixed, dtokens (B, N, C), mixing, dcovariance (B, C, C), dnorm (B, blocks, 2, C); the sums as
-    `_mixing_backward_kernel` wrote them.
+    dmixed mixing + Z (dcovariance + dcovariance^T) + the share of the token means. centred, which is Z, dmixed and
+    dnormalised (B, N, C), mixing, dcovariance (B, C, C); the sums as `_mixing_backward_kernel` wrote them.
     """
+    N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
-    BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
-    b, tile = split_program(len(SHAPE.channels) * BLOCKS)
-    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    for i in tl.static_range(len(SHAPE.channels)):
-        if tile // BLOCKS == len(SHAPE.channels) - 1 - i:  # the widest scale, usually the last, first
-            dnormalised = _mix_backward(
-                centred=centred + b * SHAPE.tokens * TOTAL, mixing=mixing + b * TOTAL * TOTAL,
-                dcovariance=dcovariance + b * TOTAL * TOTAL, row_sums=row_sums + b * VECTORS * TOTAL,
-                column_sums=column_sums + b * COLUMN_BLOCKS * VECTORS * TOTAL,
-                dmixed=dmixed + b * SHAPE.tokens * TOTAL, offs_n=offs_n, i=i, SHAPE=SHAPE,
-                COLUMN_BLOCKS=COLUMN_BLOCKS, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
-            )  # fmt: skip
-            store_layer_norm_backward(
-                tokens=tokens, dnormalised=dnormalised, dresidual=dmixed, norms=norms, dtokens=dtokens, dnorm=dnorm,
-                b=b, block=tile % BLOCKS, offs_n=offs_n, i=i, BLOCKS=BLOCKS, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC,
-            )  # fmt: skip
-
-
-@triton.jit
-def _mix_backward(
-    centred, mixing, dcovariance, row_sums, column_sums, dmixed, offs_n,
-    i: tl.constexpr, SHAPE: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dmixed mixing + Z (dcovariance + dcovariance^T) + the share of the token means: [tokens, channels of scale i]."""
-    TOTAL: tl.constexpr = SHAPE.total
-    offs_d = tl.arange(0, padded(SHAPE.channels[i]))
-    mask_d = offs_d < SHAPE.channels[i]
-    offs_all = SHAPE.offsets[i] + offs_d
-    gradient = tl.zeros([offs_n.shape[0], padded(SHAPE.channels[i])], ACC)
+    b, offs_n, offs_c = tile_of_product(SHAPE, BLOCK_N, BLOCK_C)
+    image, matrix = b * N * TOTAL, b * TOTAL * TOTAL
+    gradient = tl.zeros([BLOCK_N, BLOCK_C], ACC)
     # A loop for each form of product: in one, Triton 3.6 gives the sums different layouts, and moves them every time.
-    left, right = dmixed, mixing
-    for _ in range(2):
+    # It fails to pipeline the loop over the first two where they have one step each.
+    left, right = dmixed + image, mixing + matrix
+    for _ in tl.range(0, 2, num_stages=1):
         gradient = add_product(
-            out=gradient, left=left, right=right, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=False, SHAPE=SHAPE,
-            PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+            out=gradient, left=left, right=right, offs_n=offs_n, offs_all=offs_c, TRANSPOSED=False, SHAPE=SHAPE,
+            PRECISION=PRECISION, ACC=ACC, BLOCK_K=BLOCK_K,
         )  # fmt: skip
-        left, right = centred, dcovariance
+        left, right = centred + image, dcovariance + matrix
     gradient = add_product(
-        out=gradient, left=centred, right=dcovariance, offs_n=offs_n, offs_all=offs_all, TRANSPOSED=True,
-        SHAPE=SHAPE, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C,
+        out=gradient, left=left, right=right, offs_n=offs_n, offs_all=offs_c, TRANSPOSED=True, SHAPE=SHAPE,
+        PRECISION=PRECISION, ACC=ACC, BLOCK_K=BLOCK_K,
     )  # fmt: skip
-    of_means = load_vector(row_sums + PARAMETERS * TOTAL, offs_all, mask_d, ACC)
-    of_means += sum_blocks(column_sums + PARAMETERS * TOTAL, offs_all, mask_d, COLUMN_BLOCKS, VECTORS * TOTAL, ACC)
-    return gradient + of_means[None, :]
+    mask_c = offs_c < TOTAL
+    of_means = load_vector(row_sums + (b * VECTORS + PARAMETERS) * TOTAL, offs_c, mask_c, ACC)
+    columns = column_sums + (b * COLUMN_BLOCKS * VECTORS + PARAMETERS) * TOTAL
+    of_means += sum_blocks(columns, offs_c, mask_c, COLUMN_BLOCKS, VECTORS * TOTAL, ACC)
+    store_tile(dnormalised + image, gradient + of_means[None, :], offs_n, offs_c, N, TOTAL)
 
 
 @kernel
@@ -291,15 +264,14 @@ def channel_attention_backward(
         column_sums=column_sums, HEADS=heads_of(attention),
     )  # fmt: skip
 
-    config = launcher.config("mix_backward", widest_scale(shape))
-    token_blocks = launch.blocks(shape.tokens, config["block_n"])
-    dtokens, dnorm = torch.empty_like(tokens.plain), tokens.empty(batch, token_blocks, 2, shape.total)
+    config = launcher.config("mix_backward", batch)
+    dnormalised = tokens.empty(batch, shape.tokens, shape.total)  # rounded, it would be the largest error of all
     launcher(
-        _mix_backward_kernel, config, batch * len(shape.channels) * token_blocks,
-        tokens=tokens.plain, centred=saved.centred, mixing=mixing, dcovariance=dcovariance, row_sums=row_sums,
-        column_sums=column_sums, dmixed=dmixed, norms=layer_norms_of(attention), dtokens=dtokens, dnorm=dnorm,
-        COLUMN_BLOCKS=column_blocks, EPS=eps_of(attention),
+        _mix_backward_kernel, config, batch * tiles_of_product(shape, config),
+        centred=saved.centred, mixing=mixing, dcovariance=dcovariance, row_sums=row_sums, column_sums=column_sums,
+        dmixed=dmixed, dnormalised=dnormalised, COLUMN_BLOCKS=column_blocks,
     )  # fmt: skip
+    dtokens, dnorm = layer_norm_backward(tokens, attention, dnormalised, dmixed)
 
     config = launcher.config("channel_gradients")
     tiles = launch.blocks(PARAMETERS.value * shape.total, config["block_c"])
@@ -308,6 +280,6 @@ def channel_attention_backward(
         _channel_gradients_kernel, config,
         (len(shape.channels) + 1) * tiles + launch.blocks(2 * shape.total, config["block_c"]),
         row_sums=row_sums, column_sums=column_sums, dnorm=dnorm, out=gradients, batch=batch, BLOCK_ROWS=block_rows,
-        NORM_BLOCKS=token_blocks, SHIFT_CANCELS=cancels_of(attention),
+        NORM_BLOCKS=dnorm.shape[1], SHIFT_CANCELS=cancels_of(attention),
     )  # fmt: skip
     return dtokens, gradients

@@ -81,7 +81,7 @@ def store_normalised(
 def store_layer_norm_backward(
     tokens, dnormalised, dresidual, norms, dtokens, dnorm, b, block, offs_n,
     i: tl.constexpr, BLOCKS: tl.constexpr, EPS: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr,
-    COUNT: tl.constexpr = 1,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of tokens (B, N, C) through their LayerNorm, and the residual's (B, N, C).
 

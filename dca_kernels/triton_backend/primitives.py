@@ -176,6 +176,13 @@ def load_tile(ptr, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def store_tile(ptr, tile, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """As `load_tile` loads them."""
+    mask = (rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], tile, mask=mask)
+
+
+@triton.jit
 def load_tokens(ptr, offs_n, offs_all, mask_n, mask_c, TOTAL: tl.constexpr):
     """Tokens of one image (N, C), zero beyond the masks: [tokens, channels]."""
     mask = mask_n[:, None] & mask_c[None, :]

@@ -339,7 +339,7 @@ def spatial_attention_backward(
         PRECISION=precision,
     )  # fmt: skip
 
-    dtokens, dnorm = layer_norm_backward(tokens, attention, dnormalised, dvalues, dattended)
+    dtokens, dnorm = layer_norm_backward(tokens, attention, dvalues, dattended, parts=dnormalised)
 
     config = launcher.config("spatial_gradients")
     gradients = Gradients.empty(tokens, projections.query_weight[0].dtype)

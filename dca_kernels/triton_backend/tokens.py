@@ -19,6 +19,7 @@ from dca_kernels.triton_backend.primitives import (
     Shape,
     kernel,
     load_tokens,
+    load_vector,
     padded,
     shape_of,
     split_program,
@@ -34,6 +35,7 @@ class Tokens(NamedTuple):
         channels: C_i of each scale.
         statistics: (B, S, 2, N), mean and reciprocal standard deviation of each token of each scale.
         sums: (B, blocks, 2, C), sums over blocks of tokens, normalised and plain.
+        mean: (B, C), the mean token.
         normalised: (B, N, C), the LayerNorm for the spatial attention, less `level`.
         level: (B, C).
     """
@@ -42,6 +44,7 @@ class Tokens(NamedTuple):
     channels: tuple[int, ...]
     statistics: Tensor | None = None
     sums: Tensor | None = None
+    mean: Tensor | None = None
     normalised: Tensor | None = None
     level: Tensor | None = None
 
@@ -98,23 +101,26 @@ def _statistics_kernel(
 
 @kernel
 def _normalise_kernel(
-    tokens, sums, norms, normalised, level,
+    tokens, mean, sums, norms, normalised, level,
     SHAPE: tl.constexpr, SUM_BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One program: the LayerNorm of BLOCK_N tokens of one scale, where the stage before could not do it.
+    """One program: the LayerNorm of COUNTS[i] blocks of BLOCK_N tokens of one scale, the first FIRST[i] of an image.
 
-    tokens, normalised (B, N, C), sums (B, SUM_BLOCKS, 2, C), level (B, C).
+    tokens, normalised (B, N, C), level (B, C). The mean token is mean (B, C), or of sums (B, SUM_BLOCKS, 2, C).
     """
     TOTAL: tl.constexpr = SHAPE.total
-    BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
-    b, tile = split_program(len(SHAPE.channels) * BLOCKS)
-    offs_n = tile % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, tile = split_program(FIRST[len(SHAPE.channels)])
     for i in tl.static_range(len(SHAPE.channels)):
-        if tile // BLOCKS == i:
+        if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
+            offs_n = (tile - FIRST[i]) * COUNTS[i] * BLOCK_N + tl.arange(0, COUNTS[i] * BLOCK_N)
             offs_c = tl.arange(0, padded(SHAPE.channels[i]))
-            mask_c = offs_c < SHAPE.channels[i]
-            plain_sums = sums + (b * SUM_BLOCKS * 2 + 1) * TOTAL + SHAPE.offsets[i]
-            mean_token = sum_blocks(plain_sums, offs_c, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / SHAPE.tokens
+            offs_all, mask_c = SHAPE.offsets[i] + offs_c, offs_c < SHAPE.channels[i]
+            if mean is not None:
+                mean_token = load_vector(mean + b * TOTAL, offs_all, mask_c, ACC)
+            else:
+                plain_sums = sums + (b * SUM_BLOCKS * 2 + 1) * TOTAL
+                mean_token = sum_blocks(plain_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / SHAPE.tokens
             rows, mask = _load_scale(tokens, b, offs_n, i, SHAPE, ACC)
             store_normalised(
                 tokens=rows, mask=mask, mean_token=mean_token, norms=norms, normalised=normalised, level=level, b=b,
@@ -134,13 +140,13 @@ def _load_scale(tokens, b, offs_n, i: tl.constexpr, SHAPE: tl.constexpr, ACC: tl
 
 @kernel
 def _layer_norm_backward_kernel(
-    tokens, dnormalised, dvalues, dresidual, norms, dtokens, dnorm,
+    tokens, dnormalised, parts, dresidual, norms, dtokens, dnorm,
     SHAPE: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of tokens (B, N, C) of one scale through their LayerNorm, and the residual's.
 
-    The normalised tokens' is dvalues (B, N, C) and the sum of dnormalised (B, PARTS, N, C). COUNTS[i] blocks of BLOCK_N
+    The normalised tokens' is dnormalised (B, N, C) and the sum of parts (B, PARTS, N, C). COUNTS[i] blocks of BLOCK_N
     tokens of scale i are a program's, FIRST[i] is its first program within an image. dnorm (B, blocks, 2, C).
     """
     BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
@@ -149,9 +155,9 @@ def _layer_norm_backward_kernel(
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
             block = (tile - FIRST[i]) * COUNTS[i]
             offs_n = block * BLOCK_N + tl.arange(0, COUNTS[i] * BLOCK_N)
-            drows, _ = _load_scale(dvalues, b, offs_n, i, SHAPE, ACC)
+            drows, _ = _load_scale(dnormalised, b, offs_n, i, SHAPE, ACC)
             for k in tl.static_range(PARTS):
-                part, _ = _load_scale(dnormalised, b * PARTS + k, offs_n, i, SHAPE, ACC)
+                part, _ = _load_scale(parts, b * PARTS + k, offs_n, i, SHAPE, ACC)
                 drows += part
             store_layer_norm_backward(
                 tokens=tokens, dnormalised=drows, dresidual=dresidual, norms=norms, dtokens=dtokens, dnorm=dnorm,
@@ -176,32 +182,40 @@ def with_statistics(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
 
 
 def with_normalised(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
-    """The tokens with `normalised` and `level`, made here where no channel attention did."""
+    """The tokens with `normalised` and `level`."""
     if tokens.normalised is not None and tokens.level is not None:
         return tokens
-    tokens = with_statistics(tokens, attention)
+    if tokens.mean is None:
+        tokens = with_statistics(tokens, attention)
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     config = launcher.config("tokens", widest_scale(shape))
+    counts, first = _counts(shape.channels, launch.blocks(shape.tokens, config["block_n"]))
     normalised, level = torch.empty_like(tokens.plain), tokens.empty(batch, shape.total)
     launcher(
-        _normalise_kernel, config, batch * len(shape.channels) * launch.blocks(shape.tokens, config["block_n"]),
-        tokens=tokens.plain, sums=tokens.sums, norms=layer_norms_of(attention), normalised=normalised, level=level,
-        SUM_BLOCKS=tokens.sum_blocks, EPS=eps_of(attention),
+        _normalise_kernel, config, batch * first[-1],
+        tokens=tokens.plain, mean=tokens.mean, sums=None if tokens.mean is not None else tokens.sums,
+        norms=layer_norms_of(attention), normalised=normalised, level=level,
+        SUM_BLOCKS=0 if tokens.mean is not None else tokens.sum_blocks, EPS=eps_of(attention), COUNTS=counts,
+        FIRST=first,
     )  # fmt: skip
     return tokens._replace(normalised=normalised, level=level)
 
 
 def layer_norm_backward(
-    tokens: Tokens, attention: Sequence[Attention], dnormalised: Tensor, dvalues: Tensor, dresidual: Tensor
+    tokens: Tokens,
+    attention: Sequence[Attention],
+    dnormalised: Tensor,
+    dresidual: Tensor,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of tokens (B, N, C), and partial sums (B, blocks, 2, C) of LayerNorm's weights and biases.
 
     Args:
         tokens: what was normalised.
         attention: S scales with their LayerNorms.
-        dnormalised: (B, parts, N, C), summed over the parts.
-        dvalues: (B, N, C), added to that.
+        dnormalised: (B, N, C), the gradient of the normalised tokens.
         dresidual: (B, N, C), the gradient that reached the tokens past the LayerNorm.
+        parts: (B, parts, N, C), more of the normalised tokens' gradient, to be summed.
     """
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     config = launcher.config("tokens", widest_scale(shape))
@@ -211,8 +225,8 @@ def layer_norm_backward(
     dnorm = tokens.empty(batch, blocks, 2, shape.total)
     launcher(
         _layer_norm_backward_kernel, config, batch * first[-1],
-        tokens=tokens.plain, dnormalised=dnormalised, dvalues=dvalues, dresidual=dresidual,
-        norms=layer_norms_of(attention), dtokens=dtokens, dnorm=dnorm, PARTS=dnormalised.shape[1],
+        tokens=tokens.plain, dnormalised=dnormalised, parts=parts, dresidual=dresidual,
+        norms=layer_norms_of(attention), dtokens=dtokens, dnorm=dnorm, PARTS=0 if parts is None else parts.shape[1],
         EPS=eps_of(attention), COUNTS=counts, FIRST=first,
     )  # fmt: skip
     return dtokens, dnorm

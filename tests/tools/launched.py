@@ -53,8 +53,11 @@ class Call(NamedTuple):
         return None
 
 
-def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
-    """The user's tensors that a kernel's argument stands for; None for a workspace."""
+def meant(kernel: str, argument: str, call: Call, of_channels: bool) -> list[Tensor] | None:
+    """The user's tensors that a kernel's argument stands for; None for a workspace.
+
+    of_channels: the LayerNorms are those of the channel attention.
+    """
     (block,) = call.module.attention
     norms = [head[0] for head in call.module.bn_relu]
     attentions = block.s_attention if kernel.startswith("spatial") else block.c_attention
@@ -75,8 +78,7 @@ def meant(kernel: str, argument: str, call: Call) -> list[Tensor] | None:
         return [module.weight for module in (embedding if kernel == "map_gradient" else convolutions)]
     if argument == "biases":
         return [module.bias for module in convolutions]
-    # `mix` normalises for the attention behind it.
-    layer_norms = block.channel_norm if kernel in ("centre", "mix_backward") else block.spatial_norm
+    layer_norms = block.channel_norm if of_channels else block.spatial_norm
     modules = {"embedding": embedding, "norms": layer_norms, "affines": norms}.get(argument)
     return None if modules is None else affine(modules)
 
@@ -113,10 +115,12 @@ def check(asked: dict[str, Any], given: stand_in.Launched, call: Call, shared_li
     expected = [bits(part) for arg in handed for part in leaves(arguments[arg])]
     assert given.arguments == expected, (name, given.arguments, expected)
 
+    # Those of the spatial attention come in parts.
+    of_channels = name == "centre" or (name == "layer_norm_backward" and arguments["parts"] is None)
     storages = {t.untyped_storage().data_ptr() for t in call.given}
     for argument in handed:
         tensors = [part for part in leaves(arguments[argument]) if isinstance(part, Tensor)]
-        its = meant(name, argument, call)
+        its = meant(name, argument, call, of_channels)
         if its is not None:
             assert [t.data_ptr() for t in tensors] == [t.data_ptr() for t in its], (name, argument)
             continue

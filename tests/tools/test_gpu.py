@@ -221,3 +221,5 @@ def test_an_error_in_a_line_is_its_cause() -> None:
     error = RuntimeError("at 3:4:\n  x = y")
     error.__cause__ = ValueError("no such\nshape")
     assert compile.said(error) == "ValueError: shape"
+    said = torch.AcceleratorError("CUDA error: not permitted\nCompile with `TORCH_USE_CUDA_DSA`")
+    assert compile.said(said) == "AcceleratorError: CUDA error: not permitted"

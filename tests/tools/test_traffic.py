@@ -279,7 +279,7 @@ def test_main(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     ours, theirs = json.loads(file.read_text())
     assert (ours["implementation"], theirs["implementation"]) == ("triton", "reference")
     kernels = ours["kernels"]
-    assert ours["launches"] == len(kernels) <= 8  # no operator of plain PyTorch between them
+    assert ours["launches"] == len(kernels) <= 9  # no operator of plain PyTorch between them
     unique = [sum(kernel["loaded"].values()) + sum(kernel["stored"].values()) for kernel in kernels]
     assert ours["bytes"] == sum(unique) == sum(ours[f"{group}_bytes"] for group in traffic.GROUPS)
     map_bytes = sum(c * (2 * s) ** 2 * 2 for c, s in zip(cases.FEATURES, cases.STRIDES, strict=True))
@@ -321,7 +321,7 @@ def test_a_step_is_a_forward_and_a_backward(two_maps: list[torch.Tensor]) -> Non
     ours, theirs = traffic._count(2, "step", "float32", "H200")
     kernels = ours["kernels"]
     names = [kernel["kernel"] for kernel in kernels]
-    assert names[0] == "patch_embed" and names[8:10] == ["upsample", "upsample_backward"] and "map_gradient" in names
+    assert names[0] == "patch_embed" and names[9:11] == ["upsample", "upsample_backward"] and "map_gradient" in names
     assert ours["launches"] == len(kernels) < theirs["launches"]  # no operator of plain PyTorch between them
     map_bytes = sum(x.nbytes for x in two_maps)
     # The channels' first pixels, for batch_statistics and for grid_gradient: two of the second map share a sector.
