@@ -47,7 +47,7 @@ PRODUCT = {
 # What is tried, beside the table's present row: each is a product of its values.
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
-    "patch_embed_train": {"block_q": (2, 4, 8, 16), "num_warps": WARPS},
+    "patch_embed_train": {"block_p": (1, 2, 4), "block_q": (2, 4, 8, 16), "num_warps": WARPS},
     "tokens": {"block_n": (8, 16, 32), "num_warps": WARPS},
     "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS},
     "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},

@@ -48,7 +48,7 @@ CANCELLATION = tl.constexpr(100.0)
 @kernel
 def _batch_statistics_kernel(
     maps, z, moments, tables, counters, statistics, sizes,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
     GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
@@ -67,7 +67,7 @@ def _batch_statistics_kernel(
         if in_group(scale, LAYOUT, g):
             _batch_statistics(
                 maps=maps, z=z, moments=moments, tables=tables, statistics=statistics, sizes=sizes, b=b, scale=scale,
-                offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCKS=MOMENT_BLOCKS,
+                offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCK=MOMENT_BLOCK,
                 GUARDED=GUARDED, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P,
             )  # fmt: skip
     for i in tl.static_range(len(CHANNELS)):
@@ -78,7 +78,7 @@ def _batch_statistics_kernel(
 @triton.jit
 def _batch_statistics(
     maps, z, moments, tables, statistics, sizes, b, scale, offs_c,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCKS: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
     GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """`_batch_statistics_kernel` for image b and a scale of group g."""
@@ -101,9 +101,10 @@ def _batch_statistics(
     )
     x_ptrs = of_scale(maps, scale, SCALES) + b * strides[0] + offs_c * strides[1]
     first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
+    MOMENT_BLOCKS: tl.constexpr = triton.cdiv(GRID[0], MOMENT_BLOCK[0]) * triton.cdiv(GRID[1], MOMENT_BLOCK[1])
     x_mean, x_squares = _combine_blocks(
         moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, height=height,
-        width=width, GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, SUM=SUM, BLOCK_N=BLOCK_N,
+        width=width, GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, BLOCK=MOMENT_BLOCK, SUM=SUM, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     z_mean, z_squares, products = _interpolated_moments(
         z=z + image, transposed=moments.transposed + image, tables=tables + scale * (TABLES * (GRID[0] + GRID[1])),
@@ -128,20 +129,21 @@ def _batch_statistics(
 @triton.jit
 def _combine_blocks(
     moments, offs_all, mask_c, height, width,
-    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, _, count = _load_blocks(
-            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, BLOCK, SUM, BLOCK_N
         )
         mean += block_mean * count[:, None]
     mean = tl.sum(mean, 0) / (height * width)
     squares = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, block_squares, count = _load_blocks(
-            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, SUM, BLOCK_N
+            moments, start, offs_all, mask_c, height, width, GRID, TOTAL, BLOCKS, BLOCK, SUM, BLOCK_N
         )
         apart = block_mean - mean[None, :]
         squares += block_squares + apart * apart * count[:, None]
@@ -151,19 +153,19 @@ def _combine_blocks(
 @triton.jit
 def _load_blocks(
     moments, start, offs_all, mask_c, height, width,
-    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, SUM: tl.constexpr, BLOCK_N: tl.constexpr,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Means, centred squares [BLOCK_N, BLOCK_C] and pixels [BLOCK_N] of some blocks, in SUM."""
-    COLUMN_BLOCKS: tl.constexpr = BLOCKS // GRID[0]
-    BLOCK_Q: tl.constexpr = triton.next_power_of_2(triton.cdiv(GRID[1], COLUMN_BLOCKS))
+    COLUMN_BLOCKS: tl.constexpr = triton.cdiv(GRID[1], BLOCK[1])
     offs = start + tl.arange(0, BLOCK_N)
     mask = (offs < BLOCKS)[:, None] & mask_c[None, :]
     ptrs = moments + offs[:, None] * 2 * TOTAL + offs_all[None, :]
     means = tl.load(ptrs, mask=mask, other=0.0).to(SUM)
     squares = tl.load(ptrs + TOTAL, mask=mask, other=0.0).to(SUM)
-    p, q = offs // COLUMN_BLOCKS, offs % COLUMN_BLOCKS * BLOCK_Q
-    rows = window_begin(p + 1, height, GRID[0]) - window_begin(p, height, GRID[0])
-    columns = window_begin(tl.minimum(q + BLOCK_Q, GRID[1]), width, GRID[1]) - window_begin(q, width, GRID[1])
+    p, q = offs // COLUMN_BLOCKS * BLOCK[0], offs % COLUMN_BLOCKS * BLOCK[1]
+    rows = window_begin(tl.minimum(p + BLOCK[0], GRID[0]), height, GRID[0]) - window_begin(p, height, GRID[0])
+    columns = window_begin(tl.minimum(q + BLOCK[1], GRID[1]), width, GRID[1]) - window_begin(q, width, GRID[1])
     return means, squares, tl.where(offs < BLOCKS, rows * columns, 0).to(SUM)
 
 
@@ -333,7 +335,7 @@ def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) 
         maps=maps.maps, z=z, moments=maps.moments,
         tables=interpolation_tables(sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
         counters=counters_of(contract), statistics=statistics, sizes=size_arguments(sizes, contract.grid),
-        LAYOUT=layout, MOMENT_BLOCKS=maps.moments.blocks.shape[1],
+        LAYOUT=layout, MOMENT_BLOCK=maps.block,
         GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
     )  # fmt: skip
     return statistics

@@ -57,11 +57,11 @@ class Reach(NamedTuple):
     Attributes:
         window: of the largest pooling window, the columns padded to a power of two.
         band: that take from one row of tokens, up to a multiple of what is unrolled, and from the program's columns of
-            tokens, padded.
+            tokens, padded; None where the map has the grid's size, and is its own transposed interpolation.
     """
 
     window: tuple[int, int]
-    band: tuple[int, int]
+    band: tuple[int, int] | None
 
 
 class Map(NamedTuple):
