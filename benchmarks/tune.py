@@ -67,7 +67,7 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "expected_gradient": {"block_n": (64, 128, 256), "num_warps": WARPS},
     "spatial_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
     "conv": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
-    "grid_gradient": {"block_c": (32, 64, 128), "block_k": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
+    "grid_gradient": {"block_c": (32, 64, 128, 256), "block_k": (32, 64), "num_warps": WARPS, "num_stages": (2, 3)},
     "batch_statistics": {
         "block_n": (64, 128, 256),
         "block_c": (4, 8, 16),
@@ -134,7 +134,7 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
         {"tile": 1024},
         {"tile": 4096, "block_w": 128},
     ),
-    "grid_gradient": ({"block_k": 32}, {"maxnreg": None}, {"block_c": 64, "block_k": 32, "num_warps": 4}),
+    "grid_gradient": ({"block_c": 128}, {"block_k": 32}, {"num_warps": 4, "maxnreg": None}, {"maxnreg": None}),
     "mix": ({"num_stages": 2}, {"block_n": 128}, {"block_c": 128}, {"num_stages": 4}),
     "covariance": (
         {"num_stages": 3},

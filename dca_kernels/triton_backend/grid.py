@@ -75,9 +75,7 @@ def interpolation_matrix(offs_low, offs_high, step, ACC: tl.constexpr):
 def weight_in_row(p, h, step, LOW: tl.constexpr, ACC: tl.constexpr):
     """The weight of low-resolution row p in high-resolution row h."""
     position = tl.minimum(h.to(ACC) * step, LOW - 1)
-    left = position.to(tl.int32)
-    fraction = position - left.to(ACC)
-    return tl.where(left == p, 1.0 - fraction, tl.where(left == p - 1, fraction, 0.0))
+    return tl.maximum(1.0 - tl.abs(position - p), 0.0)
 
 
 def band(high: int, low: int, count: int) -> int:

@@ -68,6 +68,8 @@ from dca_kernels.triton_backend.primitives import (
 from dca_kernels.triton_backend.tokens import Tokens, widest_scale
 from dca_kernels.triton_backend.upsample import Saved
 
+ROWS = tl.constexpr(4)  # of the strips, that are loaded at once
+
 
 @triton.jit
 def load_scale(
@@ -302,14 +304,14 @@ def _grid_gradient(
     row = image + (p * GRID[1] + offs_q) * TOTAL
     offs_in = block * BLOCK_C + tl.arange(0, min(WIDEST, BLOCK_C))
     mask_in = offs_in < channels
+    its_tables = _tables_of(tables + scale * (TABLES * (GRID[0] + GRID[1])), p, offs_q, GRID)
     out = tl.zeros([offs_q.shape[0], offs_in.shape[0]], ACC)
     for start in range(0, channels, STEP):
         offs_c = start + tl.arange(0, STEP)
         mask_c = offs_c < channels
         gradient = _gradient_of_z(
             x=of_scale(maps, scale, SCALES), z=z, transposed=transposed, used=used, b=b,
-            tables=tables + scale * (TABLES * (GRID[0] + GRID[1])),
-            strips=_strips_of(strips, b, sizes, scale, SHAPE, GRID[1]), affines=affines,
+            tables=its_tables, strips=_strips_of(strips, b, sizes, scale, SHAPE, GRID[1]), affines=affines,
             through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, sizes=sizes,
             scale=scale, channels=channels, offset=offset, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, ACC=ACC,
         ).to(dz.dtype.element_ty)  # fmt: skip
@@ -326,34 +328,34 @@ def _grid_gradient(
 
 
 @triton.jit
+def _tables_of(tables, p, offs_q, GRID: tl.constexpr):
+    """In row p: the column sums of U [columns]; of U^T U, the weights of its three diagonals, p's and [columns]."""
+    ones = row_table(tables, COLUMN_SUMS, p, GRID) * column_table(tables, COLUMN_SUMS, offs_q, GRID)
+    above = row_table(tables, NEXT_DIAGONAL, p - 1, GRID)
+    here, below = row_table(tables, DIAGONAL, p, GRID), row_table(tables, NEXT_DIAGONAL, p, GRID)
+    left = column_table(tables, NEXT_DIAGONAL, offs_q - 1, GRID)
+    middle, right = column_table(tables, DIAGONAL, offs_q, GRID), column_table(tables, NEXT_DIAGONAL, offs_q, GRID)
+    return ones, (above, here, below), (left, middle, right)
+
+
+@triton.jit
 def _gradient_of_z(
     x, z, transposed, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, scale,
     channels, offset,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """In row p of the grid of image b: [columns, channels]. strips (H_i, P_w, C_i)."""
+    """In row p of the grid of image b: [columns, channels]. tables: `_tables_of`; strips (H_i, P_w, C_i)."""
     GROUP: tl.constexpr = LAYOUT.groups[g]
     NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    image = b * GRID[0] * GRID[1] * TOTAL
     offs_all = offset + offs_c
-    mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
-    dz = tl.zeros(mask.shape, ACC)
     height, width = size_of(sizes, scale, LAYOUT, g)
     row_step, _ = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
-    begin = band_begin(p, height, GRID[0])
-    strip_ptrs = strips + begin * (channels * GRID[1]) + offs_q[:, None] * channels + offs_c[None, :]
-    for r in range(0, band_end(p, height, GRID[0]) - begin):
-        h = begin + r
-        weight = weight_in_row(p, h, row_step, GRID[0], ACC)
-        row = tl.load(strip_ptrs, mask=mask, other=0.0)
-        dz += tl.where(weight != 0, weight * row.to(ACC), 0.0)
-        strip_ptrs += channels * GRID[1]
-    dz *= stretch_of(sizes, scale, width, LAYOUT, g, ACC)
+    through = tl.zeros([offs_q.shape[0], offs_c.shape[0]], ACC)
     if (NORM is not None) and NORM.from_batch:
-        rows = p + tl.zeros(offs_q.shape, tl.int32)
-        ones = row_table(tables, COLUMN_SUMS, rows, GRID) * column_table(tables, COLUMN_SUMS, offs_q, GRID)
+        ones, of_rows, of_columns = tables
+        image = b * GRID[0] * GRID[1] * TOTAL
         image_stride = stride_of_scale(LAYOUT, g, 0, height.to(tl.int64), width, scale)
         first_ptrs = x + b * image_stride + offs_c * stride_of_scale(LAYOUT, g, 1, height, width, scale)
         first = tl.load(first_ptrs, mask=mask_c, other=0.0).to(ACC)
@@ -362,28 +364,53 @@ def _gradient_of_z(
         apart = (first.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
         constant = load_vector(through_statistics, offs_all, mask_c, ACC)
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
-        y = load_grid(transposed + image, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        y = load_grid(transposed + image, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
         y *= area_of(sizes, scale, height * width, LAYOUT, g, ACC)
-        y += _interpolated_twice(z + image, token, tables, rows, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
-        y += ones[:, None] * apart[None, :]
-        dz -= constant[None, :] * ones[:, None] + multiple[None, :] * y
+        y += _interpolated_twice(z + image, token, of_rows, of_columns, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        through += (constant + multiple * apart)[None, :] * ones[:, None] + multiple[None, :] * y
+    dz = _of_strips(strips, p, offs_q, offs_c, mask_c, height, row_step, channels, GRID, ACC)
+    dz = dz * stretch_of(sizes, scale, width, LAYOUT, g, ACC) - through
     if NORM is not None:
         dz *= load_scale(used, affines, offs_c, offs_all, mask_c, scale, LAYOUT, g, TOTAL, ACC)[None, :]
     return dz
 
 
 @triton.jit
+def _of_strips(
+    strips, p, offs_q, offs_c, mask_c, height, row_step, channels, GRID: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The transposed interpolation along columns, in row p: [columns, channels]. strips (H_i, P_w, C_i)."""
+    begin = band_begin(p, height, GRID[0])
+    count = band_end(p, height, GRID[0]) - begin
+    mask = (offs_q < GRID[1])[:, None] & mask_c[None, :]
+    stride = channels * GRID[1]
+    ptrs = strips + begin * stride + offs_q[:, None] * channels + offs_c[None, :]
+    out = tl.zeros(mask.shape, ACC)
+    for start in range(0, count, ROWS):
+        for r in tl.static_range(ROWS):  # none waits for another's load
+            weight = weight_in_row(p, begin + start + r, row_step, GRID[0], ACC)
+            inside = start + r < tl.where(weight > 0, count, 0)
+            out += weight * tl.load(ptrs, mask=mask & inside, other=0.0).to(ACC)
+            ptrs += stride
+    return out
+
+
+@triton.jit
 def _interpolated_twice(
-    z, token, tables, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+    z, token, of_rows, of_columns, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
 ):
-    """U^T U (z - token) at some positions: (G_h x G_w) of it, both with three diagonals: [positions, channels]."""
-    out = tl.zeros([p.shape[0], offs_all.shape[0]], ACC)
-    for dp in tl.static_range(-1, 2):
-        for dq in tl.static_range(-1, 2):
-            row = row_table(tables, DIAGONAL if dp == 0 else NEXT_DIAGONAL, p if dp >= 0 else p - 1, GRID)
-            column = column_table(tables, DIAGONAL if dq == 0 else NEXT_DIAGONAL, q if dq >= 0 else q - 1, GRID)
-            apart = load_grid(z, p + dp, q + dq, offs_all, mask_c, GRID, TOTAL, ACC) - token[None, :]
-            out += (row * column)[:, None] * apart
+    """U^T U (z - token) in row p: (G_h x G_w) of it, both with three diagonals: [columns, channels]."""
+    out = tl.zeros([q.shape[0], offs_all.shape[0]], ACC)
+    ptrs = z + (p * GRID[1] + q)[:, None] * TOTAL + offs_all[None, :]
+    for dq in tl.static_range(-1, 2):
+        column = tl.zeros(out.shape, ACC)
+        for dp in tl.static_range(-1, 2):
+            inside = (p + dp >= 0) & (p + dp < GRID[0]) & (q + dq >= 0) & (q + dq < GRID[1])
+            mask = inside[:, None] & mask_c[None, :]
+            # a constant away from the middle, as loads can have it
+            tokens = tl.load(ptrs + (dp * GRID[1] + dq) * TOTAL, mask=mask, other=0.0).to(ACC)
+            column += of_rows[dp + 1] * (tokens - token[None, :])
+        out += of_columns[dq + 1][:, None] * column
     return out
 
 
