@@ -181,7 +181,13 @@ def of_pairs(vector, ROWS: tl.constexpr):
 @triton.jit
 def sum_pairs(tile, TILE: tl.constexpr):
     """[pairs, columns] -> [channels]."""
-    return tl.sum(tl.reshape(tl.sum(tile, 1), [TILE.rows, TILE.channels]), 0)
+    return of_channels(tl.sum(tile, 1), TILE)
+
+
+@triton.jit
+def of_channels(vector, TILE: tl.constexpr):
+    """The sum of what each channel's pairs have: [pairs] -> [channels]."""
+    return tl.sum(tl.reshape(vector, [TILE.rows, TILE.channels]), 0)
 
 
 @triton.jit
@@ -212,43 +218,45 @@ def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
 def interpolate(
     z_ptrs, mask_pair, pair_h, first, offs_w, row_step, column_step,
     TOKENS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BY_PRODUCT: tl.constexpr = False,
 ):  # fmt: skip
     """up(z) in a tile: rows by weighting two of them, then columns: [pairs, columns].
 
     z_ptrs [pairs] point to the channel's first token, `first` is the first column of the grid that the tile takes from.
-    TOKENS is the tile's number. BY_PRODUCT: columns by a product
-    with the interpolation's matrix, where that is needed anyway. It rounds up(z) to what the products have, less than z
-    itself is rounded.
+    TOKENS is the tile's number.
     """
     if TOKENS == 0:
-        z_ptrs += pair_h * GRID[1] * TOTAL
-        mask = mask_pair[:, None] & (offs_w < GRID[1])[None, :]
-        return tl.load(z_ptrs[:, None] + offs_w[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+        return _load_row(z_ptrs + pair_h * GRID[1] * TOTAL, mask_pair, offs_w, GRID, TOTAL, ACC)
     else:
         offs_q = first + tl.arange(0, TOKENS)
-        top, bottom, fraction = interpolation(pair_h, row_step, GRID[0], ACC)
-        above_ptrs, below_ptrs = z_ptrs + top * GRID[1] * TOTAL, z_ptrs + bottom * GRID[1] * TOTAL
-        mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
-        above = tl.load(above_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-        below = tl.load(below_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
-        rows = above * (1.0 - fraction)[:, None] + below * fraction[:, None]  # [pairs, TOKENS]
-        return _along_rows(rows, first, offs_q, offs_w, column_step, GRID[1], PRECISION, ACC, BY_PRODUCT)
+        rows = interpolate_rows(z_ptrs, mask_pair, pair_h, offs_q, row_step, GRID, TOTAL, ACC)
+        left, right, fraction = interpolation(offs_w, column_step, GRID[1], ACC)
+        of_left, of_right = _columns(rows, left - first), _columns(rows, right - first)
+        return of_left * (1.0 - fraction)[None, :] + of_right * fraction[None, :]
 
 
 @triton.jit
-def _along_rows(
-    rows, first, offs_q, offs_w, step,
-    GRID_WIDTH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BY_PRODUCT: tl.constexpr,
+def _load_row(z_ptrs, mask_pair, offs_q, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr):
+    """Columns of one row of the token grid for each pair, zero beyond it: [pairs, columns]."""
+    mask = mask_pair[:, None] & (offs_q < GRID[1])[None, :]
+    return tl.load(z_ptrs[:, None] + offs_q[None, :] * TOTAL, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def interpolate_rows(
+    z_ptrs, mask_pair, pair_h, offs_q, row_step,
+    GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, CHANNELS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Rows of the token grid from its column `first` on, interpolated: [pairs, TOKENS] -> [pairs, columns]."""
-    if BY_PRODUCT:
-        matrix = interpolation_matrix(offs_q, offs_w, step, ACC)
-        return tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)  # [pairs, TOKENS] [TOKENS, columns]
-    else:
-        left, right, fraction = interpolation(offs_w, step, GRID_WIDTH, ACC)
-        of_left, of_right = _columns(rows, left - first), _columns(rows, right - first)
-        return of_left * (1.0 - fraction)[None, :] + of_right * fraction[None, :]
+    """Columns of the token grid in a map's rows, by weighting two of the grid's: [pairs, columns].
+
+    CHANNELS neighbouring pairs are known to be of one row: what is loaded of them is one access.
+    """
+    top, bottom, fraction = interpolation(pair_h, row_step, GRID[0], ACC)
+    top, bottom = top * GRID[1] * TOTAL, bottom * GRID[1] * TOTAL
+    if CHANNELS != 1:
+        top, bottom = tl.max_constancy(top, CHANNELS), tl.max_constancy(bottom, CHANNELS)
+    above = _load_row(z_ptrs + top, mask_pair, offs_q, GRID, TOTAL, ACC)
+    below = _load_row(z_ptrs + bottom, mask_pair, offs_q, GRID, TOTAL, ACC)
+    return above * (1.0 - fraction)[:, None] + below * fraction[:, None]
 
 
 @triton.jit

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
     Attributes:
         tokens: columns of the token grid from which those of the tile are interpolated, padded; 0 where the map has the
-            grid's size, and nothing is interpolated.
+            grid's size, and nothing is interpolated; the whole grid's where a program has whole rows.
     """
 
     channels: int
@@ -252,21 +252,32 @@ def memory_of(maps: Sequence[Tensor]) -> str:
 
 @functools.cache
 def tiles_of(
-    shape: Shape, sizes: tuple[tuple[int, int], ...], grid: tuple[int, int], elements: int, most_c: int, most_w: int
+    shape: Shape,
+    sizes: tuple[tuple[int, int], ...],
+    grid: tuple[int, int],
+    elements: int,
+    most_c: int,
+    most_w: int,
+    whole_rows: bool = False,
 ) -> Tiles:
     """Tiles of at most `elements`, `most_c` channels and `most_w` columns.
 
-    Products need 16 rows (pairs of row and channel) and columns.
+    With `whole_rows` a program has all that are side by side, and is counted once. Products need 16 rows (pairs of
+    row and channel) and columns.
     """
     tiles, first, counts = [], [0], []
     for c, (height, width) in zip(shape.channels, sizes, strict=True):
         columns = min(most_w, launch.padded(width))
         pairs = max(16, elements // columns)
         channels = min(most_c, launch.padded(c), pairs)
-        tokens = 0 if (height, width) == grid else launch.padded(_columns_needed(columns, width, grid[1]))
+        if whole_rows:
+            tokens = launch.padded(grid[1])
+        else:
+            tokens = 0 if (height, width) == grid else launch.padded(_columns_needed(columns, width, grid[1]))
         tiles.append(Tile(channels, pairs // channels, columns, tokens))
         extents = zip((c, height, width), tiles[-1], strict=False)
-        counts.append([launch.blocks(extent, block) for extent, block in extents])
+        blocks = [launch.blocks(extent, block) for extent, block in extents]
+        counts.append([*blocks[:2], 1 if whole_rows else blocks[2]])
         first.append(first[-1] + math.prod(counts[-1]))
     _, rows, side_by_side = zip(*counts, strict=True)
     arguments = Counts(

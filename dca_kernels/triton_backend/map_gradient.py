@@ -90,7 +90,7 @@ def _map_gradient(
     c_begin, h_begin = block * TILE.channels, row * TILE.rows
     pixels, y, gradient = load_relu_gradient(
         x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
-        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=False,
+        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
     )  # fmt: skip
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < SHAPE.channels[i]

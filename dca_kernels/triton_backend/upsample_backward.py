@@ -19,15 +19,16 @@ from dca_kernels.triton_backend.grid import (
     band_end,
     column_table,
     interpolate,
+    interpolate_rows,
     interpolation_matrix,
     interpolation_tables,
     less_mean,
     load_grid,
     load_map,
+    of_channels,
     of_pairs,
     pairs,
     row_table,
-    sum_pairs,
     weight_in_row,
 )
 from dca_kernels.triton_backend.layout import (
@@ -87,10 +88,39 @@ def load_scale(
 
 
 @triton.jit
+def load_mean(used, c_begin, i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """What BatchNorm took off a tile's channels of scale i, in float64: [channels]. used (2, C)."""
+    offs_c = c_begin + tl.arange(0, LAYOUT.of[i].tile.channels)
+    return load_vector(used, SHAPE.offsets[i] + offs_c, offs_c < SHAPE.channels[i], tl.float64)
+
+
+@triton.jit
+def load_affine(
+    used, affines, c_begin, i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """`load_scale` and BatchNorm's bias in a tile's channels of scale i: [channels] each."""
+    offs_c = c_begin + tl.arange(0, LAYOUT.of[i].tile.channels)
+    mask_c = offs_c < SHAPE.channels[i]
+    offs_all = SHAPE.offsets[i] + offs_c
+    scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, SHAPE.total, ACC)
+    bias = tl.zeros(offs_c.shape, ACC)  # one FMA with the scale, so that none costs nothing
+    if affines.bias[i] is not None:
+        bias = load_vector(affines.bias[i], offs_c, mask_c, ACC)
+    return scale, bias
+
+
+@triton.jit
+def through_relu(y, gradient, affine, ROWS: tl.constexpr):
+    """The gradient of what BatchNorm gave: [pairs, columns]. y: its input less the mean; affine: `load_affine`."""
+    scale, bias = affine
+    before_relu = y * of_pairs(scale, ROWS)[:, None] + of_pairs(bias, ROWS)[:, None]
+    return tl.where(before_relu <= 0, 0.0, gradient)
+
+
+@triton.jit
 def load_relu_gradient(
     x, z, dout, affines, used, b, c_begin, h_begin, sizes, height, width,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BY_PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
 
@@ -99,14 +129,10 @@ def load_relu_gradient(
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
     MAP: tl.constexpr = LAYOUT.of[i]
-    NORM: tl.constexpr = MAP.norm
     STRIDE: tl.constexpr = MAP.stride
     OUT_STRIDE: tl.constexpr = MAP.out_stride
     TILE: tl.constexpr = MAP.tile
-    offs_c = c_begin + tl.arange(0, TILE.channels)
-    mask_c = offs_c < SHAPE.channels[i]
-    offs_all = SHAPE.offsets[i] + offs_c
-    mean = load_vector(used, offs_all, mask_c, tl.float64)
+    mean = load_mean(used, c_begin, i, SHAPE, LAYOUT)
     pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, SHAPE.channels[i], height, TILE)
     offs_w = tl.arange(0, TILE.columns)
     mask = mask_pair[:, None] & (offs_w < width)[None, :]
@@ -115,17 +141,13 @@ def load_relu_gradient(
     up = interpolate(
         z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=0, offs_w=offs_w, row_step=row_step,
         column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
-        BY_PRODUCT=BY_PRODUCT,
     )  # fmt: skip
     pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)
     gradient = load_map(dout, b, pair_c, pair_h, offs_w, mask, strides_of(OUT_STRIDE, height, width), ACC)
-    if NORM is not None:
-        scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, TOTAL, ACC)
-        before_relu = y * of_pairs(scale, TILE.rows)[:, None]
-        if affines.bias[i] is not None:
-            before_relu += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
-        gradient = tl.where(before_relu <= 0, 0.0, gradient)
+    if MAP.norm is not None:
+        affine = load_affine(used, affines, c_begin, i, SHAPE, LAYOUT, ACC)
+        gradient = through_relu(y, gradient, affine, TILE.rows)
     return pixels, y, gradient
 
 
@@ -165,28 +187,51 @@ def _upsample_backward(
     x, z, dout, affines, used, sums, strips, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """`_upsample_backward_kernel` for tile `tile` of image b and scale i; sums and strips are those of image b."""
+    """`_upsample_backward_kernel` for tile `tile` of image b and scale i; sums and strips are those of image b.
+
+    It goes over its rows some columns at a time: however wide the map is, a tile has as many rows as products need.
+    """
     CHANNELS: tl.constexpr = SHAPE.channels[i]
     GRID: tl.constexpr = LAYOUT.grid
-    TILE: tl.constexpr = LAYOUT.of[i].tile
+    MAP: tl.constexpr = LAYOUT.of[i]
+    STRIDE: tl.constexpr = MAP.stride
+    OUT_STRIDE: tl.constexpr = MAP.out_stride
+    TILE: tl.constexpr = MAP.tile
     height, width = size_of(sizes, i, LAYOUT, i)
+    strides, out_strides = strides_of(STRIDE, height, width), strides_of(OUT_STRIDE, height, width)
     block, row = divide(tile, counts.rows[i])
     c_begin, h_begin = block * TILE.channels, row * TILE.rows
-    _, y, gradient = load_relu_gradient(
-        x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
-        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC, BY_PRODUCT=True,
-    )  # fmt: skip
+    mean = load_mean(used, c_begin, i, SHAPE, LAYOUT)
+    if MAP.norm is not None:
+        affine = load_affine(used, affines, c_begin, i, SHAPE, LAYOUT, ACC)
     pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, height, TILE)
-    offs_w = tl.arange(0, TILE.columns)
+    z_ptrs = z + b * GRID[0] * GRID[1] * SHAPE.total + SHAPE.offsets[i] + pair_c
+    offs_q = tl.arange(0, padded(GRID[1]))
+    row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
+    rows = interpolate_rows(z_ptrs, mask_pair, pair_h, offs_q, row_step, GRID, SHAPE.total, ACC, TILE.channels)
+    sum_gradient, sum_product = tl.zeros(pair_c.shape, ACC), tl.zeros(pair_c.shape, ACC)
+    strip = tl.zeros([pair_c.shape[0], offs_q.shape[0]], ACC)
+    for w_begin in range(0, width, TILE.columns):
+        offs_w = w_begin + tl.arange(0, TILE.columns)
+        matrix = interpolation_matrix(offs_q, offs_w, column_step, ACC)
+        mask = mask_pair[:, None] & (offs_w < width)[None, :]
+        # Both before the product: Triton then sums in its layout, not in that of the loads, which would be a way
+        # through shared memory for all that is summed.
+        pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides, ACC)
+        gradient = load_map(dout, b, pair_c, pair_h, offs_w, mask, out_strides, ACC)
+        # [pairs, P_w] [P_w, columns]: up(z) is rounded to what products have, less than z itself
+        up = tl.dot(rows, matrix, input_precision=PRECISION, out_dtype=ACC)
+        y = less_mean(pixels, up, mean, TILE.rows, ACC)
+        if MAP.norm is not None:
+            gradient = through_relu(y, gradient, affine, TILE.rows)
+        sum_gradient += tl.sum(gradient, 1)
+        sum_product += tl.sum(gradient * y, 1)
+        # [pairs, columns] [columns, P_w]
+        strip = tl.dot(gradient, tl.trans(matrix), strip, input_precision=PRECISION, out_dtype=ACC)
     offs_c = c_begin + tl.arange(0, TILE.channels)
     sums_ptrs = sums + row * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
-    tl.store(sums_ptrs, sum_pairs(gradient, TILE), mask=offs_c < CHANNELS)
-    tl.store(sums_ptrs + SHAPE.total, sum_pairs(gradient * y, TILE), mask=offs_c < CHANNELS)
-    offs_q = tl.arange(0, padded(GRID[1]))
-    _, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
-    matrix = interpolation_matrix(offs_q, offs_w, column_step, ACC)
-    # [pairs, columns] [columns, P_w]
-    strip = tl.dot(gradient, tl.trans(matrix), input_precision=PRECISION, out_dtype=ACC)
+    tl.store(sums_ptrs, of_channels(sum_gradient, TILE), mask=offs_c < CHANNELS)
+    tl.store(sums_ptrs + SHAPE.total, of_channels(sum_product, TILE), mask=offs_c < CHANNELS)
     ptrs = strips + (pair_h * GRID[1] * CHANNELS + pair_c)[:, None] + (offs_q * CHANNELS)[None, :]
     strip /= stretch_of(sizes, i, width, LAYOUT, i, ACC)  # of a gradient's size, whatever the stride
     tl.store(ptrs, strip, mask=mask_pair[:, None] & (offs_q < GRID[1])[None, :])
@@ -516,7 +561,7 @@ def upsample_backward(
     sizes = sizes_of(maps)
     size_args, widest = size_arguments(sizes, grid), max([width for _, width in sizes])
     config = launcher.config("upsample_backward" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], config["block_w"], whole_rows=True)
     most = max(tiles.rows)
     sums = tokens.empty(batch, most, 2, shape.total)
     elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
