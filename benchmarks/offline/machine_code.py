@@ -196,6 +196,11 @@ def _count(code: str, pattern: str) -> int:
     return len(re.findall(pattern, code))
 
 
+def _as_json(value: Any) -> Any:
+    """As it is read again."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def row(case: Case, target: str, one: Launch) -> Row:
     """One line of the table."""
     with stand_in.standing_in(target):
@@ -206,7 +211,7 @@ def row(case: Case, target: str, one: Launch) -> Row:
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "target": target,
-        "config": {name.lower(): value for name, value in one.arguments.items() if name.startswith("BLOCK")}
+        "config": {name.lower(): _as_json(value) for name, value in one.arguments.items() if name.startswith("BLOCK")}
         | one.options,
         "digest": its_digest,
         **found,

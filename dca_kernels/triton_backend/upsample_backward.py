@@ -585,7 +585,7 @@ def upsample_backward(
         batch=batch, sizes=size_args, blocks=tuple(map(argument, tiles.rows)), sum_blocks=most, LAYOUT=layout,
     )  # fmt: skip
 
-    config = launcher.config("grid_gradient", widest_scale(shape))
+    config = launcher.config("grid_gradient", widest_scale(shape) * launch.padded(grid[1]))
     dz, dtokens = torch.empty_like(saved.z), torch.empty_like(saved.z) if tokens_wanted else None
     launcher(
         _grid_gradient_kernel, config,
