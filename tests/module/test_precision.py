@@ -53,12 +53,13 @@ def runs(
     seed: int = 0,
     backward: bool | None = None,
     magnitude: float = 1.0,
+    config: Config | None = None,
 ) -> list[Results]:
     """Ours and the reference in `dtype`, and the reference in float64 with the same inputs and weights.
 
     `magnitude` is the upstream gradients'.
     """
-    config = CONFIG if full_size(backend) else TINY if backward else SMALL
+    config = config or (CONFIG if full_size(backend) else TINY if backward else SMALL)
     backward = backend in TRAINABLE if backward is None else backward
     ours, theirs = pair(config, backend, dtype, train, seed)
     maps = random_maps(config, dtype, seed, backend)
@@ -162,6 +163,24 @@ def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend:
         assert all(ours[exact.abs() < largest].isfinite().all() for ours, _, exact in draws), quantity
         if quantity.startswith("output."):
             assert_within_budget(draws, dtype, quantity)
+
+
+ODD = Config((4, 8), (3, 5), sizes=((9, 11), (3, 5)), batch=2)  # blocks of windows reach beyond it; one map is the grid
+
+
+@needs_triton
+@each_dtype
+@both_modes
+def test_error_budget_with_the_blocks_of_an_h100(
+    train: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows of configurations.json that a user's call has there, whatever the device here."""
+    from dca_kernels.triton_backend import launch
+
+    rows = launch.configuration
+    monkeypatch.setattr(launch, "configuration", lambda kernel, _, *conditions: rows(kernel, "sm_90", *conditions))
+    draws = [runs("triton", dtype, train, seed=seed, config=ODD) for seed in SEEDS]
+    assert_all_within_budget(draws, dtype)
 
 
 def test_rows_of_rounded_tokens_are_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
