@@ -51,7 +51,7 @@ def test_kernels_are_timed_one_by_one() -> None:
     problem = Problem("dca", TINY, 1, torch.float32, False)
     entries = kernels.measured(problem, {"copy_bytes_s": 1e9, "matmul_flop_s": 1e9})
     names = [entry["kernel"] for entry in entries]
-    assert len(set(names)) == 9 and names[-1] == "all" and "spatial_attention" in names
+    assert len(set(names)) == 10 and names[-1] == "all" and "spatial_attention" in names
     assert entries[-1]["us"] == pytest.approx(sum(entry["us"] for entry in entries[:-1]))
     assert kernels.kernel_of("void at::native::fill") == kernels.OTHER
     written = [entry | {"step": "kernels"} for entry in entries]
@@ -200,9 +200,9 @@ def test_a_measured_row_leaves_those_for_smaller_sizes(tmp_path: Path) -> None:
     rows = json.loads(table.read_text())["covariance"]["rows"]
     new = {"if": {"architecture": ["sm_90"], "dtype": ["bfloat16"]}, "then": {"block_c": 8}}
     assert rows == [*before[:-1], new, before[-1]]
-    tune.write("tokens", "sm_90", "bfloat16", 256, {"block_n": 32}, table)
-    conditions = [row["if"] for row in json.loads(table.read_text())["tokens"]["rows"]]
-    held_before = conditions.index({"max_size": 1024})
+    tune.write("mixing", "sm_90", "bfloat16", 256, {"block_c": 16}, table)
+    conditions = [row["if"] for row in json.loads(table.read_text())["mixing"]["rows"]]
+    held_before = conditions.index({"architecture": ["sm_90"], "dtype": ["bfloat16", "float16"], "max_size": 512})
     assert conditions[held_before - 1] == new["if"] | {"max_size": 256}
 
 
