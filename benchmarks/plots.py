@@ -1,7 +1,7 @@
 """The figures. The same rows give the same bytes under one version of matplotlib."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,7 @@ def memory(figure: Any, found: Sequence[Row]) -> None:
 
 def of_floor(figure: Any, found: Sequence[Row]) -> None:
     """The floor over the time of each stage: the paper's size, one dtype, the largest batch."""
-    chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
-    chosen = _of_most([r for r in chosen if r.step in COMPARED], "dtype")
-    largest = max((r.batch for r in chosen), default=0)
-    chosen = [r for r in chosen if r.batch == largest]
+    chosen = _stages(found)
     value = {(r.provider, r.step, r.case): 100 * r.floor_ms / r.p50_ms for r in chosen}
     labels = {case: case.replace("_", "\n") for case in cases.STAGES}
     label = f"floor over time, % (paper's size, {_said(chosen, 'batch', 'dtype')})"
@@ -108,11 +105,8 @@ def of_floor(figure: Any, found: Sequence[Row]) -> None:
 
 def speedup(figure: Any, found: Sequence[Row]) -> None:
     """The reference's time over each provider's, the module at every size: one dtype, the batch that has the most."""
-    chosen = of_one_dtype(found)
-    times = {row.key: row.p50_ms for row in chosen if row.p50_ms}
-    timed = [row for row in chosen if row.key in times and (*row.group, "reference") in times and row.step in COMPARED]
-    timed = _of_most(timed, "batch")
-    value = {(r.provider, r.step, r.size): times[*r.group, "reference"] / times[r.key] for r in timed}
+    timed, reference = _beside_reference(found)
+    value = {(r.provider, r.step, r.size): reference[r.group] / r.p50_ms for r in timed}
     labels = {name: name for name in cases.SIZES if any(row.size == name for row in timed)}
     _grouped(
         figure, value, labels, order(timed), f"speed-up over the eager reference ({_said(timed, 'batch', 'dtype')})"
@@ -146,6 +140,21 @@ def _by_grid(found: Sequence[Row]) -> list[Row]:
     return _lined([r for r in chosen if r.batch == smallest], _grid)
 
 
+def _stages(found: Sequence[Row]) -> list[Row]:
+    """Stages that have a time and a floor: the paper's size, one dtype, the largest batch."""
+    chosen = [r for r in found if r.case in cases.STAGES and r.size == "paper" and r.p50_ms and r.floor_ms]
+    chosen = _of_most([r for r in chosen if r.step in COMPARED], "dtype")
+    largest = max((r.batch for r in chosen), default=0)
+    return [r for r in chosen if r.batch == largest]
+
+
+def _beside_reference(found: Sequence[Row]) -> tuple[list[Row], dict[tuple[Any, ...], float]]:
+    """The module's rows of one dtype and batch that the reference was timed beside, and its time by their group."""
+    chosen = [row for row in of_one_dtype(found) if row.p50_ms and row.step in COMPARED]
+    reference = {row.group: row.p50_ms for row in chosen if row.provider == "reference"}
+    return _of_most([row for row in chosen if row.group in reference], "batch"), reference
+
+
 def _batch(row: Row) -> int:
     return row.batch
 
@@ -163,14 +172,13 @@ FIGURES = {"latency": latency, "memory": memory, "speedup": speedup, "of_floor":
 
 
 def figures(found: Sequence[Row]) -> list[str]:
-    """The names of those that the rows have something for: a line needs two points."""
-    measured = {row.case for row in found if row.p50_ms is not None and row.size in cases.SIZES}
+    """The names of those that the rows have something for: a line needs two points, a speed-up the reference."""
     timed = [row for row in of_one_dtype(found) if row.size == "paper" and row.p50_ms is not None]
     there = {
         "latency": bool(_lined(timed, _batch)),
         "memory": bool(_by_grid(found)),
-        "speedup": "dca" in measured,
-        "of_floor": bool(measured & set(cases.STAGES)),
+        "speedup": bool(_beside_reference(found)[0]),
+        "of_floor": bool(_stages(found)),
     }
     return [name for name in FIGURES if there[name]]
 
@@ -178,9 +186,8 @@ def figures(found: Sequence[Row]) -> list[str]:
 def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_label: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure.set_size_inches(9, 4.4)
     names = order(found)
-    for axis, step in zip(figure.subplots(1, 2), COMPARED, strict=True):
+    for axis, step in _panels(figure, {row.step for row in found}, 4.5):
         for name in names:
             points = sorted((x(r), y(r)) for r in found if (r.provider, r.step) == (name, step))
             if points:
@@ -200,9 +207,8 @@ def _grouped(
     figure: Any, value: dict[tuple[str, str, str], float], groups: dict[str, str], names: list[str], label: str
 ) -> None:
     """Bars by (provider, step, group): those of a group side by side, without room for what it lacks."""
-    figure.set_size_inches(10, 4.4)
-    width = 0.8 / max(1, len(names))
-    for axis, step in zip(figure.subplots(1, 2), COMPARED, strict=True):
+    width = 0.8 / len(names)
+    for axis, step in _panels(figure, {step for _, step, _ in value}, 5):
         for place, group in enumerate(groups):
             present = [name for name in names if (name, step, group) in value]
             for i, name in enumerate(present):
@@ -213,6 +219,13 @@ def _grouped(
         axis.set(title=step, ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, names, bar=True)
+
+
+def _panels(figure: Any, steps: Container[str], inches: float) -> list[tuple[Any, str]]:
+    """One, this wide, for each step that is compared and has something to draw."""
+    drawn = [step for step in COMPARED if step in steps]
+    figure.set_size_inches(inches * len(drawn), 4.4)
+    return list(zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True))
 
 
 def _legend(figure: Any, names: Sequence[str], bar: bool = False) -> None:

@@ -36,7 +36,7 @@ def test_a_figure_shows_one_dtype_and_one_batch() -> None:
     assert "memory" in plots.figures(grids) and "memory" not in plots.figures(grids[:1])
     batches = [row(name, 10.0 * b, batch=b) for name in ("reference", "torch") for b in (1, 8)]
     one_size = [row(name, size="grid56", batch=8) for name in ("reference", "torch")]
-    forward, _ = drawn_by(plots.speedup, [*batches, *one_size, row("torch compiled", batch=1)]).axes
+    (forward,) = drawn_by(plots.speedup, [*batches, *one_size, row("torch compiled", batch=1)]).axes
     assert len(forward.patches) == 4  # both sizes at batch 8, and no slot for what was compiled at batch 1
     assert [tick.get_text() for tick in forward.get_xticklabels()] == ["paper", "grid56"]
     assert "batch 8, float32" in forward.get_ylabel()
@@ -80,18 +80,20 @@ def test_bars_leave_no_empty_slots() -> None:
     """And the legend has no name without a bar."""
     found = [row(name) for name in ("reference", "reference compiled", "torch")]
     figure = drawn_by(plots.speedup, found + [row(name, size="wide") for name in ("reference", "torch")])
-    forward, _ = figure.axes
+    (forward,) = figure.axes
     first, second = (bar for bar in forward.patches if bar.get_x() > 0.5)
     assert first.get_x() + first.get_width() == pytest.approx(second.get_x()) == pytest.approx(1.0)
     assert len(figure.legends[0].get_texts()) == 3
 
 
 def test_a_line_has_two_points() -> None:
-    """A provider that was measured once would be a dot that no legend tells from another."""
+    """A provider that was measured once would be a dot that no legend tells from another; a step without a line has no
+    panel, and rows without the reference no figure of speed-ups."""
     found = [row("torch", batch=b) for b in (1, 8)] + [row("torch compiled"), row("reference compiled")]
     figure = drawn_by(plots.latency, found)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["torch"]
-    assert [len(axis.lines) for axis in figure.axes] == [1, 0]
+    assert [(axis.get_title(), len(axis.lines)) for axis in figure.axes] == [("forward", 1)]
+    assert plots.figures(found) == ["latency"]
 
 
 def test_report_of_a_copy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
