@@ -187,16 +187,17 @@ def with_normalised(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
         return tokens
     if tokens.mean is None:
         tokens = with_statistics(tokens, attention)
+        sums, blocks = tokens.sums, tokens.sum_blocks
+    else:
+        sums, blocks = None, 0
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     config = launcher.config("tokens", widest_scale(shape))
     counts, first = _counts(shape.channels, launch.blocks(shape.tokens, config["block_n"]))
     normalised, level = torch.empty_like(tokens.plain), tokens.empty(batch, shape.total)
     launcher(
         _normalise_kernel, config, batch * first[-1],
-        tokens=tokens.plain, mean=tokens.mean, sums=None if tokens.mean is not None else tokens.sums,
-        norms=layer_norms_of(attention), normalised=normalised, level=level,
-        SUM_BLOCKS=0 if tokens.mean is not None else tokens.sum_blocks, EPS=eps_of(attention), COUNTS=counts,
-        FIRST=first,
+        tokens=tokens.plain, mean=tokens.mean, sums=sums, norms=layer_norms_of(attention), normalised=normalised,
+        level=level, SUM_BLOCKS=blocks, EPS=eps_of(attention), COUNTS=counts, FIRST=first,
     )  # fmt: skip
     return tokens._replace(normalised=normalised, level=level)
 
