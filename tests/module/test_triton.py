@@ -318,6 +318,22 @@ def test_no_images_launch_nothing(train: bool, launches: list[int]) -> None:
     assert not launches
 
 
+def test_gradients_of_layer_norms_are_summed_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums over all tokens are small where a batch's statistics are taken off, and roundings are not: in 16 bit
+    between the two kernels of channel attention, parameters' gradients were once over their budget, of few draws."""
+    given: list[torch.dtype] = []
+    run = launch.run
+
+    def noted(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
+        if kernel.__name__ == "_layer_norm_backward_kernel" and arguments["parts"] is None:  # channel attention's
+            given.append(arguments["dnormalised"].dtype)
+        run(kernel, programs, config, **arguments)
+
+    monkeypatch.setattr(launch, "run", noted)
+    evaluate(*kernels_and_maps(RAGGED, torch.bfloat16))
+    assert given == [torch.float32]
+
+
 class RecordingKernel:
     """Stands for a kernel; remembers its grid and what it was called with."""
 
