@@ -90,7 +90,7 @@ class Level(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One level of a decoder: the coarser map enlarged, beside the skip map, through `body`."""
+    """One level of a decoder: `body` over the coarser map enlarged and the skip map, in this order."""
 
     def __init__(self, up: nn.Module, body: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """DoubleU-Net (Jha et al., arXiv 2006.04868) with DCA.
 
 The authors' code for this network cannot run, with DCA or without: names in it are not defined. What is here has its
-layers and is an interpretation of the paper where the code says nothing: in the order of the three DCAs, and in the
-skip maps without DCA, which are those after the last norm and activation.
+layers and is an interpretation where the code says nothing: in the size of the second and third DCA's grid, which is
+the first one's, and in the skip maps without DCA, which are those after the last norm and activation. (Without DCA the
+code gives its first decoder those before, and its second decoder some that are not defined.)
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from reference.unets.blocks import (
     Attention,
     Concat,
-    Decoder,
     Level,
     Patch,
     SqueezeExcite,
@@ -68,11 +68,22 @@ def head(channels: int) -> nn.Sequential:
     return nn.Sequential(norm_act(channels), SqueezeExcite(channels, reduction=8))
 
 
+class SkipFirst(nn.Module):
+    """One level of a decoder: `body` over the skip map and the coarser map enlarged, in this order."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.up, self.body = upsample(), body
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.body(torch.cat([skip, self.up(x)], dim=1))
+
+
 def decoders(skips: Sequence[int]) -> nn.ModuleList:
     """From the pyramid to the finest level; `skips` are the channels of each level's skip maps, finest first."""
     widths = pairwise([PYRAMID, *reversed(WIDTHS)])
     return nn.ModuleList(
-        Decoder(upsample(), nn.Sequential(body(before + skip, after), head(after)))
+        SkipFirst(nn.Sequential(body(skip + before, after), head(after)))
         for (before, after), skip in zip(widths, reversed(skips), strict=True)
     )
 
@@ -106,6 +117,8 @@ class DoubleUNet(nn.Module):
         self.vgg = nn.ModuleList(levels)
         self.vgg_bottom = nn.Sequential(last.body, last.head, pyramid(VGG_WIDTHS[-1]))
         self.vgg_dca1 = build_dca(dca, VGG_WIDTHS[:-1], STRIDES, patch)
+        self.vgg_dca2 = build_dca(dca, VGG_WIDTHS[:-1], STRIDES, patch)
+        self.dca = build_dca(dca, WIDTHS, STRIDES, patch)
         self.vgg_decoders = decoders(VGG_WIDTHS[:-1])
         self.gate = nn.Sequential(conv(WIDTHS[0], COLOURS, 1), nn.Sigmoid())
 
@@ -114,8 +127,6 @@ class DoubleUNet(nn.Module):
             pool = nn.MaxPool2d(2) if i else nn.Identity()
             self.levels.append(Level(nn.Sequential(pool, body(before, after)), head(after)))
         self.bottom = nn.Sequential(nn.MaxPool2d(2), pyramid(WIDTHS[-1]))
-        self.vgg_dca2 = build_dca(dca, VGG_WIDTHS[:-1], STRIDES, patch)
-        self.dca = build_dca(dca, WIDTHS, STRIDES, patch)
         self.decoders = decoders([sum(pair) for pair in zip(VGG_WIDTHS[:-1], WIDTHS, strict=True)])
         self.head = conv(WIDTHS[0], out_channels, 1)
 

@@ -45,7 +45,7 @@ class InputLevel(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """One level of the decoder: the coarser map enlarged, plus convolutions over it and the skip map."""
+    """One level of the decoder: the coarser map enlarged, plus convolutions over the skip map and it, in this order."""
 
     def __init__(self, before: int, after: int, count: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ResidualDecoder(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
-        return self.head(x + self.convs(torch.cat([self.up_head(x), skip], dim=1)))
+        return self.head(x + self.convs(torch.cat([skip, self.up_head(x)], dim=1)))
 
 
 class VNet(EncoderDecoder):
