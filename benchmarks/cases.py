@@ -13,13 +13,14 @@ from torch.nn import functional as F
 import dca_kernels
 import reference
 from benchmarks import images
+from reference import unets
 
 FEATURES = (32, 64, 128, 256)
 STRIDES = (8, 4, 2, 1)
 SEED = 0
 
 STAGES = ("patch_embed", "channel_attention", "spatial_attention", "upsample")
-HOSTS = ("UNet", "VNet", "R2UNet", "ResUNetPP", "DoubleUNet", "MultiResUNet")
+HOSTS = unets.HOSTS
 CASES = (*STAGES, "dca", *HOSTS)
 BATCHES = (1, 8, 32)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

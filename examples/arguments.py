@@ -84,7 +84,7 @@ def _add_data_and_network(parser: argparse.ArgumentParser) -> None:
     add_folders(parser)
     add(
         "--host",
-        choices=unets.__all__,
+        choices=unets.HOSTS,
         default="UNet",
         help="the network, one of the paper's six (default: %(default)s)",
     )

@@ -63,11 +63,7 @@ def read_network(path: Path) -> tuple[Plan, nn.Module]:
     """
     state = load_checkpoint(path, ("plan", "weights"))
     plan = state["plan"]
-    if (
-        set(plan) != {f.name for f in fields(Plan)}
-        or plan["host"] not in unets.__all__
-        or plan["dca"] not in ATTENTIONS
-    ):
+    if set(plan) != {f.name for f in fields(Plan)} or plan["host"] not in unets.HOSTS or plan["dca"] not in ATTENTIONS:
         raise DataError(
             f"{path}: expected the plan of a network, {', '.join(f.name for f in fields(Plan))}, got {plan}"
         )

@@ -134,7 +134,7 @@ def test_scores_are_those_of_the_saved_weights(run, tmp_path: Path) -> None:
             assert best["dice of"][organ] is None
 
 
-@pytest.mark.parametrize("host", unets.__all__)
+@pytest.mark.parametrize("host", unets.HOSTS)
 @pytest.mark.parametrize("dca", ["fused", "none"])
 def test_every_parameter_gets_a_gradient(host: str, dca: str) -> None:
     """DistributedDataParallel waits for all that are to be trained."""
