@@ -1,7 +1,7 @@
 """Checkpoints of the official networks (github.com/gorkemcanates/Dual-Cross-Attention) in the hosts.
 
-Hosts and official networks have the same tensors under other names. They are matched by their order in the state dict,
-where the hosts have what the official networks have but for the blocks named here.
+Both have the same tensors under other names. They are matched by their order in the state dict, which is the same but
+for the blocks named here.
 """
 
 import re
@@ -78,12 +78,16 @@ def in_host_order(keys: Iterable[str]) -> list[str]:
 
 
 def block_and_part(key: str) -> tuple[str, int]:
-    """The block of PARTS that a tensor belongs to and its part there, counted; any other is a block of its own."""
+    """The block of PARTS that a tensor belongs to, and the number of its part there: an unknown one comes last.
+
+    Any other tensor is a block of its own.
+    """
     found = BLOCK.search(key)
     if found is None:
         return key, 0
     block, kind, rest = found.groups()
-    return block, next(i for i, part in enumerate(PARTS[kind]) if rest.startswith(f"{part}."))
+    parts = PARTS[kind]
+    return block, next((i for i, part in enumerate(parts) if rest.startswith(f"{part}.")), len(parts))
 
 
 def kind_and_shape(tensors: Mapping[str, Tensor], key: str | None) -> tuple | None:

@@ -130,3 +130,13 @@ def test_another_order_is_refused(name: str) -> None:
         state, host = NETWORKS[name](True, GRID, CLASSES).state_dict(), build(name, True)
     with pytest.raises(ValueError, match="state_dict: expected"):
         load_official(host, dict(sorted(state.items())))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("R2UNet", "rconv1.more.weight"), ("MultiResUNet", "respath1.bns.4.weight")]
+)
+def test_an_unknown_part_of_a_block_is_refused(name: str, extra: str) -> None:
+    with torch.device("meta"):
+        state, host = NETWORKS[name](True, GRID, CLASSES).state_dict(), build(name, True)
+    with pytest.raises(ValueError, match=rf"state_dict: expected .*, got '{extra}' of shape \(7,\)"):
+        load_official(host, state | {extra: torch.zeros(7)})
