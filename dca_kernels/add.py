@@ -1,84 +1,140 @@
-"""Puts a new DCA onto the skips of an encoder-decoder network: where its encoder hands the maps to its decoder."""
+"""Puts a new DCA onto the skips of a network that has none.
 
+Where an encoder hands its maps to a decoder, a hook of the decoder calls the DCA. In any other network the skips are
+found in the graph of its forward, and the network's class becomes a subclass that calls the DCA.
+"""
+
+import functools
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
+from dca_kernels.graph import CHILD, NoSkips, class_of, recipe_of
 from dca_kernels.module import DCA, check_model
+from dca_kernels.skips import Search, Traced
+from dca_kernels.trace import Untraceable, in_mode
 
-IMAGE_SIDE = 256  # of the image that shows what a decoder gets: two pixels are left after seven halvings
+IMAGE_SIDE = 256  # of the image that shows the skips: two pixels are left after seven halvings
+STARTS = ("official", "identity")
+SAME = 1e-3  # of the largest output: a GPU may add up in another order
 
 _logger = logging.getLogger("dca_kernels")
 
 
 def add_dca(
-    model: nn.Module, patch: int | tuple[int, int] = 28, example: Tensor | None = None, **arguments: Any
+    model: nn.Module,
+    patch: int | tuple[int, int] = 28,
+    example: Tensor | None = None,
+    skips: Sequence[str] | None = None,
+    start: str = "official",
+    **arguments: Any,
 ) -> nn.Module:
-    """Put a new DCA on the skips of a model that calls its child `decoder` with the maps of its child `encoder`.
+    """Put a new DCA on the skips of a model that segments images, in place.
 
-    Networks of segmentation_models_pytorch and nnU-Net and MONAI's FlexibleUNet do. One forward in evaluation mode
-    shows what the decoder gets, and ends there: maps from the largest to the smallest, as one list or as one argument
-    each. The last map is the bottleneck, and the DCA leaves it as it is. It also leaves a copy of the image, and maps
-    without channels after it, that come first. All other maps are the skips.
+    Where the model calls its child `decoder` with the maps of its child `encoder`, as networks of
+    segmentation_models_pytorch and nnU-Net and MONAI's FlexibleUNet do, the DCA is `model.decoder.dca`, and a forward
+    pre-hook of the decoder calls it. In any other model the skips are found in the graph of its forward: maps on the
+    contracting path that meet what comes from further down, in a concatenation, a sum, an attention gate or a block.
+    There the DCA is the child `dca` of the network that has the skips in its forward (the model, or the one within a
+    wrapper), and the network's class becomes a subclass with this forward. It takes one image; other arguments of its
+    forward keep their defaults.
 
-    The DCA is `model.decoder.dca`, and a forward pre-hook of the decoder calls it. No key of the state dict changes. A
-    state dict without any key of the DCA, such as a checkpoint of the plain model, loads strictly: the DCA keeps the
-    values that it has, and a warning says so. The DCA begins with the official initial values, so the model's outputs
-    change until it is trained; no initial values would keep them, since the DCA ends in BatchNorm.
+    A skip that changes nothing is left out, so every parameter of the DCA gets a gradient, as
+    DistributedDataParallel needs it. The log and `inspect` say which skips were taken. No key of the state dict
+    changes. A state dict without any key of the DCA, such as a checkpoint of the plain model, loads strictly: the DCA
+    keeps the values that it has, and a warning says so.
 
-    Call `add_dca` before you make the optimizer, and before DDP and `torch.compile`. Where a decoder leaves some of its
-    skips unused, the DCA's parameters for those get no gradient.
+    Call `add_dca` before you make the optimizer, and before DDP and `torch.compile`.
 
     Args:
         model: the model, changed in place.
         patch: token grid, P for P x P or (P_h, P_w).
         example: an input (B, C, H, W) of the model. Where None, a random image of 256 x 256 with the channels that the
-            encoder's first convolution takes.
+            model's first convolution takes.
+        skips: names of the skips, such as those of modules whose outputs they are ("encoder.layer1"), where others are
+            wanted than are found. Where None, those that are found.
+        start: "official" for the official initial values, with which the model's outputs change until it is trained;
+            "identity" for a DCA that changes nothing before it is trained, for pretrained networks: the results are
+            weighted by `dca.gates`, zero at first, and added to the skips.
         arguments: the arguments of `DCA`, without features and strides.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError, ValueError: the model has no such encoder and decoder, the decoder gets something else, or an
-            argument is not one of `DCA`; the message says what. The model is as it was.
+        TypeError, ValueError: the model has no skips that can be found, or an argument is not as expected; the message
+            says what. The model is as it was.
     """
     check_model(model)
-    encoder, decoder = _encoder_and_decoder(model)
     for name in ("features", "strides"):
         if name in arguments:
             raise TypeError(f"{name}: expected to be read off the model, got {arguments[name]!r}")
     if not isinstance(example, Tensor | None):
         raise TypeError(f"example: expected a tensor (B, C, H, W) or None, got {type(example).__name__}")
-    skips = _skips(model, decoder, _image(encoder) if example is None else example)
-    dca = DCA([x.shape[1] for x in skips], patch=patch, **arguments)
-    dca.to(skips[0].device, next(model.parameters()).dtype).train(decoder.training)
+    if start not in STARTS:
+        raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
+    _check_unwrapped(model)
+    image = _image(model) if example is None else example
+    place = (_seam(model, image) if skips is None else None) or _wired(model, image, skips)
+    dca = DCA([skip.shape[0] for skip in place.skips], patch=patch, **arguments)
+    vars(dca)["_skips"] = place.skips
+    if start == "identity":
+        dca.gates = nn.ParameterList(nn.Parameter(torch.zeros(skip.shape[0], 1, 1)) for skip in place.skips)
+        dca.register_forward_hook(_weigh)
+    dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     dca.register_load_state_dict_pre_hook(_keep_where_absent)
-    decoder.dca = dca
-    decoder.register_forward_pre_hook(_refine_skips)
+    _logger.info("DCA on the skips of %s: %s", type(model).__name__, ", ".join(map(str, place.skips)))
+    place.put(dca)
     return model
 
 
-def _encoder_and_decoder(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    encoder, decoder = (getattr(model, name, None) for name in ("encoder", "decoder"))
-    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, nn.Sequential):
-        children = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
-        raise ValueError(
-            f"model: expected a {type(model).__name__} with a child encoder and a child decoder that is called with "
-            f"the encoder's maps and is no Sequential, got the children {children or '(none)'}; a forward that has "
-            "its skips as variables can call a dca_kernels.DCA on them"
-        )
-    if hasattr(decoder, "dca"):
-        raise ValueError(f"model: expected a decoder without an attribute dca, got a {type(decoder.dca).__name__}")
-    return encoder, decoder
+class Named(NamedTuple):
+    """A skip by its name and its shape (C, H, W)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({' x '.join(map(str, self.shape))})"
 
 
-def _image(encoder: nn.Module) -> Tensor:
-    for m in encoder.modules():
+class Place(NamedTuple):
+    """Where a DCA goes: the module that will have it as a child, the skips, and what makes it call the DCA."""
+
+    network: nn.Module
+    skips: list[Named]
+    rewire: Callable[[], object]
+
+    def put(self, dca: DCA) -> None:
+        setattr(self.network, CHILD, dca)
+        self.rewire()
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            got = f"one with {name}" if name else "one"
+            raise ValueError(f"model: expected one that is not compiled, got {got} that is: compile it afterwards")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"model: expected the network itself, got it in a {type(model).__name__}: wrap it afterwards")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: expected a network in Python, got one of TorchScript")
+
+
+def _check_free(network: nn.Module) -> None:
+    got = getattr(network, CHILD, None)
+    if got is not None:
+        name, kind = type(network).__name__, type(got).__name__
+        raise ValueError(f"model: expected a {name} without an attribute {CHILD}, got a {kind}")
+
+
+def _image(model: nn.Module) -> Tensor:
+    for m in model.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             dimensions = m.weight.dim() - 2
             if dimensions != 2:
@@ -86,74 +142,206 @@ def _image(encoder: nn.Module) -> Tensor:
             generator = torch.Generator().manual_seed(0)
             image = torch.rand((1, m.in_channels, IMAGE_SIDE, IMAGE_SIDE), generator=generator, device="cpu")
             return image.to(m.weight)
-    raise ValueError("example: expected an input of the model, since its encoder has no convolution, got None")
+    raise ValueError("example: expected an input of the model, since it has no convolution, got None")
 
 
-def _skips(model: nn.Module, decoder: nn.Module, example: Tensor) -> list[Tensor]:
-    """The maps that the decoder gets, without the bottleneck and what comes before the skips."""
-    given = _given_to(decoder, model, example)
-    maps = [x for x in given if isinstance(x, Tensor) and x.dim() == 4]
-    areas = [math.prod(x.shape[2:]) for x in maps]
-    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in given]
-    if not maps or len(maps) < len(given) or 0 in areas or sorted(areas, reverse=True) != areas:
-        raise ValueError(
-            f"model: expected a decoder called with maps (B, C, H, W) from the largest to the smallest, got {shapes}"
-        )
-    skips = maps[:-1]
-    while skips and (skips[0].shape[1] == 0 or torch.equal(skips[0], example)):
-        del skips[0]
-    if not skips:
-        raise ValueError(f"model: expected a decoder called with at least one skip, got maps of shapes {shapes}")
-    return skips
+# An encoder that hands its maps to a decoder
 
 
-class _Seen(Exception):
-    """Ends the forward that shows what the decoder gets."""
+def _seam(model: nn.Module, image: Tensor) -> Place | None:
+    """A decoder that is called with maps, from the largest to the smallest; None where there is none.
 
-
-def _given_to(decoder: nn.Module, model: nn.Module, example: Tensor) -> Sequence[object]:
-    """What the decoder is called with in the place of its maps, in one forward of the model in evaluation mode."""
-    seen: list[Sequence[object]] = []
-
-    def look(module: nn.Module, args: tuple[object, ...]) -> None:
-        seen.append(_maps(args))
-        raise _Seen
-
-    modes = {m: m.training for m in model.modules()}
-    handle = decoder.register_forward_pre_hook(look)
+    The last map is the bottleneck. A copy of the image, and maps without channels after it, may come first.
+    """
+    encoder, decoder = (getattr(model, name, None) for name in ("encoder", "decoder"))
+    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, nn.Sequential):
+        return None
+    _check_free(decoder)
+    calls: list[tuple[object, ...]] = []
+    handle = decoder.register_forward_pre_hook(lambda _, args: calls.append(args))
     try:
-        for m in modes:
-            m.training = False
-        with torch.no_grad():
-            model(example)
-    except _Seen:
-        pass
-    except Exception as error:
-        shape = tuple(example.shape)
-        raise ValueError(
-            f"example: expected an input that the model's forward takes, got shape {shape}, at which it raises "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        plain = _run(model, image)
     finally:
         handle.remove()
-        for m, training in modes.items():
-            m.training = training
-    if not seen:
-        raise ValueError("model: expected a forward that calls the decoder, got one that does not")
-    return seen[0]
+    given = _maps(calls[0]) if calls else []
+    maps = [x for x in given if isinstance(x, Tensor) and x.dim() == 4]
+    areas = [math.prod(x.shape[2:]) for x in maps]
+    if not maps or len(maps) < len(given) or 0 in areas or sorted(areas, reverse=True) != areas:
+        return None
+    first = 0
+    while first < len(maps) - 1 and (maps[first].shape[1] == 0 or torch.equal(maps[first], image)):
+        first += 1
+    positions = range(first - len(maps), -1)
+
+    changed = [_outputs(model, image, decoder, functools.partial(_change, position=n)) for n in positions]
+    used = [n for n, outputs in zip(positions, changed, strict=True) if _differ(outputs, plain)]
+    if not used:
+        return None
+    skips = [Named(f"map {position + len(maps)} of the decoder", tuple(maps[position].shape[1:])) for position in used]
+    hook = functools.partial(_refine_skips, positions=used)
+    return Place(decoder, skips, lambda: decoder.register_forward_pre_hook(hook))
 
 
-def _maps(args: tuple[object, ...]) -> list[object] | tuple[object, ...]:
+def _outputs(
+    model: nn.Module, image: Tensor, decoder: nn.Module, change: Callable[[Sequence[Any]], Sequence[Any]]
+) -> Any:
+    """What the model makes of the image in evaluation mode, when the decoder gets changed maps."""
+
+    def hook(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return _with_maps(args, change(_maps(args)))
+
+    handle = decoder.register_forward_pre_hook(hook)
+    try:
+        return _run(model, image)
+    finally:
+        handle.remove()
+
+
+def _maps(args: tuple[object, ...]) -> list[Any] | tuple[Any, ...]:
     """The maps among the arguments that a decoder is called with."""
     return args[0] if args and isinstance(args[0], (list, tuple)) else args
 
 
-def _refine_skips(decoder: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+def _with_maps(args: tuple[object, ...], maps: Sequence[object]) -> tuple[object, ...]:
+    given = _maps(args)
+    return tuple(maps) if given is args else (type(given)(maps), *args[1:])
+
+
+def _put(maps: Sequence[Any], positions: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """Maps with others at some positions."""
+    result = list(maps)
+    for position, other in zip(positions, others, strict=True):
+        result[position] = other
+    return result
+
+
+def _refine_skips(decoder: nn.Module, args: tuple[object, ...], positions: Sequence[int]) -> tuple[object, ...]:
     """Forward pre-hook of the decoder. It takes the DCA from the decoder it gets: a copy of the model has another."""
     maps, dca = _maps(args), cast(DCA, decoder.dca)
-    first = -1 - len(dca.features)
-    refined = [*maps[:first], *dca(maps[first:-1]), maps[-1]]
-    return tuple(refined) if maps is args else (type(maps)(refined), *args[1:])
+    return _with_maps(args, _put(maps, positions, dca([maps[position] for position in positions])))
+
+
+# A forward that has its skips as variables
+
+
+def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Place:
+    """The network within the model that has the skips in its forward."""
+    _check_free(model)
+    search = Search(model, image)
+    try:
+        within = _called_within(model, search.wrapped(), image)
+        if within is not None:
+            return _wired(*within, names)
+        traced = search.best(names)
+        if traced is None:
+            raise NoSkips("; ".join(dict.fromkeys(map(str, search.closed))) or "no map that meets what it leads to")
+        used = _used(model, image, search, traced)
+        recipe = recipe_of(model, search, traced, used)
+    except (NoSkips, Untraceable) as error:
+        raise ValueError(
+            f"{'model' if names is None else 'skips'}: expected a {type(model).__name__} whose forward shows "
+            f"{'its skips' if names is None else names}, got {error}. "
+            "Name modules whose outputs are skips (skips=[...]), or call a DCA yourself:\n"
+            "    self.dca = dca_kernels.DCA([64, 128])  # in __init__: the channels of the skip maps\n"
+            "    x1, x2 = self.dca([x1, x2])  # in forward, before the decoder"
+        ) from error
+    skips = [Named(skip.name, skip.shape) for skip in traced.skips if skip.name in used]
+    return Place(model, skips, lambda: setattr(model, "__class__", class_of(recipe)))
+
+
+def _called_within(model: nn.Module, path: str | None, image: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """A submodule that is called with one map, and this; None of any other."""
+    if path is None:
+        return None
+    seen: list[tuple[Any, ...]] = []
+    network = model.get_submodule(path)
+    handle = network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((*args, kwargs)), with_kwargs=True)
+    try:
+        _run(model, image)
+    finally:
+        handle.remove()
+    maps = [call[0] for call in seen if len(call) == 2 and isinstance(call[0], Tensor) and not call[1]]
+    return (network, maps[0]) if len(maps) == len(seen) == 1 and maps[0].dim() == 4 else None
+
+
+def _used(model: nn.Module, image: Tensor, search: Search, traced: Traced) -> list[str]:
+    """The names of the skips that change what the model makes of the image.
+
+    Raises:
+        NoSkips: there are none, or the graph computes something else than the forward.
+    """
+    forward = class_of(recipe_of(model, search, traced, [skip.name for skip in traced.skips])).forward
+
+    def outputs(change: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Any:
+        before = vars(model).copy()
+        vars(model).update(_modules={**model._modules, CHILD: _Instead(change)})
+        vars(model).pop(CHILD, None)
+        try:
+            return _run(model, image, forward)
+        finally:
+            vars(model).update(before)
+
+    plain = outputs(lambda maps: maps)
+    if _differ(plain, _run(model, image), SAME):
+        raise NoSkips("a forward that its graph does not compute")
+    used = []
+    for i, skip in enumerate(traced.skips):
+        if _differ(plain, outputs(functools.partial(_change, position=i))):
+            used.append(skip.name)
+    if not used:
+        raise NoSkips(f"skips that change nothing ({', '.join(skip.name for skip in traced.skips)})")
+    return used
+
+
+class _Instead(nn.Module):
+    """In the place of a DCA."""
+
+    def __init__(self, change: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.change(maps)
+
+
+# What changes what
+
+
+def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = nn.Module.__call__) -> Any:
+    """The outputs in evaluation mode."""
+    try:
+        with in_mode(model, training=False), torch.no_grad():
+            return call(model, image.clone())
+    except Exception as error:
+        raise ValueError(
+            f"example: expected an input that the model's forward takes, got shape {tuple(image.shape)}, at which it "
+            f"raises {type(error).__name__}: {error}"
+        ) from error
+
+
+def _change(maps: Sequence[Any], position: int) -> list[Any]:
+    """Maps, one of them another."""
+    return _put(maps, [position], [0.5 * maps[position] + 1.0])
+
+
+def _differ(outputs: object, others: object, tolerance: float = 0.0) -> bool:
+    """Whether tensors differ by more than a share of their largest value."""
+    for a, b in zip(_pytree.tree_leaves(outputs), _pytree.tree_leaves(others), strict=True):
+        if isinstance(a, Tensor) and a.numel():
+            a, b = a.double().nan_to_num(), b.double().nan_to_num()
+            if (a - b).abs().max() > tolerance * a.abs().max():
+                return True
+    return False
+
+
+# What belongs to an added DCA
+
+
+def _weigh(dca: nn.Module, args: tuple[Sequence[Tensor]], refined: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Forward hook of a DCA that changes nothing at first."""
+    return tuple(
+        x + gate.to(y.dtype) * y for x, gate, y in zip(args[0], cast(nn.ParameterList, dca.gates), refined, strict=True)
+    )
 
 
 def _keep_where_absent(dca: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

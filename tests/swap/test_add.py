@@ -241,6 +241,11 @@ class _Reversed(Network):
         return self.decoder(self.encoder(x)[::-1])
 
 
+class _ReversedDecoder(Decoder):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return super().forward(maps[::-1])
+
+
 class _Alone(Network):
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder.heads[0](self.encoder(x)[0])
@@ -248,7 +253,8 @@ class _Alone(Network):
 
 class _Bottleneck(Network):
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder([x, self.encoder(x)[-1]])
+        maps = self.encoder(x)
+        return self.decoder.heads[2](maps[2]) + 0.0 * maps[2].sum()
 
 
 class _ByName(Network):
@@ -256,65 +262,53 @@ class _ByName(Network):
         return self.decoder(maps=self.encoder(x))
 
 
-def _with(**children: nn.Module) -> Network:
-    model = network()
+def _with(network: Network, **children: nn.Module) -> Network:
     for name, child in children.items():
-        setattr(model, name, child)
-    return model
+        setattr(network, name, child)
+    return network.double()
 
 
-MAPS = "model: expected a decoder called with maps (B, C, H, W) from the largest to the smallest, got "
-SEAM = (
-    "with a child encoder and a child decoder that is called with the encoder's maps and is no Sequential, got the "
-    "children {}; a forward that has its skips as variables can call a dca_kernels.DCA on them"
+OTHER_SEAMS = {
+    "sequential": lambda: _with(Network(), decoder=nn.Sequential(Decoder())),
+    "from_the_smallest": lambda: _with(_Reversed(), decoder=_ReversedDecoder()),
+    "by_name": lambda: _ByName().double(),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_SEAMS.values(), ids=OTHER_SEAMS)
+def test_a_decoder_that_is_called_in_another_way(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = add_dca(make(), patch=3)
+    assert (model.dca.features, type(model).__name__[-7:]) == ([4, 8], "WithDCA")
+
+
+WRITE_IT = (
+    ". Name modules whose outputs are skips (skips=[...]), or call a DCA yourself:\n"
+    "    self.dca = dca_kernels.DCA([64, 128])  # in __init__: the channels of the skip maps\n"
+    "    x1, x2 = self.dca([x1, x2])  # in forward, before the decoder"
 )
-WITHOUT_SEAM: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], str]] = {
-    "no_children": (nn.ReLU, {}, ValueError, "model: expected a ReLU " + SEAM.format("(none)")),
-    "other_children": (
+NO_SKIPS = "model: expected a {} whose forward shows its skips, got no map that meets what it leads to" + WRITE_IT
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], str]] = {
+    "no_convolution": (
         lambda: nn.Sequential(nn.ReLU()),
         {},
         ValueError,
-        "model: expected a Sequential " + SEAM.format("0 (ReLU)"),
-    ),
-    "sequential": (
-        lambda: _with(decoder=nn.Sequential(Decoder())),
-        {},
-        ValueError,
-        "model: expected a Network " + SEAM.format("encoder (Encoder), decoder (Sequential)"),
+        "example: expected an input of the model, since it has no convolution, got None",
     ),
     "twice": (
         lambda: add_dca(network(), patch=3),
         {},
         ValueError,
-        "model: expected a decoder without an attribute dca, got a DCA",
+        "model: expected a Decoder without an attribute dca, got a DCA",
     ),
     "three_dimensions": (
-        lambda: _with(encoder=nn.Conv3d(1, 8, 3)),
+        lambda: _with(Network(), encoder=nn.Conv3d(1, 8, 3)),
         {},
         ValueError,
         "model: expected a network on images (B, C, H, W), got one with a Conv3d",
     ),
-    "no_convolution": (
-        lambda: _with(encoder=nn.ReLU()),
-        {},
-        ValueError,
-        "example: expected an input of the model, since its encoder has no convolution, got None",
-    ),
-    "reversed": (lambda: _Reversed(), {}, ValueError, MAPS + "[(1, 16, 32, 32), (1, 8, 64, 64), (1, 4, 128, 128)]"),
-    "by_name": (lambda: _ByName(), {}, ValueError, MAPS + "[]"),
-    "not_called": (
-        lambda: _Alone(),
-        {},
-        ValueError,
-        "model: expected a forward that calls the decoder, got one that does not",
-    ),
-    "no_skips": (
-        lambda: _Bottleneck(),
-        {},
-        ValueError,
-        "model: expected a decoder called with at least one skip, "
-        "got maps of shapes [(1, 3, 256, 256), (1, 16, 32, 32)]",
-    ),
+    "not_called": (lambda: _Alone(), {}, ValueError, NO_SKIPS.format("_Alone")),
+    "no_skips": (lambda: _Bottleneck(), {}, ValueError, NO_SKIPS.format("_Bottleneck")),
     "features": (
         network,
         {"features": [1]},
@@ -323,6 +317,7 @@ WITHOUT_SEAM: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], st
     ),
     "example": (network, {"example": [1]}, TypeError, "example: expected a tensor (B, C, H, W) or None, got list"),
     "strides": (network, {"strides": [1]}, TypeError, "strides: expected to be read off the model, got [1]"),
+    "start": (network, {"start": "zero"}, ValueError, "start: expected one of official, identity, got 'zero'"),
     "patch": (network, {"patch": 0}, ValueError, "patch: expected integers of at least 1, got [0, 0]"),
     "heads": (
         network,
@@ -333,8 +328,8 @@ WITHOUT_SEAM: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], st
 }
 
 
-@pytest.mark.parametrize("make, arguments, error, message", WITHOUT_SEAM.values(), ids=WITHOUT_SEAM)
-def test_a_model_without_the_seam_stays(
+@pytest.mark.parametrize("make, arguments, error, message", REFUSED.values(), ids=REFUSED)
+def test_a_model_that_is_refused_stays(
     make: Callable[[], nn.Module], arguments: dict, error: type[Exception], message: str
 ) -> None:
     model = make()

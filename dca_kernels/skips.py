@@ -1,0 +1,287 @@
+"""The skips of a network, found in the graph of its forward.
+
+A skip is a map on the contracting path that also meets what comes from further down: in a concatenation, a sum, an
+attention gate, or as an argument of a block.
+"""
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor, fx, nn
+
+from dca_kernels.plain import is_hooked
+from dca_kernels.trace import VALUE, Tracer, Untraceable, has_fixed_size, in_mode
+
+DEPTH = 32  # of modules in modules, at most
+POOLED = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+POOLING = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
+NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
+
+
+class Skip(NamedTuple):
+    """A skip map (B, C, H, W), and the nodes that take it to what comes from further down."""
+
+    name: str
+    node: fx.Node
+    uses: tuple[fx.Node, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) for the example."""
+        return tuple(self.node.meta[VALUE].shape[1:])
+
+
+class Flow:
+    """Which values of a graph are maps (B, C, H, W), and how small the smallest is that each was computed from.
+
+    What is pooled to a fixed size, as for weights of channels, does not count.
+
+    Args:
+        graph: of a network's forward.
+        root: the network.
+        hidden: H W of the smallest map within a module, by its path, of modules whose code the graph does not have.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, hidden: Mapping[str, float]) -> None:
+        self._root, self.hidden = root, hidden
+        self._areas: dict[fx.Node, float] = {}  # H W of maps, infinite of all else
+        self._least: dict[fx.Node, float] = {}  # of all maps that a node was computed from, and of itself
+        self._least_before: dict[fx.Node, float] = {}  # the same without itself
+        self._pooled: set[fx.Node] = set()
+        self._learned: set[fx.Node] = set()  # the image itself, whatever its size, is no skip
+        for node in graph.nodes:
+            if self._is_pooled(node):
+                self._pooled.add(node)
+            self._areas[node] = self._area(node)
+            within = hidden.get(str(node.target), math.inf) if node.op == "call_module" else math.inf
+            before = [self._least[n] for n in node.all_input_nodes if n not in self._pooled]
+            self._least_before[node] = min(before, default=math.inf)
+            self._least[node] = min(self._least_before[node], within, self._areas[node])
+            if self._has_parameters(node) or not self._learned.isdisjoint(node.all_input_nodes):
+                self._learned.add(node)
+
+    def skips(self) -> list[Skip]:
+        """From the largest to the smallest."""
+        found: list[Skip] = []
+        branches: set[fx.Node] = set()
+        for node, area in self._areas.items():
+            if node in branches or not self._is_contracted(node):
+                continue
+            down, meeting = self._leading_down(area), self._meeting(area)
+            uses = [n for n in node.users if n in meeting and n not in down]
+            # Where a block has both paths in it, the skip alone is seen, and what it meets next.
+            if uses and (not down.isdisjoint(node.users) or any(self._least[n] < area for n in uses)):
+                found.append(Skip(self._name(node), node, tuple(uses)))
+                branches |= self._branches(uses, area)
+        return sorted(found, key=lambda skip: -self._areas[skip.node])
+
+    def named(self, names: Sequence[str]) -> list[Skip]:
+        """The skips of these names; none where one of them names no map, or one that only leads further down."""
+        nodes = {self._name(node): node for node in self._areas if self._areas[node] < math.inf}
+        found = []
+        for name in names:
+            node = nodes.get(name)
+            if node is None:
+                return []
+            down = self._leading_down(self._areas[node])
+            uses = tuple(n for n in node.users if n not in down and self._goes_on(n))
+            found.append(Skip(name, node, uses))
+        return found if all(skip.uses for skip in found) else []
+
+    def inside(self) -> dict[str, float]:
+        """H W of the smallest map within each module whose code is in the graph."""
+        found: dict[str, float] = {}
+        for node, area in self._areas.items():
+            for path in stack_of(node):
+                found[path] = min(area, found.get(path, math.inf))
+        return found
+
+    def _name(self, node: fx.Node) -> str:
+        """A module's path, with what is taken from its outputs, as "encoder[2]"; else the name in the graph."""
+        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return f"{self._name(node.args[0])}[{node.args[1]}]"
+        first = next(n for n in self._areas if n.op == node.op and n.target == node.target)
+        return str(node.target) if node.op == "call_module" and node is first else node.name
+
+    def _is_contracted(self, node: fx.Node) -> bool:
+        """Whether a node may be a skip: a map that no smaller one has gone into."""
+        area = self._areas[node]
+        return area < math.inf and area <= self._least[node] and node in self._learned
+
+    @functools.cache  # noqa: B019
+    def _leading_down(self, area: float) -> set[fx.Node]:
+        """The nodes that lead to maps smaller than `area`, and into which nothing from further down has gone."""
+        found: set[fx.Node] = set()
+        for node in reversed(self._areas):
+            if self._least[node] < area:
+                leads = self._least_before[node] >= area
+            else:
+                leads = self._goes_on(node) and not found.isdisjoint(node.users)
+            if leads:
+                found.add(node)
+        return found
+
+    @functools.cache  # noqa: B019
+    def _meeting(self, area: float) -> set[fx.Node]:
+        """The nodes that meet what was computed from maps smaller than `area`."""
+        found: set[fx.Node] = set()
+        for node in reversed(self._areas):
+            if self._goes_on(node) and (self._least[node] < area or not found.isdisjoint(node.users)):
+                found.add(node)
+        return found
+
+    def _branches(self, nodes: Iterable[fx.Node], area: float) -> set[fx.Node]:
+        """What is computed of a skip alone on its way."""
+        found: set[fx.Node] = set()
+        for node in nodes:
+            if self._least[node] >= area and self._goes_on(node):
+                found |= {node} | self._branches(node.users, area)
+        return found
+
+    def _goes_on(self, node: fx.Node) -> bool:
+        return node.op != "output" and node not in self._pooled and _has_tensors(node.meta[VALUE])
+
+    def _area(self, node: fx.Node) -> float:
+        value = node.meta.get(VALUE)
+        if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point() or node in self._pooled:
+            return math.inf
+        area = math.prod(value.shape[2:])
+        return math.inf if area == 1 else area
+
+    def _has_parameters(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return isinstance(node.meta[VALUE], nn.Parameter)
+        return node.op == "call_module" and any(True for _ in self._module(node).parameters())
+
+    def _is_pooled(self, node: fx.Node) -> bool:
+        """Whether a map is of a fixed size, whatever the image's, or computed from such ones alone."""
+        if node.op == "call_function" and node.target in POOLING:
+            return True
+        before = [n for n in node.all_input_nodes if _has_tensors(n.meta[VALUE])]
+        if node.op == "call_module" and any(isinstance(m, POOLED) for m in self._module(node).modules()):
+            return len(before) == 1 and has_fixed_size(self._module(node), before[0].meta[VALUE])
+        return bool(before) and self._pooled.issuperset(before)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self._root.get_submodule(str(node.target))
+
+
+class Traced(NamedTuple):
+    """The graph of a forward, the paths of the submodules whose code is in it, and its skips."""
+
+    graph: fx.Graph
+    flow: Flow
+    opened: tuple[str, ...]
+    skips: list[Skip]
+
+    @property
+    def sizes(self) -> int:
+        """At how many sizes there are skips."""
+        return len({skip.shape[1:] for skip in self.skips})
+
+
+class Search:
+    """Traces a network with the code of more and more of its submodules, until its skips show.
+
+    Args:
+        root: the network.
+        example: an image (B, C, H, W).
+    """
+
+    def __init__(self, root: nn.Module, example: Tensor) -> None:
+        self._root = root
+        self._example = example.new_empty((max(example.shape[0], 2), *example.shape[1:]))  # BatchNorm refuses one value
+        self.closed: list[Untraceable] = []  # why submodules are left as they are
+
+    def best(self, names: Sequence[str] | None = None) -> Traced | None:
+        """With these skips, or those at the most sizes, and the code of few submodules; None where there are none.
+
+        Raises:
+            Untraceable: the network's own forward is no graph.
+        """
+        with in_mode(self._root, training=False):
+            if names is not None:
+                all_named = (traced._replace(skips=traced.flow.named(names)) for traced in self._all())
+                return next((traced for traced in all_named if traced.skips), None)
+            best = max(self._all(), key=lambda traced: traced.sizes)  # the first
+            if not best.skips:
+                return None
+            needed = set().union(*map(_around, best.skips))
+            fewer = self._traced([path for path in best.opened if path in needed], best.flow.inside())
+            return fewer if len(fewer.skips) == len(best.skips) else best
+
+    def again(self, traced: Traced) -> Traced:
+        """The same, in the mode that the network is in.
+
+        Raises:
+            Untraceable: a forward is no graph in this mode.
+        """
+        now = self._traced(traced.opened, traced.flow.hidden)
+        names = [skip.name for skip in traced.skips]
+        return now if [skip.name for skip in now.skips] == names else now._replace(skips=now.flow.named(names))
+
+    def wrapped(self) -> str | None:
+        """The path of the submodule that the network is a wrapper of: the only one that it calls, if no container."""
+        with in_mode(self._root, training=False):
+            nodes = self._traced([]).graph.nodes
+        called = {str(node.target) for node in nodes if node.op == "call_module"}
+        alone = len(called) == 1 and not isinstance(self._root.get_submodule(*called), nn.Sequential)
+        return called.pop() if alone else None
+
+    def _traced(self, opened: Sequence[str], hidden: Mapping[str, float] = NOTHING_KNOWN) -> Traced:
+        graph = Tracer(self._example, map(self._root.get_submodule, opened)).of(self._root)
+        flow = Flow(graph, self._root, hidden)
+        return Traced(graph, flow, tuple(opened), flow.skips())
+
+    def _all(self) -> Iterator[Traced]:
+        """With the code of no submodule, of those that the network calls, of those that these call, and so on."""
+        opened: list[str] = []
+        for _ in range(DEPTH):
+            try:
+                traced = self._traced(opened)
+            except Untraceable as error:
+                if error.module is self._root:
+                    raise
+                self.closed.append(error)
+                opened = [path for path in opened if self._root.get_submodule(path) is not error.module]
+                continue
+            yield traced
+            closed = [error.module for error in self.closed]
+            called = dict.fromkeys(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
+            modules = {path: self._root.get_submodule(path) for path in called}
+            more = [path for path, m in modules.items() if m not in closed and _has_code(m)]
+            if not more:
+                return
+            opened += more
+
+
+def stack_of(node: fx.Node) -> list[str]:
+    """The paths of the submodules whose code a node is of, from the outermost."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return [path for path in paths if not (node.op == "call_module" and path == node.target)]
+
+
+def _around(skip: Skip) -> set[str]:
+    """The paths of the submodules within which a skip's uses and what leads down are apart."""
+    ends = [skip.node, *skip.node.users]
+    paths: set[str] = set()
+    for one, other in itertools.combinations(ends, 2):
+        if one is skip.node or (one in skip.uses) != (other in skip.uses):
+            paths |= set(stack_of(one)) & set(stack_of(other))
+    return paths
+
+
+def _has_code(module: nn.Module) -> bool:
+    """Whether a module's forward may show skips: it has submodules, is not one of PyTorch's, and has no hooks."""
+    own = isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.")
+    return own and bool(module._modules) and not is_hooked(module)
+
+
+def _has_tensors(value: object) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, Tensor) or any(map(_has_tensors, values))

@@ -1,0 +1,281 @@
+"""The forward of a network as a graph, whose nodes know what they are for an example.
+
+torch.fx traces it; what a value is for the example lets code look at sizes and structures on the way. Where a number
+decides what the code does, the graph gets a node that expects this number, so another graph is never taken in silence.
+"""
+
+import contextlib
+import itertools
+import operator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.proxy import TraceError
+
+VALUE = "value"  # of a node, for the example
+SYMBOLS = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+    operator.mod: "%",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+}
+
+
+class Untraceable(Exception):
+    """Why the code of a module is no graph: the message says where, and what it does."""
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
+        super().__init__(reason)
+        self.module = module
+
+
+def expect(value: object, expected: object, what: str) -> None:
+    """Raise where a number is not as it was for the example, by which the graph was made.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value != expected:
+        raise ValueError(
+            f"input: expected one for which {what} is {expected}, as for the example of add_dca, got {value}: make the "
+            "model anew and pass add_dca such an example"
+        )
+
+
+@contextlib.contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Every module within a module in one mode, then each in its own again."""
+    modes = {m: m.training for m in module.modules()}
+    for m in modes:
+        m.training = training
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+class Value(fx.Proxy):
+    """A value within a forward."""
+
+    __class__ = property(lambda self: type(self.node.meta[VALUE]))  # isinstance asks for it
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.node.meta[VALUE]
+        if isinstance(value, dict) and name in ("keys", "values", "items"):
+            return getattr(dict(zip(value, map(self.__getitem__, value), strict=True)), name)
+        if not callable(getattr(value, name)):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    def __bool__(self) -> bool:
+        return bool(self._decides())
+
+    def __int__(self) -> int:
+        return int(self._decides())
+
+    def __index__(self) -> int:
+        return operator.index(self._decides())
+
+    def __float__(self) -> float:
+        return float(self._decides())
+
+    def __len__(self) -> int:
+        value = self.node.meta[VALUE]
+        return operator.index(self.shape[0]) if isinstance(value, Tensor) else len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.node.meta[VALUE]
+        return iter(value) if isinstance(value, dict) else map(self.__getitem__, range(len(self)))
+
+    def __contains__(self, key: object) -> bool:
+        value = self.node.meta[VALUE]
+        return key in value if isinstance(value, dict) else any(item == key for item in self)
+
+    def _decides(self) -> Any:
+        """The number, which the graph will expect."""
+        value = self.node.meta[VALUE]
+        if isinstance(value, Tensor):
+            raise TraceError("what it does depends on a tensor's values")
+        self.tracer.create_proxy("call_function", expect, (self, value, _in_words(self.node)), {})
+        return value
+
+
+class Tracer(fx.Tracer):
+    """Traces a forward, with submodules as they are but for those whose code is wanted as well.
+
+    Args:
+        example: an image (B, C, H, W).
+        opened: submodules whose code is wanted.
+    """
+
+    def __init__(self, example: Tensor, opened: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._example, self._opened = example, set(opened)
+        self._running: list[nn.Module] = []
+        self._evaluates = False
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)  # values have no memory, and nothing is computed
+
+    def of(self, root: nn.Module) -> fx.Graph:
+        """The graph of a module's forward, of one image; other arguments keep their defaults.
+
+        Raises:
+            Untraceable: it is none.
+        """
+        self._running = [root]
+        before = {module: _attributes(module) for module in (root, *self._opened)}
+        try:
+            with torch.no_grad():
+                graph = self.trace(root)
+        except Exception as error:
+            module = self._running[-1]
+            raise Untraceable(module, f"{_line(error, module)}{type(error).__name__}: {error}") from error
+        finally:
+            changed = {module: _put_back(module, attributes) for module, attributes in before.items()}
+        for module, names in changed.items():
+            if names:
+                raise Untraceable(module, f"{type(module).__name__}.forward sets its attribute {', '.join(names)}")
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        code = root_fn.__code__
+        if code.co_argcount < 2:
+            raise TraceError("its forward has no argument for the image")
+        return root_fn, [self.root, self.create_proxy("placeholder", code.co_varnames[1], (), {})]
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind != "output":
+            node.meta[VALUE] = self._value(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> Any:
+        return None if node.meta[VALUE] is None else Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is Value:
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            buffers = {id(buffer) for buffer in self.root.buffers()}
+            if id(a) not in buffers:
+                raise TraceError("it makes a tensor by itself")
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self._opened
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._evaluates or m not in (self.submodule_paths or {}):  # made by the forward, it has no path
+            return forward(*args, **kwargs)
+        if m not in self._opened:
+            return super().call_module(m, forward, args, kwargs)
+        self._running.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self._running.pop()
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluates else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a node is for the example."""
+        if node.op == "placeholder":
+            return self._fake.from_tensor(self._example)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
+        self._evaluates = True
+        try:
+            with self._fake:
+                if node.op == "call_function":
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                return _called(self.root.get_submodule(str(node.target)), self._fake, args, kwargs)
+        finally:
+            self._evaluates = False
+
+
+def has_fixed_size(module: nn.Module, value: object) -> bool:
+    """Whether a module makes a map of one size of maps of any size.
+
+    Args:
+        module: the module.
+        value: what it was called with, a tensor without memory if it is a map (B, C, H, W).
+    """
+    if not isinstance(value, FakeTensor) or value.dim() != 4:
+        return False
+    sizes = []
+    for factor in (1, 2):
+        with value.fake_mode, torch.no_grad():
+            larger = value.new_empty([*value.shape[:2], *(factor * side for side in value.shape[2:])])
+            try:
+                sizes.append(_called(module, value.fake_mode, (larger,), {}).shape)
+            except Exception:  # not with one map, or not of this size
+                return False
+    return sizes[0] == sizes[1]
+
+
+def _called(module: nn.Module, fake: FakeTensorMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module makes of tensors without memory; a BatchNorm leaves its buffers as they are."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    without_memory: dict[str, Tensor] = {name: fake.from_tensor(t) for name, t in tensors}
+    return torch.func.functional_call(module, without_memory, args, kwargs)
+
+
+Attributes = dict[str, tuple[Any, list[Any] | None]]
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    """A module's attributes, and the items of lists among them."""
+    return {name: (value, value.copy() if isinstance(value, list) else None) for name, value in vars(module).items()}
+
+
+def _put_back(module: nn.Module, attributes: Attributes) -> list[str]:
+    """Make a module's attributes what they were; the names of those that were set."""
+    now = vars(module).copy()
+    changed = [name for name in now if name not in attributes or now[name] is not attributes[name][0]]
+    vars(module).clear()
+    for name, (value, items) in attributes.items():
+        vars(module)[name] = value
+        if items is not None:
+            value[:] = items
+    return changed + [name for name in attributes if name not in now]
+
+
+def _line(error: Exception, module: nn.Module) -> str:
+    """The line of a module's forward at which an error came up."""
+    code = getattr(type(module).forward, "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f"{own[-1].filename}:{own[-1].lineno}, {own[-1].line}: " if own else ""
+
+
+def _in_words(argument: Any) -> str:
+    """How code would say a number."""
+    if not isinstance(argument, fx.Node):
+        return repr(argument)
+    args = argument.args
+    if argument.target is getattr:
+        return f"{_in_words(args[0])}.{args[1]}"
+    if argument.target is operator.getitem:
+        return f"{_in_words(args[0])}[{args[1]}]"
+    if argument.target in SYMBOLS:
+        return f"{_in_words(args[0])} {SYMBOLS[argument.target]} {_in_words(args[1])}"
+    if argument.op == "call_method":
+        return f"{_in_words(args[0])}.{argument.target}({', '.join(map(_in_words, args[1:]))})"
+    return argument.name

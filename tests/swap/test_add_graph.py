@@ -1,0 +1,385 @@
+"""A DCA on the skips of a network that has them as variables of its forward."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import reference
+from dca_kernels import DCA, add_dca, inspect
+from tests.oracle import assert_identical, assert_same, randomise
+from tests.swap import networks
+from tests.swap.models import Snapshot, assert_the_same_objects, tensors, through_a_file, tracing
+from tests.swap.networks import NETWORKS, make
+
+each_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+def image(*size: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+IMAGE = image(32, 48)
+OTHER_SIZES = [(32, 48), (48, 80), (64, 64)]
+
+
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    result = model(x)
+    if isinstance(result, dict):
+        return result
+    return {str(i): y for i, y in enumerate(result if isinstance(result, list) else [result])}
+
+
+def added(name: str, **arguments) -> nn.Module:
+    model = add_dca(make(name), patch=3, **arguments)
+    randomise(model, 7)
+    return model
+
+
+class Recording(nn.Module):
+    """In the place of a DCA: returns what it is given, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self.seen = [x.clone() for x in maps]
+        return tuple(maps)
+
+
+@each_network
+def test_the_dca_gets_the_skips_and_all_else_is_as_it_was(name: str) -> None:
+    plain, model = make(name), add_dca(make(name), patch=3)
+    _, channels = NETWORKS[name]
+    assert model.dca.features == channels
+    model.dca = Recording()
+    for training in (False, True):
+        for size in OTHER_SIZES:
+            results = []
+            for m in (model.train(training), plain.train(training)):
+                torch.manual_seed(3)
+                results.append(outputs(m, image(*size)))
+            assert_identical(*results)
+    assert_identical(*(dict(m.named_buffers()) for m in (model, plain)))
+    assert [x.shape[1] for x in model.dca.seen] == channels
+
+
+BY_HAND = {"padded": networks.PaddedByHand, "nested": networks.NestedByHand, "dense": networks.DenseByHand}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_it_is_what_one_would_write_by_hand(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    by_hand = BY_HAND[name]()
+    by_hand.dca = DCA([4, 8], patch=3)
+    by_hand.double()
+    model = add_dca(make(name), patch=3)
+    assert list(model.state_dict()) == list(by_hand.state_dict())
+    results = []
+    for m in (model, by_hand):
+        randomise(m, 5)
+        torch.manual_seed(3)
+        m.train(training)
+        found = outputs(m, IMAGE)
+        sum(y.square().sum() for y in found.values()).backward()
+        gradients = {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+        results.append({**found, **gradients, **dict(m.named_buffers())})
+    largest = max(t.abs().max() for t in results[1].values())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12 * largest)
+
+
+@each_network
+def test_finding_skips_changes_nothing_that_was_there(name: str) -> None:
+    model = make(name).train()
+    kind, generator = type(model), torch.get_rng_state()
+    next(model.children()).eval()
+    before, values = tensors(model), {name: t.clone() for name, t in tensors(model).items()}
+    modes = {m: m.training for m in model.modules()}
+    torch.manual_seed(11)
+    assert add_dca(model, patch=3) is model
+    drawn = torch.get_rng_state()
+    torch.manual_seed(11)
+    reference.DCA([4, 8], patch=3)
+    assert torch.equal(drawn, torch.get_rng_state())  # for the DCA's initial values alone
+    torch.set_rng_state(generator)
+    assert isinstance(model, kind)
+    now = {name: t for name, t in tensors(model).items() if not name.startswith("dca.")}
+    assert_the_same_objects(now, before)
+    assert_identical(now, values)
+    assert {m: m.training for m in modes} == modes
+    assert all(m.training for m in model.dca.modules())
+
+
+@each_network
+def test_every_parameter_with_found_skips_gets_a_gradient(name: str) -> None:
+    model = added(name).train()
+    sum(y.square().sum() for y in outputs(model, IMAGE).values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_a_file])
+@each_network
+def test_a_copy_with_another_forward_uses_its_own_dca(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = added(name).eval()
+    expected = outputs(model, IMAGE)
+    other = duplicate(model)
+    assert type(other) is type(model)
+    randomise(model.dca, 8)
+    assert_identical(outputs(other, IMAGE), expected)
+    assert not all(torch.equal(y, expected[key]) for key, y in outputs(model, IMAGE).items())
+    other.load_state_dict(make(name).state_dict())  # of the plain model, strictly
+
+
+@each_network
+def test_a_dca_that_starts_as_the_identity(name: str) -> None:
+    plain, model = make(name), add_dca(make(name), patch=3, start="identity")
+    for training in (False, True):
+        results = []
+        for m in (model.train(training), plain.train(training)):
+            torch.manual_seed(3)
+            results.append(outputs(m, IMAGE))
+        assert_identical(*results)
+    sum(y.square().sum() for y in results[0].values()).backward()
+    assert all(gate.grad.any() for gate in model.dca.gates)
+    randomise(model.dca, 3)
+    assert not all(torch.equal(y, results[1][key]) for key, y in outputs(model, IMAGE).items())
+
+
+@pytest.mark.slow
+@tracing
+@each_network
+def test_found_and_compiled_without_graph_breaks(name: str) -> None:
+    model = added(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(3)
+        expected = outputs(model, IMAGE)
+        torch.manual_seed(3)
+        assert_same(outputs(compiled, IMAGE), expected)
+
+
+@pytest.mark.slow
+@tracing
+@each_network
+@torch.no_grad()
+def test_found_and_exported(name: str) -> None:
+    model = added(name).eval()
+    exported = torch.export.export(model, (IMAGE,)).module()
+    assert_same(outputs(exported, IMAGE), outputs(model, IMAGE))
+
+
+@tracing
+def test_a_model_that_was_compiled_before() -> None:
+    model = make("padded").eval()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(IMAGE)
+        add_dca(model, patch=3)
+        assert_same({"": compiled(IMAGE)}, {"": model(IMAGE)})
+        assert not torch.equal(model(IMAGE), plain)
+
+
+def test_the_network_within_a_wrapper_gets_the_dca() -> None:
+    model = add_dca(networks.Wrapper(make("padded")), patch=3).eval()
+    assert type(model) is networks.Wrapper
+    assert_identical({"": model(IMAGE)}, {"": model.network(IMAGE)})
+    assert all(name.startswith("network.") for name in model.state_dict())
+
+
+class TwoFaced(nn.Module):
+    """Whose backbone's code is in the graph, and asks whether it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = networks.PyramidNetwork()
+        self.network.backbone = self.Backbone()
+        self.last = nn.Conv2d(2, 2, 1)
+
+    class Backbone(networks.Backbone):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return super().forward(F.dropout(x, 0.5, self.training))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.network(x)["out"])
+
+
+def test_what_a_call_would_have_seen_is_not_left_out() -> None:
+    model = add_dca(TwoFaced().double(), patch=3)
+    backbone = model.network.backbone
+    handle = backbone.register_forward_hook(lambda module, args, result: None)
+    with pytest.raises(RuntimeError, match=r"^network\.backbone: expected no hook and no forward of its own, got one "):
+        model(IMAGE)
+    handle.remove()
+    backbone.eval()
+    with pytest.raises(RuntimeError, match=r"^network\.backbone: expected training=True, as its network, got False"):
+        model(IMAGE)
+    backbone.train()
+    model(IMAGE)
+
+
+def test_hooks_of_what_is_called_are_called() -> None:
+    model, called = make("padded"), []
+    model.down1.register_forward_hook(lambda module, args, result: called.append("before"))
+    model.register_forward_hook(lambda module, args, result: called.append("of the model"))
+    add_dca(model, patch=3)
+    model.down2.register_forward_hook(lambda module, args, result: called.append("after"))
+    called.clear()
+    model(IMAGE)
+    assert called == ["before", "after", "of the model"]
+
+
+class Particular(networks.PaddedUNet):
+    """Does something else for images of other sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 32:
+            x = F.pad(x, (0, 32 - x.shape[-1] % 32))
+        return super().forward(x)
+
+
+def test_another_graph_is_not_taken_in_silence() -> None:
+    model = add_dca(Particular().double(), patch=3, example=image(32, 64))
+    model(image(64, 96))
+    message = "input: expected one for which x.shape[-1] % 32 is 0, as for the example of add_dca, got 16: "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        model(IMAGE)
+
+
+def test_skips_by_name() -> None:
+    model = add_dca(make("padded"), patch=3, skips=["down1"])
+    assert model.dca.features == [8]
+    model = add_dca(make("pyramid"), patch=3, skips=["backbone.stages.1", "backbone.stages.0"])
+    assert model.dca.features == [8, 4]
+    model = added("pyramid", skips=["lateral.layer1"])  # that the network does not lead down from
+    assert model.dca.features == [4]
+
+
+class Classifier(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Excited(nn.Module):
+    """Weights of channels are no way down, pooled pyramids neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.excite = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
+        self.pyramid = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x * self.excite(x)
+        return torch.cat([x, F.interpolate(self.pyramid(x), size=x.shape[2:])], 1)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.down(x + self.conv(x))
+
+
+class DependsOnValues(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class KeepsMaps(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        self.latest = self.inc(x)
+        return super().forward(x)
+
+
+class MakesTensors(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.ones(3, 1, 1, dtype=torch.float64))
+
+
+class TakesAnything(networks.PaddedUNet):
+    def forward(self, *images: Tensor) -> Tensor:
+        return super().forward(images[0])
+
+
+class Unused(networks.PaddedUNet):
+    """Has skips that change nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.inc(x)
+        x2 = self.down1(x1)
+        x = F.interpolate(self.down2(x2), size=x1.shape[2:])
+        return torch.cat([x, 0.0 * x1.clamp(-1, 1)], 1)
+
+
+class OtherInTraining(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.inc(x)
+        x2 = self.down1(x1)
+        up = self.up1(self.down2(x2), x2)
+        return self.outc(self.up2(up, self.inc(x) if self.training else x1))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "classifier": (Classifier, "Classifier whose forward shows its skips, got no map that meets what it leads to"),
+    "excited": (Excited, "Excited whose forward shows its skips, got no map that meets what it leads to"),
+    "residual": (Residual, "Residual whose forward shows its skips, got no map that meets what it leads to"),
+    "values": (
+        DependsOnValues,
+        r".*x if x\.mean\(\) > 0 else -x\): TraceError: what it does depends on a tensor's values",
+    ),
+    "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
+    "makes_tensors": (MakesTensors, r".*TraceError: it makes a tensor by itself"),
+    "takes_anything": (TakesAnything, ".*TraceError: its forward has no argument for the image"),
+    "unused": (Unused, r".*got skips that change nothing \(inc\)"),
+    "other_in_training": (OtherInTraining, ".*got other skips in training than in evaluation"),
+    "compiled": (
+        lambda: torch.compile(make("padded"), backend="eager"),
+        "one that is not compiled, got one that is",
+    ),
+    "in_place_compiled": (
+        lambda: (model := make("padded"), model.down1.compile(backend="eager"))[0],
+        "one that is not compiled, got one with down1 that is: compile it afterwards",
+    ),
+    "data_parallel": (lambda: nn.DataParallel(make("padded")), "the network itself, got it in a DataParallel"),
+    "taken": (
+        lambda: add_dca(make("padded"), patch=3),
+        "a PaddedUNetWithDCA without an attribute dca, got a DCA",
+    ),
+}
+
+
+@pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
+def test_a_network_that_is_refused_stays(build: Callable[[], nn.Module], message: str) -> None:
+    torch.manual_seed(0)
+    model = build().double()
+    before, kind = Snapshot(model), type(model)
+    attributes = {m: dict(vars(m)) for m in model.modules()}
+    with pytest.raises(ValueError, match=f"^model: expected (a )?{message}"):
+        add_dca(model, patch=3)
+    before.assert_unchanged(model)
+    assert type(model) is kind
+    assert {m: dict(vars(m)) for m in model.modules()} == attributes
+
+
+def test_names_of_no_skips_are_refused() -> None:
+    model = make("padded")
+    with pytest.raises(ValueError, match=r"^skips: expected a PaddedUNet whose forward shows \['down2', 'up'\], got "):
+        add_dca(model, patch=3, skips=["down2", "up"])
+    assert type(model) is networks.PaddedUNet
+
+
+def test_a_dca_on_found_skips_is_fused_already() -> None:
+    (found,) = inspect(add_dca(make("padded"), patch=3))
+    assert (found.name, found.fused) == ("dca", True)
