@@ -64,6 +64,8 @@ class Flow:
             self._least[node] = min(self._least_before[node], within, self._areas[node])
             if self._has_parameters(node) or not self._learned.isdisjoint(node.all_input_nodes):
                 self._learned.add(node)
+        self._leading_down = functools.cache(self._that_lead_down)
+        self._meeting = functools.cache(self._that_meet)
 
     def skips(self) -> list[Skip]:
         """From the largest to the smallest."""
@@ -113,8 +115,7 @@ class Flow:
         area = self._areas[node]
         return area < math.inf and area <= self._least[node] and node in self._learned
 
-    @functools.cache  # noqa: B019
-    def _leading_down(self, area: float) -> set[fx.Node]:
+    def _that_lead_down(self, area: float) -> set[fx.Node]:
         """The nodes that lead to maps smaller than `area`, and into which nothing from further down has gone."""
         found: set[fx.Node] = set()
         for node in reversed(self._areas):
@@ -126,8 +127,7 @@ class Flow:
                 found.add(node)
         return found
 
-    @functools.cache  # noqa: B019
-    def _meeting(self, area: float) -> set[fx.Node]:
+    def _that_meet(self, area: float) -> set[fx.Node]:
         """The nodes that meet what was computed from maps smaller than `area`."""
         found: set[fx.Node] = set()
         for node in reversed(self._areas):

@@ -154,7 +154,7 @@ def test_a_dca_that_starts_as_the_identity(name: str) -> None:
 
 @pytest.mark.slow
 @tracing
-@each_network
+@pytest.mark.parametrize("name", ["padded", "nested", "dense", "pyramid"])
 def test_found_and_compiled_without_graph_breaks(name: str) -> None:
     model = added(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""`add_dca` on the networks of three libraries, and what other libraries do with a DCA.
+"""`add_dca` on the networks of three libraries and of the paper, and what other libraries do with a DCA.
 
 A library that is not installed is skipped.
 """
@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn.parallel import DistributedDataParallel
 
 from dca_kernels import DCA, add_dca
+from reference import unets
 from tests.oracle import Config, assert_identical, assert_same, both_modes, pair, random_maps, randomise
 from tests.readme import snippet
 
@@ -43,6 +45,16 @@ def monai(backbone: str) -> nn.Module:
     return _library("monai.networks.nets").FlexibleUNet(3, 2, backbone)
 
 
+def without_seam(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """A network of MONAI whose forward has its skips as variables."""
+    networks = _library("monai.networks.nets")
+    return getattr(networks, name)(**({"spatial_dims": 2, "in_channels": 3, "out_channels": 2} | arguments))
+
+
+def host(name: str) -> nn.Module:
+    return getattr(unets, name)(dca=False)
+
+
 def nnunet(architecture: str, blocks: str) -> nn.Module:
     library = _library("dynamic_network_architectures.architectures.unet")
     return getattr(library, architecture)(
@@ -63,20 +75,44 @@ def nnunet(architecture: str, blocks: str) -> nn.Module:
     )
 
 
-# Builder, its arguments, and the channels of the skips that the decoder gets.
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...], list[int]]] = {
+CHANNELS = {"channels": (4, 8, 16, 32), "strides": (2, 2, 2)}
+KERNELS = {"kernel_size": [3] * 4, "strides": [1, 2, 2, 2], "upsample_kernel_size": [2] * 3, "filters": [4, 8, 16, 32]}
+SUPERVISED = {"deep_supervision": True, "deep_supr_num": 2}
+SMALL = {"img_size": (64, 96), "feature_size": 8, "hidden_size": 24, "mlp_dim": 24, "num_heads": 4}
+
+# Builder, its arguments, and the channels of the skips that matter.
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[Any, ...], list[int]]] = {
     "smp_unet": (smp, ("Unet", "resnet18"), [64, 64, 128, 256]),
     "smp_unet_efficientnet": (smp, ("Unet", "efficientnet-b0"), [32, 24, 40, 112]),
     "smp_unet_mit": (smp, ("Unet", "mit_b0"), [32, 64, 160]),  # one map has no channels
     "smp_unet_timm": (smp, ("Unet", "tu-resnet18"), [64, 64, 128, 256]),
     "smp_unetplusplus": (smp, ("UnetPlusPlus", "resnet18"), [64, 64, 128, 256]),
     "smp_linknet": (smp, ("Linknet", "resnet18"), [64, 64, 128, 256]),
+    "smp_vgg": (smp, ("Unet", "vgg11"), [128, 256, 512, 512]),  # of six maps, the first is not used
+    "smp_fpn": (smp, ("FPN", "resnet18"), [64, 128, 256]),  # nor here, nor by the next three
+    "smp_upernet": (smp, ("UPerNet", "resnet18"), [64, 128, 256]),
+    "smp_pan": (smp, ("PAN", "resnet18"), [64, 128, 256]),
+    "smp_deeplab": (smp, ("DeepLabV3Plus", "resnet18"), [64]),
     "monai_resnet": (monai, ("resnet10",), [64, 64, 128, 256]),
     "monai_efficientnet": (monai, ("efficientnet-b0",), [16, 24, 40, 112]),
     "nnunet_plain": (nnunet, ("PlainConvUNet", "n_conv_per_stage"), [8, 16, 24]),
     "nnunet_residual": (nnunet, ("ResidualEncoderUNet", "n_blocks_per_stage"), [8, 16, 24]),
+    "monai_unet": (without_seam, ("UNet", CHANNELS | {"num_res_units": 2}), [4, 8]),
+    "monai_basic": (without_seam, ("BasicUNet", {"features": (4, 4, 8, 16, 32, 4)}), [4, 4, 8, 16]),
+    "monai_basic_plusplus": (without_seam, ("BasicUNetPlusPlus", {"features": (4, 4, 8, 16, 32, 4)}), [4, 4, 8, 16]),
+    "monai_attention": (without_seam, ("AttentionUnet", CHANNELS), [4, 8, 16]),
+    "monai_segresnet": (without_seam, ("SegResNet", {}), [8, 16, 32]),
+    "monai_dynunet": (without_seam, ("DynUNet", KERNELS | SUPERVISED), [4, 8, 16]),
+    "monai_unetr": (without_seam, ("UNETR", SMALL), [8, 16, 32, 64]),
+    "monai_swinunetr": (without_seam, ("SwinUNETR", {"feature_size": 12}), [12, 12, 24, 48, 96]),
+    "monai_vnet": (without_seam, ("VNet", {"in_channels": 1}), [16, 32, 64, 128]),
+    "host_unet": (host, ("UNet",), [32, 64, 128, 256]),
+    "host_resunetpp": (host, ("ResUNetPP",), [32, 64, 128]),
+    "host_doubleunet": (host, ("DoubleUNet",), [64, 128, 256, 512]),
 }
-ONE_OF_EACH = ["smp_unet", "monai_resnet", "nnunet_plain"]
+# What `add_dca` needs to know of those whose skips do not come from one way down.
+NAMES = {"monai_unetr": [f"encoder{i}" for i in (1, 2, 3, 4)]}
+ONE_OF_EACH = ["smp_unet", "monai_resnet", "nnunet_plain", "monai_unet", "monai_dynunet"]
 each_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -88,6 +124,21 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     make, arguments, _ = NETWORKS[name]
     return make(*arguments)
+
+
+def added(name: str, model: nn.Module | None = None) -> nn.Module:
+    return add_dca(model or build(name), patch=4, example=image(name), skips=NAMES.get(name))
+
+
+def image(name: str) -> Tensor:
+    if name == "smp_pan":
+        return IMAGE.repeat(1, 1, 2, 2)  # it halves seven times
+    return IMAGE[:, :1] if name == "monai_vnet" else IMAGE
+
+
+def owner(model: nn.Module) -> nn.Module:
+    """The module that has the DCA as a child."""
+    return model.decoder if hasattr(getattr(model, "decoder", None), "dca") else model
 
 
 def outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -120,37 +171,67 @@ class Passing(nn.Module):
 @each_network
 def test_the_skips_go_through_the_dca(name: str) -> None:
     plain = build(name).eval()
-    model = add_dca(copy.deepcopy(plain), patch=4)
+    model = added(name, copy.deepcopy(plain))
     features = NETWORKS[name][2]
-    assert model.decoder.dca.features == features
-    expected = outputs(plain, IMAGE)
-    model.decoder.dca = Passing(features, 1.0)
-    assert_identical(outputs(model, IMAGE), expected)
-    model.decoder.dca = Passing(features, 2.0)
-    assert not torch.equal(outputs(model, IMAGE)["0"], expected["0"])
+    assert owner(model).dca.features == features
+    expected = outputs(plain, image(name))
+    owner(model).dca = Passing(features, 1.0)
+    assert_identical(outputs(model, image(name)), expected)
+    owner(model).dca = Passing(features, 2.0)
+    assert not torch.equal(outputs(model, image(name))["0"], expected["0"])
 
 
 @each_network
 def test_forward_and_backward(name: str) -> None:
     plain = build(name).train()
-    model = add_dca(copy.deepcopy(plain), patch=4)
+    model = added(name, copy.deepcopy(plain))
     shapes, in_vain = [], []
     for network in (plain, model):
-        masks = outputs(network, IMAGE)
+        masks = outputs(network, image(name))
         sum(y.square().sum() for y in masks.values()).backward()
         shapes.append({i: y.shape for i, y in masks.items()})
         in_vain.append({n for n, p in network.named_parameters() if p.grad is None})
     assert shapes[0] == shapes[1]
     assert in_vain[0] == in_vain[1]  # parameters that the plain network does not use either
-    assert all(p.grad.isfinite().all() for p in model.decoder.dca.parameters())
+    assert all(p.grad.isfinite().all() for p in owner(model).dca.parameters())
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Grad strides do not match:UserWarning")  # of a network, without a DCA as well
+@each_network
+def test_two_steps_of_ddp(name: str, one_process: None) -> None:
+    """The second raises where a parameter had no gradient in the first, as some of the plain networks' have none."""
+    model = added(name).train()
+    sum(y.square().sum() for y in outputs(model, image(name)).values()).backward()
+    for p in model.parameters():
+        p.requires_grad_(p.grad is not None)
+    assert all(p.requires_grad for p in owner(model).dca.parameters())
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):
+        sum(y.square().sum() for y in outputs(parallel, image(name)).values()).backward()
+
+
+@pytest.mark.parametrize("make, arguments", [(smp, ("PSPNet", "resnet18")), (smp, ("DeepLabV3", "resnet18"))])
+def test_a_network_that_uses_no_skips_is_refused(make: Callable[..., nn.Module], arguments: tuple[str, ...]) -> None:
+    model = make(*arguments)
+    message = f"model: expected a {arguments[0]} whose forward shows its skips, got no map that meets what it leads to"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        add_dca(model, patch=4, example=IMAGE)
+    assert not any(isinstance(m, DCA) for m in model.modules())
 
 
 @each_network
 def test_a_checkpoint_of_the_plain_network_loads(name: str) -> None:
-    plain, model = build(name), add_dca(build(name), patch=4)
+    plain, model = build(name), added(name)
     randomise(plain, 7)
     checkpoint = plain.state_dict()
-    assert [key for key in model.state_dict() if ".dca." not in key] == list(checkpoint)
+    assert [key for key in model.state_dict() if "dca." not in key] == list(checkpoint)
     model.load_state_dict(checkpoint)  # strict
     assert_identical({key: value for key, value in model.state_dict().items() if key in checkpoint}, checkpoint)
 
@@ -158,27 +239,28 @@ def test_a_checkpoint_of_the_plain_network_loads(name: str) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_copy_of_a_library_s_network_uses_its_own_dca(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    model = add_dca(build(name), patch=4).eval()
+    model = added(name).eval()
     expected = outputs(model, IMAGE)
     other = duplicate(model)
-    model.decoder.dca = Passing([0], 0.0)  # raises where it is called
+    owner(model).dca = Passing([0], 0.0)  # raises where it is called
     assert_identical(outputs(other, IMAGE), expected)
 
 
 @tracing
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["smp_unet", "nnunet_plain"])  # FlexibleUNet breaks the graph without a DCA, too
+# FlexibleUNet and BasicUNet break the graph without a DCA, too.
+@pytest.mark.parametrize("name", ["smp_unet", "nnunet_plain", "monai_segresnet", "host_unet"])
 def test_compiled_without_graph_breaks(name: str) -> None:
-    model = add_dca(build(name), patch=4).double().eval()
+    model = added(name).double().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same(outputs(compiled, IMAGE.double()), outputs(model, IMAGE.double()))
 
 
 @tracing
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["smp_unet"])
+@pytest.mark.parametrize("name", ["smp_unet", "monai_basic"])
 def test_exported(name: str) -> None:
-    model = add_dca(build(name), patch=4).double().eval()
+    model = added(name).double().eval()
     exported = torch.export.export(model, (IMAGE.double(),)).module()
     assert_same(outputs(exported, IMAGE.double()), outputs(model, IMAGE.double()))
 
