@@ -42,17 +42,19 @@ class Found:
         kind: its class, with the module that defines it.
         fused: whether it is a `dca_kernels.DCA` already.
         reason: why `replace_dca` would refuse it; None where it would not.
+        skips: which skips `add_dca` put it on, with their shapes for the example.
     """
 
     name: str
     kind: str
     fused: bool
     reason: str | None
+    skips: tuple[str, ...] = ()
 
     @property
     def state(self) -> str:
         if self.fused:
-            return "fused"
+            return f"fused, on {', '.join(self.skips)}" if self.skips else "fused"
         return "can be replaced" if self.reason is None else f"refused: {self.reason}"
 
 
@@ -83,7 +85,8 @@ def inspect(model: nn.Module) -> Report:
             except _Refused as error:
                 reasons[dca] = str(error)
         kind = f"{type(dca).__module__}.{type(dca).__qualname__}"
-        report.append(Found(name, kind, isinstance(dca, DCA), reasons.get(dca)))
+        skips = tuple(map(str, vars(dca).get("_skips", ())))
+        report.append(Found(name, kind, isinstance(dca, DCA), reasons.get(dca), skips))
     return report
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -260,6 +261,24 @@ def test_skips_by_name() -> None:
     assert model.dca.features == [8, 4]
     model = added("pyramid", skips=["lateral.layer1"])  # that the network does not lead down from
     assert model.dca.features == [4]
+
+
+def test_other_threads_run_their_networks_meanwhile() -> None:
+    other, wrong, stop = make("concatenating").eval(), [], threading.Event()
+    expected = other(IMAGE)
+
+    def run() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                wrong.append(not torch.equal(other(IMAGE), expected))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(3):
+        add_dca(make("nested"), patch=3)
+    stop.set()
+    thread.join()
+    assert len(wrong) > 3 and not any(wrong)
 
 
 class Classifier(nn.Sequential):
