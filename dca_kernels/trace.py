@@ -246,15 +246,19 @@ def _attributes(module: nn.Module) -> Attributes:
 
 
 def _put_back(module: nn.Module, attributes: Attributes) -> list[str]:
-    """Make a module's attributes what they were; the names of those that were set."""
+    """Make a module's attributes what they were; the names of those that were set, or lists that grew.
+
+    Items of a list may be set: DynUNet hands the maps of deep supervision on by such a list, within one call.
+    """
     now = vars(module).copy()
-    changed = [name for name in now if name not in attributes or now[name] is not attributes[name][0]]
+    changed = [name for name in now.keys() | attributes if now.get(name) is not attributes.get(name, (module,))[0]]
     vars(module).clear()
     for name, (value, items) in attributes.items():
         vars(module)[name] = value
         if items is not None:
+            changed += [name] if len(value) != len(items) else []
             value[:] = items
-    return changed + [name for name in attributes if name not in now]
+    return sorted(changed)
 
 
 def _line(error: Exception, module: nn.Module) -> str:

@@ -127,6 +127,24 @@ def test_the_skips_are_refined_and_nothing_else(seam: tuple) -> None:
     assert_identical({"output": model(ODD_IMAGE)}, {"output": plain.decoder(*plain.call(refined))})
 
 
+class HalfDecoder(Decoder):
+    """Leaves its first map unused."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return super().forward([torch.zeros_like(maps[0]), *maps[1:]])
+
+
+def test_a_skip_that_changes_nothing_is_left_out() -> None:
+    plain = network(skips_only, as_list, HalfDecoder).eval()
+    model = add_dca(copy.deepcopy(plain), patch=3)
+    assert model.decoder.dca.features == [8]
+    maps = plain.encoder(ODD_IMAGE)
+    expected = plain.decoder([maps[0], *model.decoder.dca(maps[1:2]), maps[2]])
+    assert_identical({"output": model(ODD_IMAGE)}, {"output": expected})
+    model.train()(ODD_IMAGE).square().sum().backward()
+    assert [name for name, p in model.decoder.dca.named_parameters() if p.grad is None] == []
+
+
 def test_adding_changes_nothing_that_was_there() -> None:
     model = network().train()
     model.encoder.norm.eval()

@@ -226,6 +226,23 @@ def test_what_a_call_would_have_seen_is_not_left_out() -> None:
     model(IMAGE)
 
 
+def test_a_hooked_module_stays_whole() -> None:
+    model, called = make("pyramid"), []
+    model.backbone.register_forward_hook(lambda module, args, result: called.append(len(args)))
+    add_dca(model, patch=3)
+    called.clear()
+    model(IMAGE)
+    assert called == [1]
+
+
+def test_no_more_is_opened_than_it_takes() -> None:
+    model, called = add_dca(make("nested"), patch=3), []
+    for path in ("model.0", "model.1.model.2.model"):  # within which there is no skip
+        model.get_submodule(path).register_forward_hook(lambda module, args, result: called.append(module))
+    model(IMAGE)
+    assert called == [model.model[0], model.model[1].model[2].model]
+
+
 def test_hooks_of_what_is_called_are_called() -> None:
     model, called = make("padded"), []
     model.down1.register_forward_hook(lambda module, args, result: called.append("before"))
@@ -297,7 +314,7 @@ class Excited(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        x = x * self.excite(x)
+        x = x * self.excite(x) * x.mean((2, 3), keepdim=True).sigmoid()
         return torch.cat([x, F.interpolate(self.pyramid(x), size=x.shape[2:])], 1)
 
 
@@ -309,6 +326,40 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         return self.down(x + self.conv(x))
+
+
+class WithTheImage(networks.PaddedUNet):
+    """Which its last convolution sees once more, smaller and normalised: no skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.last = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = F.avg_pool2d(x - self.mean, 2)
+        return self.last(torch.cat([F.avg_pool2d(super().forward(x), 2), image], 1))
+
+
+def test_the_image_is_no_skip() -> None:
+    assert add_dca(WithTheImage().double(), patch=3).dca.features == [4, 8]
+
+
+class LooksAtTypes(networks.PaddedUNet):
+    """Does something else where a value is not exactly a tensor, as those that are traced are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if type(x) is Tensor else -x)
+
+
+class Collects(networks.PaddedUNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x)
 
 
 class DependsOnValues(networks.PaddedUNet):
@@ -359,6 +410,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r".*x if x\.mean\(\) > 0 else -x\): TraceError: what it does depends on a tensor's values",
     ),
     "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
+    "collects": (Collects, r".*got Collects\.forward sets its attribute seen"),
+    "looks_at_types": (LooksAtTypes, ".*got a forward that its graph does not compute"),
     "makes_tensors": (MakesTensors, r".*TraceError: it makes a tensor by itself"),
     "takes_anything": (TakesAnything, ".*TraceError: its forward has no argument for the image"),
     "unused": (Unused, r".*got skips that change nothing \(inc\)"),
