@@ -81,6 +81,7 @@ def add_dca(
     _check_unwrapped(model)
     image = _image(model) if example is None else example
     place = (_seam(model, image) if skips is None else None) or _wired(model, image, skips)
+    _logger.info("the skips of %s: %s", type(model).__name__, ", ".join(map(str, place.skips)))
     dca = DCA([skip.shape[0] for skip in place.skips], patch=patch, **arguments)
     vars(dca)["_skips"] = place.skips
     if start == "identity":
@@ -88,7 +89,6 @@ def add_dca(
         dca.register_forward_hook(_weigh)
     dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     dca.register_load_state_dict_pre_hook(_keep_where_absent)
-    _logger.info("DCA on the skips of %s: %s", type(model).__name__, ", ".join(map(str, place.skips)))
     place.put(dca)
     return model
 
@@ -234,7 +234,7 @@ def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Plac
             return _wired(*within, names)
         traced = search.best(names)
         if traced is None:
-            raise NoSkips("; ".join(dict.fromkeys(map(str, search.closed))) or "no map that meets what it leads to")
+            raise NoSkips("; ".join(dict.fromkeys(["no map that meets what it leads to", *map(str, search.closed)])))
         used = _used(model, image, search, traced)
         recipe = recipe_of(model, search, traced, used)
     except (NoSkips, Untraceable) as error:

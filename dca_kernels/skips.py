@@ -4,7 +4,6 @@ A skip is a map on the contracting path that also meets what comes from further 
 attention gate, or as an argument of a block.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -37,9 +36,11 @@ class Skip(NamedTuple):
 
 
 class Flow:
-    """Which values of a graph are maps (B, C, H, W), and how small the smallest is that each was computed from.
+    """Which values of a graph are maps (B, C, H, W), and which of them lie on the contracting path.
 
-    What is pooled to a fixed size, as for weights of channels, does not count.
+    A value has gone up where it, or what it was computed from, is a map of twice the pixels of a smaller one before.
+    The bottleneck is the smallest map that goes up later. What leads there without having gone up is on the contracting
+    path. What is pooled to a fixed size, as for weights of channels, does not count, nor does the image itself.
 
     Args:
         graph: of a network's forward.
@@ -49,37 +50,44 @@ class Flow:
 
     def __init__(self, graph: fx.Graph, root: nn.Module, hidden: Mapping[str, float]) -> None:
         self._root, self.hidden = root, hidden
+        self._image = next(iter(graph.nodes)).meta[VALUE].shape[2:]
         self._areas: dict[fx.Node, float] = {}  # H W of maps, infinite of all else
-        self._least: dict[fx.Node, float] = {}  # of all maps that a node was computed from, and of itself
-        self._least_before: dict[fx.Node, float] = {}  # the same without itself
         self._pooled: set[fx.Node] = set()
-        self._learned: set[fx.Node] = set()  # the image itself, whatever its size, is no skip
+        self._up: set[fx.Node] = set()
+        learned: set[fx.Node] = set()
+        least: dict[fx.Node, float] = {}  # H W of the smallest map that a node was computed from, or is
+        lowest: dict[fx.Node, float] = {}  # H W of what has not gone up before: of the node, or within it
         for node in graph.nodes:
+            before = node.all_input_nodes
             if self._is_pooled(node):
                 self._pooled.add(node)
-            self._areas[node] = self._area(node)
+            if self._has_parameters(node) or not learned.isdisjoint(before):
+                learned.add(node)
+            area = self._areas[node] = self._area(node) if node in learned else math.inf
             within = hidden.get(str(node.target), math.inf) if node.op == "call_module" else math.inf
-            before = [self._least[n] for n in node.all_input_nodes if n not in self._pooled]
-            self._least_before[node] = min(before, default=math.inf)
-            self._least[node] = min(self._least_before[node], within, self._areas[node])
-            if self._has_parameters(node) or not self._learned.isdisjoint(node.all_input_nodes):
-                self._learned.add(node)
-        self._leading_down = functools.cache(self._that_lead_down)
-        self._meeting = functools.cache(self._that_meet)
+            least[node] = min([least[n] for n in before if n not in self._pooled] + [area, within])
+            if self._up.isdisjoint(before):
+                lowest[node] = min(area, within)
+            if node not in lowest or math.inf > area >= 2 * least[node]:
+                self._up.add(node)
+        goes_up = self._leading_to(self._up)
+        bottom = min((lowest[node] for node in lowest if node in goes_up), default=math.inf)
+        self._bottleneck = {node for node in lowest if lowest[node] == bottom < math.inf and node in goes_up}
+        self._down = self._leading_to(self._bottleneck, avoiding=self._up)
+        self._meeting = self._leading_to(self._up & self._computed_from(self._bottleneck))
 
     def skips(self) -> list[Skip]:
         """From the largest to the smallest."""
         found: list[Skip] = []
         branches: set[fx.Node] = set()
         for node, area in self._areas.items():
-            if node in branches or not self._is_contracted(node):
+            if area == math.inf or node in branches | self._up | self._bottleneck:
                 continue
-            down, meeting = self._leading_down(area), self._meeting(area)
-            uses = [n for n in node.users if n in meeting and n not in down]
-            # Where a block has both paths in it, the skip alone is seen, and what it meets next.
-            if uses and (not down.isdisjoint(node.users) or any(self._least[n] < area for n in uses)):
+            uses = [n for n in node.users if n in self._meeting and n not in self._down]
+            # Where a module has both paths in it, one of its outputs is seen alone, or what meets one right away.
+            if uses and (node in self._down or _is_one_of_several(node) or not self._up.isdisjoint(uses)):
                 found.append(Skip(self._name(node), node, tuple(uses)))
-                branches |= self._branches(uses, area)
+                branches |= self._branches(found[-1])
         return sorted(found, key=lambda skip: -self._areas[skip.node])
 
     def named(self, names: Sequence[str]) -> list[Skip]:
@@ -90,8 +98,7 @@ class Flow:
             node = nodes.get(name)
             if node is None:
                 return []
-            down = self._leading_down(self._areas[node])
-            uses = tuple(n for n in node.users if n not in down and self._goes_on(n))
+            uses = tuple(n for n in node.users if n not in self._down and self._goes_on(n))
             found.append(Skip(name, node, uses))
         return found if all(skip.uses for skip in found) else []
 
@@ -110,48 +117,43 @@ class Flow:
         first = next(n for n in self._areas if n.op == node.op and n.target == node.target)
         return str(node.target) if node.op == "call_module" and node is first else node.name
 
-    def _is_contracted(self, node: fx.Node) -> bool:
-        """Whether a node may be a skip: a map that no smaller one has gone into."""
-        area = self._areas[node]
-        return area < math.inf and area <= self._least[node] and node in self._learned
-
-    def _that_lead_down(self, area: float) -> set[fx.Node]:
-        """The nodes that lead to maps smaller than `area`, and into which nothing from further down has gone."""
+    def _leading_to(self, ends: set[fx.Node], avoiding: Iterable[fx.Node] = ()) -> set[fx.Node]:
+        """Some nodes, and those that lead to them by way of others."""
         found: set[fx.Node] = set()
         for node in reversed(self._areas):
-            if self._least[node] < area:
-                leads = self._least_before[node] >= area
-            else:
-                leads = self._goes_on(node) and not found.isdisjoint(node.users)
-            if leads:
+            leads = node not in avoiding and not found.isdisjoint(node.users)
+            if self._goes_on(node) and (node in ends or leads):
                 found.add(node)
         return found
 
-    def _that_meet(self, area: float) -> set[fx.Node]:
-        """The nodes that meet what was computed from maps smaller than `area`."""
-        found: set[fx.Node] = set()
-        for node in reversed(self._areas):
-            if self._goes_on(node) and (self._least[node] < area or not found.isdisjoint(node.users)):
+    def _computed_from(self, begins: set[fx.Node]) -> set[fx.Node]:
+        found = set(begins)
+        for node in self._areas:
+            if not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return found
 
-    def _branches(self, nodes: Iterable[fx.Node], area: float) -> set[fx.Node]:
+    def _branches(self, skip: Skip) -> set[fx.Node]:
         """What is computed of a skip alone on its way."""
         found: set[fx.Node] = set()
-        for node in nodes:
-            if self._least[node] >= area and self._goes_on(node):
-                found |= {node} | self._branches(node.users, area)
+        for node in self._areas:
+            of_tensors = [n for n in node.all_input_nodes if _has_tensors(n.meta[VALUE])]
+            if node in skip.uses or not found.isdisjoint(of_tensors):
+                if all(n is skip.node or n in found for n in of_tensors):
+                    found.add(node)
         return found
 
     def _goes_on(self, node: fx.Node) -> bool:
         return node.op != "output" and node not in self._pooled and _has_tensors(node.meta[VALUE])
 
     def _area(self, node: fx.Node) -> float:
+        """H W of a map, infinite of all else: scores of an attention, say, have other sides than the image's."""
         value = node.meta.get(VALUE)
         if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point() or node in self._pooled:
             return math.inf
-        area = math.prod(value.shape[2:])
-        return math.inf if area == 1 else area
+        (height, width), (rows, columns) = value.shape[2:], self._image
+        is_map = abs(height * columns - width * rows) <= 2 * max(rows, columns)  # by two pixels, at most
+        return height * width if is_map else math.inf
 
     def _has_parameters(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
@@ -161,6 +163,9 @@ class Flow:
     def _is_pooled(self, node: fx.Node) -> bool:
         """Whether a map is of a fixed size, whatever the image's, or computed from such ones alone."""
         if node.op == "call_function" and node.target in POOLING:
+            return True
+        value = node.meta.get(VALUE)
+        if node.op != "call_module" and isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() == 1:
             return True
         before = [n for n in node.all_input_nodes if _has_tensors(n.meta[VALUE])]
         if node.op == "call_module" and any(isinstance(m, POOLED) for m in self._module(node).modules()):
@@ -274,6 +279,12 @@ def _around(skip: Skip) -> set[str]:
         if one is skip.node or (one in skip.uses) != (other in skip.uses):
             paths |= set(stack_of(one)) & set(stack_of(other))
     return paths
+
+
+def _is_one_of_several(node: fx.Node) -> bool:
+    """Whether a node is one of a module's outputs."""
+    source = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.op == "call_module"
 
 
 def _has_code(module: nn.Module) -> bool:

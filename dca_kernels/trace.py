@@ -5,6 +5,7 @@ decides what the code does, the graph gets a node that expects this number, so a
 """
 
 import contextlib
+import inspect
 import itertools
 import operator
 import traceback
@@ -92,6 +93,11 @@ class Value(fx.Proxy):
     def __float__(self) -> float:
         return float(self._decides())
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:  # of NumPy, for one function of a size
+        import numpy
+
+        return numpy.asarray(self._decides(), dtype=dtype)
+
     def __len__(self) -> int:
         value = self.node.meta[VALUE]
         return operator.index(self.shape[0]) if isinstance(value, Tensor) else len(value)
@@ -120,6 +126,8 @@ class Tracer(fx.Tracer):
         example: an image (B, C, H, W).
         opened: submodules whose code is wanted.
     """
+
+    proxy_buffer_attributes = True
 
     def __init__(self, example: Tensor, opened: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -152,10 +160,10 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        code = root_fn.__code__
-        if code.co_argcount < 2:
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             raise TraceError("its forward has no argument for the image")
-        return root_fn, [self.root, self.create_proxy("placeholder", code.co_varnames[1], (), {})]
+        return root_fn, [self.root, self.create_proxy("placeholder", parameters[0].name, (), {})]
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -195,12 +203,12 @@ class Tracer(fx.Tracer):
         """What a node is for the example."""
         if node.op == "placeholder":
             return self._fake.from_tensor(self._example)
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
         self._evaluates = True
         try:
             with self._fake:
+                if node.op == "get_attr":
+                    return operator.attrgetter(str(node.target))(self.root)
                 if node.op == "call_function":
                     return node.target(*args, **kwargs)  # type: ignore[operator]
                 if node.op == "call_method":
@@ -263,7 +271,7 @@ def _put_back(module: nn.Module, attributes: Attributes) -> list[str]:
 
 def _line(error: Exception, module: nn.Module) -> str:
     """The line of a module's forward at which an error came up."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     return f"{own[-1].filename}:{own[-1].lineno}, {own[-1].line}: " if own else ""

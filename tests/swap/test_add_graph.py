@@ -195,34 +195,25 @@ def test_the_network_within_a_wrapper_gets_the_dca() -> None:
     assert all(name.startswith("network.") for name in model.state_dict())
 
 
-class TwoFaced(nn.Module):
-    """Whose backbone's code is in the graph, and asks whether it trains."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = networks.PyramidNetwork()
-        self.network.backbone = self.Backbone()
-        self.last = nn.Conv2d(2, 2, 1)
-
-    class Backbone(networks.Backbone):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return super().forward(F.dropout(x, 0.5, self.training))
+class Dropping(networks.Nested):
+    """Whose code is in the graph, and asks whether it trains."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.network(x)["out"])
+        return torch.cat([x, F.dropout(self.model(x), 0.5, self.training)], 1)
 
 
 def test_what_a_call_would_have_seen_is_not_left_out() -> None:
-    model = add_dca(TwoFaced().double(), patch=3)
-    backbone = model.network.backbone
-    handle = backbone.register_forward_hook(lambda module, args, result: None)
-    with pytest.raises(RuntimeError, match=r"^network\.backbone: expected no hook and no forward of its own, got one "):
+    model = make("nested")
+    model.model[1].__class__ = Dropping
+    add_dca(model, patch=3)
+    handle = model.model[1].register_forward_hook(lambda module, args, result: None)
+    with pytest.raises(RuntimeError, match=r"^model\.1: expected no hook and no forward of its own, got one that "):
         model(IMAGE)
     handle.remove()
-    backbone.eval()
-    with pytest.raises(RuntimeError, match=r"^network\.backbone: expected training=True, as its network, got False"):
+    model.model[1].eval()
+    with pytest.raises(RuntimeError, match=r"^model\.1: expected training=True, as its network, got False"):
         model(IMAGE)
-    backbone.train()
+    model.model[1].train()
     model(IMAGE)
 
 
