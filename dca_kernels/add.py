@@ -7,6 +7,7 @@ found in the graph of its forward, and the network's class becomes a subclass th
 import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch.utils import _pytree
 from dca_kernels.graph import CHILD, NoSkips, class_of, recipe_of
 from dca_kernels.module import DCA, check_model
 from dca_kernels.skips import Search, Traced
-from dca_kernels.trace import Untraceable, in_mode
+from dca_kernels.trace import Untraceable, attributes_of, in_mode, put_back
 
 IMAGE_SIDE = 256  # of the image that shows the skips: two pixels are left after seven halvings
 STARTS = ("official", "identity")
@@ -227,6 +228,7 @@ def _refine_skips(decoder: nn.Module, args: tuple[object, ...], positions: Seque
 def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Place:
     """The network within the model that has the skips in its forward."""
     _check_free(model)
+    plain = _run(model, image)
     search = Search(model, image)
     try:
         within = _called_within(model, search.wrapped(), image)
@@ -235,8 +237,8 @@ def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Plac
         traced = search.best(names)
         if traced is None:
             raise NoSkips("; ".join(dict.fromkeys(["no map that meets what it leads to", *map(str, search.closed)])))
-        used = _used(model, image, search, traced)
-        recipe = recipe_of(model, search, traced, used)
+        used = _used(model, image, plain, traced)
+        recipe = recipe_of(model, image, traced, used)
     except (NoSkips, Untraceable) as error:
         raise ValueError(
             f"{'model' if names is None else 'skips'}: expected a {type(model).__name__} whose forward shows "
@@ -264,13 +266,13 @@ def _called_within(model: nn.Module, path: str | None, image: Tensor) -> tuple[n
     return (network, maps[0]) if len(maps) == len(seen) == 1 and maps[0].dim() == 4 else None
 
 
-def _used(model: nn.Module, image: Tensor, search: Search, traced: Traced) -> list[str]:
+def _used(model: nn.Module, image: Tensor, plain: Any, traced: Traced) -> list[str]:
     """The names of the skips that change what the model makes of the image.
 
     Raises:
         NoSkips: there are none, or the graph computes something else than the forward.
     """
-    forward = class_of(recipe_of(model, search, traced, [skip.name for skip in traced.skips])).forward
+    forward = class_of(recipe_of(model, image, traced, [skip.name for skip in traced.skips])).forward
 
     def outputs(change: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Any:
         before = vars(model).copy()
@@ -281,12 +283,12 @@ def _used(model: nn.Module, image: Tensor, search: Search, traced: Traced) -> li
         finally:
             vars(model).update(before)
 
-    plain = outputs(lambda maps: maps)
-    if _differ(plain, _run(model, image), SAME):
+    same = outputs(lambda maps: maps)
+    if _differ(plain, same, SAME):
         raise NoSkips("a forward that its graph does not compute")
     used = []
     for i, skip in enumerate(traced.skips):
-        if _differ(plain, outputs(functools.partial(_change, position=i))):
+        if _differ(same, outputs(functools.partial(_change, position=i))):
             used.append(skip.name)
     if not used:
         raise NoSkips(f"skips that change nothing ({', '.join(skip.name for skip in traced.skips)})")
@@ -307,8 +309,9 @@ class _Instead(nn.Module):
 # What changes what
 
 
-def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = nn.Module.__call__) -> Any:
-    """The outputs in evaluation mode."""
+def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = operator.call) -> Any:
+    """The outputs in evaluation mode; what the forward keeps on its modules is put back."""
+    before = {module: attributes_of(module) for module in model.modules()}
     try:
         with in_mode(model, training=False), torch.no_grad():
             return call(model, image.clone())
@@ -317,6 +320,9 @@ def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = nn.Module._
             f"example: expected an input that the model's forward takes, got shape {tuple(image.shape)}, at which it "
             f"raises {type(error).__name__}: {error}"
         ) from error
+    finally:
+        for module, attributes in before.items():
+            put_back(module, attributes)
 
 
 def _change(maps: Sequence[Any], position: int) -> list[Any]:

@@ -7,23 +7,24 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import linecache
 import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from dca_kernels.plain import is_hooked
 from dca_kernels.skips import Search, Skip, Traced
-from dca_kernels.trace import in_mode
+from dca_kernels.trace import expect, in_mode
 
 CHILD = "dca"  # the name of the DCA in its network
 FORWARD = """
-def forward(self, *args, **kwargs):
-    check(self)
-    return (training if self.training else evaluation)(self, *args, **kwargs)
+def forward(self, {image}):
+    return forwards.of(self, {image})(self, {image})
 """
 
 
@@ -45,42 +46,80 @@ class Recipe(NamedTuple):
 
     Attributes:
         base: the network's own class.
-        training, evaluation: the forward.
-        opened: the paths of the submodules whose code is in it.
+        view: what of it is traced.
+        size: (C, H, W) of the example.
+        training, evaluation: the forward for the example.
     """
 
     base: type[nn.Module]
+    view: "View"
+    size: tuple[int, ...]
     training: Code
     evaluation: Code
+
+
+class View(NamedTuple):
+    """What a network's graph shows.
+
+    Attributes:
+        opened: the paths of the submodules whose code is in it.
+        hidden: see `dca_kernels.skips.Flow`.
+        names: of all skips that were found.
+        used: of those that go through the DCA.
+        vacant: whether the network itself has None where the DCA goes.
+    """
+
     opened: tuple[str, ...]
+    hidden: tuple[tuple[str, float], ...]
+    names: tuple[str, ...]
+    used: tuple[str, ...]
+    vacant: bool
 
 
 class NoSkips(Exception):
     """Why no skips were found."""
 
 
-def recipe_of(network: nn.Module, search: Search, traced: Traced, names: Sequence[str]) -> Recipe:
+def recipe_of(network: nn.Module, example: Tensor, traced: Traced, used: Sequence[str]) -> Recipe:
     """A network's class with a DCA.
 
     Args:
-        network: the network.
-        search: which found its skips.
-        traced: what it found.
-        names: of the skips to take.
+        network: the network, without it.
+        example: an image (B, C, H, W).
+        traced: the skips that were found with it.
+        used: the names of those to take.
 
     Raises:
         NoSkips: training has others than evaluation.
         Untraceable: training is no graph.
     """
+    names = tuple(skip.name for skip in traced.skips)
+    vacant = hasattr(network, CHILD)
+    view = View(traced.opened, tuple(traced.flow.hidden.items()), names, tuple(used), vacant)
     codes: list[Code] = []
     for training in (True, False):
         with in_mode(network, training):
-            again = search.again(traced)
-        skips = [skip for skip in again.skips if skip.name in names]
-        if [skip.name for skip in skips] != [skip.name for skip in traced.skips if skip.name in names]:
-            raise NoSkips("other skips in training than in evaluation")
-        codes.append(_code(_with_dca(again.graph, skips)))
-    return Recipe(type(network), codes[0], codes[1], traced.opened)
+            codes.append(code_of(network, example, view))
+    return Recipe(type(network), view, tuple(example.shape[1:]), codes[0], codes[1])
+
+
+def code_of(network: nn.Module, example: Tensor, view: View) -> Code:
+    """A network's forward with a DCA, in the mode that the network is in.
+
+    Args:
+        network: without the DCA.
+        example: an image (B, C, H, W).
+        view: which skips to take.
+
+    Raises:
+        NoSkips: they do not show.
+        Untraceable: the forward is no graph.
+    """
+    traced = Search(network, example).traced(view.opened, dict(view.hidden), view.names)
+    skips = [skip for skip in traced.skips if skip.name in view.used]
+    if [skip.name for skip in skips] != [name for name in view.names if name in view.used]:
+        raise NoSkips("other skips in training than in evaluation")
+    return _code(_with_dca(traced.graph, skips))
 
 
 def _with_dca(graph: fx.Graph, skips: Sequence[Skip]) -> fx.Graph:
@@ -115,24 +154,55 @@ def _code(graph: fx.Graph) -> Code:
 @functools.cache  # the class of copies and of what is read from a file is the same
 def class_of(recipe: Recipe) -> type[nn.Module]:
     """The class of a network with a DCA: a subclass of its own."""
-    base, differs = recipe.base, recipe.training.text != recipe.evaluation.text
-    evaluation = _function(recipe.evaluation)
-    training = _function(recipe.training) if differs else evaluation
-
-    def check(network: nn.Module) -> None:
-        for path in recipe.opened:
-            _check(network, path, differs)
-
-    names = {"check": check, "training": training, "evaluation": evaluation}
-    forward = _function(Code(FORWARD, tuple(names.items())))  # of code of its own: torch.compile counts by code
+    base, forwards = recipe.base, Forwards(recipe)
 
     def reduced(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         make, args, *state = cast(tuple[Any, ...], base.__reduce_ex__(self, protocol))
         return (_made, (recipe, *args[1:]), *state) if args[0] is type(self) else (make, args, *state)
 
-    forward.__signature__ = inspect.signature(evaluation)  # type: ignore[attr-defined]
+    # of code of its own: torch.compile counts by code
+    forward = _function(Code(FORWARD.format(image=forwards.image), (("forwards", forwards),)))
     own = {"forward": forward, "__reduce_ex__": reduced, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(f"{base.__name__}WithDCA", (base,), own)
+
+
+class Forwards:
+    """The forwards of a class of networks with a DCA: one for training, one for evaluation.
+
+    Where a forward's code asks for numbers of the image's size, there is one for each size, traced when it comes.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        codes = {True: recipe.training, False: recipe.evaluation}
+        self._recipe, self._differ = recipe, recipe.training.text != recipe.evaluation.text
+        self._asks = any(value is expect for code in codes.values() for _, value in code.names)
+        self._of_code: dict[Code, Callable[..., Any]] = {}
+        self._of_size = {(training, recipe.size): self._function_of(code) for training, code in codes.items()}
+        self.image = next(itertools.islice(inspect.signature(self._of_size[False, recipe.size]).parameters, 1, None))
+
+    def of(self, network: nn.Module, image: Tensor) -> Callable[..., Any]:
+        """The forward for an image (B, C, H, W), in the network's mode."""
+        for path in self._recipe.view.opened:
+            _check(network, path, self._differ)
+        size = tuple(image.shape[1:]) if self._asks and not torch.compiler.is_compiling() else self._recipe.size
+        found = self._of_size.get((network.training, size))
+        if found is None:
+            code = code_of(_without_dca(network, self._recipe), image, self._recipe.view)
+            found = self._of_size[network.training, size] = self._function_of(code)
+        return found
+
+    def _function_of(self, code: Code) -> Callable[..., Any]:
+        return self._of_code.get(code) or self._of_code.setdefault(code, _function(code))
+
+
+def _without_dca(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """A network of the same submodules, of its own class."""
+    plain = recipe.base.__new__(recipe.base)
+    vars(plain).update(vars(network))
+    vars(plain)["_modules"] = {name: module for name, module in network._modules.items() if name != CHILD}
+    if recipe.view.vacant:
+        vars(plain)[CHILD] = None
+    return plain
 
 
 def _made(recipe: Recipe, *args: Any) -> nn.Module:

@@ -17,6 +17,7 @@ from dca_kernels.plain import is_hooked
 from dca_kernels.trace import VALUE, Tracer, Untraceable, has_fixed_size, in_mode
 
 DEPTH = 32  # of modules in modules, at most
+SKEW = 1.5  # between the ratios of two maps' sides: padding and cropping change small ones
 POOLED = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 POOLING = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
 NOTHING_KNOWN: Mapping[str, float] = MappingProxyType({})
@@ -50,7 +51,7 @@ class Flow:
 
     def __init__(self, graph: fx.Graph, root: nn.Module, hidden: Mapping[str, float]) -> None:
         self._root, self.hidden = root, hidden
-        self._image = next(iter(graph.nodes)).meta[VALUE].shape[2:]
+        self._ratio: float | None = None  # height over width of the first map
         self._areas: dict[fx.Node, float] = {}  # H W of maps, infinite of all else
         self._pooled: set[fx.Node] = set()
         self._up: set[fx.Node] = set()
@@ -147,12 +148,14 @@ class Flow:
         return node.op != "output" and node not in self._pooled and _has_tensors(node.meta[VALUE])
 
     def _area(self, node: fx.Node) -> float:
-        """H W of a map, infinite of all else: scores of an attention, say, have other sides than the image's."""
+        """H W of a map, infinite of all else: scores of an attention, say, have sides of another ratio."""
         value = node.meta.get(VALUE)
         if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point() or node in self._pooled:
             return math.inf
-        (height, width), (rows, columns) = value.shape[2:], self._image
-        is_map = abs(height * columns - width * rows) <= 2 * max(rows, columns)  # by two pixels, at most
+        height, width = value.shape[2:]
+        if self._ratio is None:
+            self._ratio = height / width
+        is_map = 1 / SKEW <= height / width / self._ratio <= SKEW
         return height * width if is_map else math.inf
 
     def _has_parameters(self, node: fx.Node) -> bool:
@@ -220,15 +223,15 @@ class Search:
             fewer = self._traced([path for path in best.opened if path in needed], best.flow.inside())
             return fewer if len(fewer.skips) == len(best.skips) else best
 
-    def again(self, traced: Traced) -> Traced:
-        """The same, in the mode that the network is in.
+    def traced(self, opened: Sequence[str], hidden: Mapping[str, float], names: Sequence[str]) -> Traced:
+        """With skips of some names, and the code of some submodules, in the mode that the network is in.
 
         Raises:
-            Untraceable: a forward is no graph in this mode.
+            Untraceable: a forward is no graph.
         """
-        now = self._traced(traced.opened, traced.flow.hidden)
-        names = [skip.name for skip in traced.skips]
-        return now if [skip.name for skip in now.skips] == names else now._replace(skips=now.flow.named(names))
+        traced = self._traced(opened, hidden)
+        found = [skip.name for skip in traced.skips]
+        return traced if found == list(names) else traced._replace(skips=traced.flow.named(names))
 
     def wrapped(self) -> str | None:
         """The path of the submodule that the network is a wrapper of: the only one that it calls, if no container."""

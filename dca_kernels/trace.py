@@ -143,7 +143,7 @@ class Tracer(fx.Tracer):
             Untraceable: it is none.
         """
         self._running = [root]
-        before = {module: _attributes(module) for module in (root, *self._opened)}
+        before = {module: attributes_of(module) for module in (root, *self._opened)}
         try:
             with torch.no_grad():
                 graph = self.trace(root)
@@ -151,7 +151,7 @@ class Tracer(fx.Tracer):
             module = self._running[-1]
             raise Untraceable(module, f"{_line(error, module)}{type(error).__name__}: {error}") from error
         finally:
-            changed = {module: _put_back(module, attributes) for module, attributes in before.items()}
+            changed = {module: put_back(module, attributes) for module, attributes in before.items()}
         for module, names in changed.items():
             if names:
                 raise Untraceable(module, f"{type(module).__name__}.forward sets its attribute {', '.join(names)}")
@@ -248,12 +248,12 @@ def _called(module: nn.Module, fake: FakeTensorMode, args: tuple[Any, ...], kwar
 Attributes = dict[str, tuple[Any, list[Any] | None]]
 
 
-def _attributes(module: nn.Module) -> Attributes:
+def attributes_of(module: nn.Module) -> Attributes:
     """A module's attributes, and the items of lists among them."""
     return {name: (value, value.copy() if isinstance(value, list) else None) for name, value in vars(module).items()}
 
 
-def _put_back(module: nn.Module, attributes: Attributes) -> list[str]:
+def put_back(module: nn.Module, attributes: Attributes) -> list[str]:
     """Make a module's attributes what they were; the names of those that were set, or lists that grew.
 
     Items of a list may be set: DynUNet hands the maps of deep supervision on by such a list, within one call.

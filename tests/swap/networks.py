@@ -221,6 +221,75 @@ class PyramidNetwork(nn.Module):
         return {"out": F.interpolate(self.head(torch.cat(maps, 1)), size=x.shape[-2:])}
 
 
+class ScaledUNet(AddingUNet):
+    """Has a parameter of its own in its forward, and enlarges the image first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        e1 = self.encoder1(F.interpolate(x, scale_factor=2))
+        e2 = self.encoder2(e1) * self.scale
+        return self.decoder1(self.decoder2(self.decoder3(self.encoder3(e2)) + e2) + e1)
+
+
+class MultipleUNet(AddingUNet):
+    """Pads images to a multiple of what it halves, and crops the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, height, width = x.shape
+        rows, columns = -height % 24, -width % 24
+        if rows or columns:
+            x = F.pad(x, (0, columns, 0, rows))
+        return super().forward(x)[:, :, :height, :width]
+
+
+class FullScaleUNet(nn.Module):
+    """UNet 3+: a skip map goes to smaller levels as well, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c = WIDTHS
+        self.h1, self.h2, self.h3 = double(3, a), double(a, b), double(b, c)
+        self.h1_to_2, self.h1_to_1, self.h2_to_2 = (nn.Conv2d(w, 4, 1) for w in (a, a, b))
+        self.d2, self.d1 = double(8 + c, 4), double(4 + 4 + c, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h1 = self.h1(x)
+        h2 = self.h2(F.max_pool2d(h1, 2))
+        h3 = self.h3(F.max_pool2d(h2, 2))
+        small, large = h2.shape[2:], h1.shape[2:]
+        d2 = torch.cat([self.h1_to_2(F.max_pool2d(h1, 2)), self.h2_to_2(h2), F.interpolate(h3, size=small)], 1)
+        d1 = [self.h1_to_1(h1), F.interpolate(self.d2(d2), size=large), F.interpolate(h3, size=large)]
+        return self.d1(torch.cat(d1, 1))
+
+
+class Transformer(nn.Module):
+    """Attention over the positions of a map, whose scores have four axes as maps have."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv, self.reduced = nn.Linear(channels, 3 * channels), nn.Conv2d(channels, channels, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        q = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)[0].view(batch, -1, 2, channels // 2).transpose(1, 2)
+        _, k, v = self.qkv(self.reduced(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+        k, v = (t.view(batch, -1, 2, channels // 2).transpose(1, 2) for t in (k, v))
+        scores = (q @ k.transpose(2, 3)).softmax(-1)
+        return x + (scores @ v).transpose(2, 3).reshape(batch, channels, height, width)
+
+
+class AttentiveUNet(PaddedUNet):
+    """Attends on its way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down2 = nn.Sequential(self.down2, Transformer(16), Transformer(16))
+        self.down1 = nn.Sequential(self.down1, Transformer(8))
+
+
 class Wrapper(nn.Module):
     """A training framework's module around a network."""
 
@@ -278,6 +347,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "adding": (AddingUNet, [4, 8]),
     "dense": (DenseUNet, [4, 8]),
     "pyramid": (PyramidNetwork, [4, 8]),
+    "scaled": (ScaledUNet, [4, 8]),
+    "multiple": (MultipleUNet, [4, 8]),
+    "full_scale": (FullScaleUNet, [4, 8]),
+    "attentive": (AttentiveUNet, [4, 8]),
 }
 
 

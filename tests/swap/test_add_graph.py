@@ -1,11 +1,13 @@
 """A DCA on the skips of a network that has them as variables of its forward."""
 
 import copy
+import functools
 import pickle
 import re
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -254,12 +256,24 @@ class Particular(networks.PaddedUNet):
         return super().forward(x)
 
 
-def test_another_graph_is_not_taken_in_silence() -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_code_that_asks_for_sizes(training: bool) -> None:
+    torch.manual_seed(0)
+    plain = Particular().double().train(training)
+    model = add_dca(copy.deepcopy(plain), patch=3, example=image(32, 64), start="identity")
+    for size in ((64, 96), (32, 48), (64, 80), (32, 64), (30, 50)):
+        for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_identical(outputs(network, image(*size)), outputs(copy.deepcopy(plain), image(*size)))
+
+
+@tracing
+def test_another_graph_is_not_compiled_in_silence() -> None:
     model = add_dca(Particular().double(), patch=3, example=image(32, 64))
-    model(image(64, 96))
+    compiled = torch.compile(model, backend="eager")
+    compiled(image(64, 96))
     message = "input: expected one for which x.shape[-1] % 32 is 0, as for the example of add_dca, got 16: "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        model(IMAGE)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compiled(IMAGE)
 
 
 def test_skips_by_name() -> None:
@@ -334,6 +348,34 @@ class WithTheImage(networks.PaddedUNet):
 
 def test_the_image_is_no_skip() -> None:
     assert add_dca(WithTheImage().double(), patch=3).dca.features == [4, 8]
+
+
+def test_a_bottleneck_of_one_pixel() -> None:
+    assert add_dca(make("padded"), patch=2, example=image(4, 4)).dca.features == [4, 8]
+
+
+class Decorated(networks.PaddedUNet):
+    """As the forwards of transformers are."""
+
+    def decorated(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, **kwargs):
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    @decorated
+    def forward(self, pixels: Tensor, side: int | None = None) -> Tensor:
+        side = int(np.sqrt(pixels.shape[2] * pixels.shape[3])) if side is None else side
+        return super().forward(pixels) * side
+
+
+def test_a_decorated_forward_that_calls_numpy() -> None:
+    torch.manual_seed(0)
+    plain = Decorated().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for side in (32, 48):
+        assert_identical({"": model(pixels=image(side, side))}, {"": plain(image(side, side))})
 
 
 class LooksAtTypes(networks.PaddedUNet):
