@@ -145,9 +145,9 @@ def read(
         channel = spatial = None
         if dca.channel_att:
             is_last = i == last and not dca.spatial_att
-            channel = _attention(block.channel_norm, block.c_attention, cancels if is_last else kept, get)
+            channel = _attention(block.norms("channel_norm"), block.c_attention, cancels if is_last else kept, get)
         if dca.spatial_att:
-            spatial = _attention(block.spatial_norm, block.s_attention, cancels if i == last else kept, get)
+            spatial = _attention(block.norms("spatial_norm"), block.s_attention, cancels if i == last else kept, get)
         blocks.append(Block(channel, spatial))
     return Contract(
         patch_embed=tuple([_affine(embedding.convolution, get) for embedding in dca.avg_map]),

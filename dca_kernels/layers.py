@@ -108,10 +108,14 @@ class Block(nn.Module):
                 SpatialAttention(total, c, heads) for c, heads in zip(features, spatial_heads, strict=True)
             )
 
+    def norms(self, name: str) -> list[nn.Module]:
+        """The LayerNorm of each scale, also where each is in a list of its own, as official modules once had them."""
+        return [norm[0] if isinstance(norm, LayerNorms) else norm for norm in getattr(self, name)]
+
     def forward(self, tokens: Sequence[Tensor], grid: tuple[int, int]) -> Sequence[Tensor]:
         for norms, attentions in (("channel_norm", "c_attention"), ("spatial_norm", "s_attention")):
             if hasattr(self, attentions):
-                normed = [norm(t) for norm, t in zip(getattr(self, norms), tokens, strict=True)]  # S of (B, N, C_i)
+                normed = [norm(t) for norm, t in zip(self.norms(norms), tokens, strict=True)]  # S of (B, N, C_i)
                 joined = torch.cat(normed, 2)  # (B, N, C)
                 scales = zip(tokens, getattr(self, attentions), normed, strict=True)
                 tokens = [t + attention(n, joined, grid) for t, attention, n in scales]

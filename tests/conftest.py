@@ -16,11 +16,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 torch.set_num_threads(1)  # where PyTorch was imported before
+_device_constructors()  # keeps `torch.empty` as it is, before a test poisons it: `torch.device("meta")` goes by that
 torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:

@@ -200,6 +200,37 @@ class DualCrossAttention(nn.Module):
         return added(x, raw)
 
 
+class NormInSequential(Block):
+    """As it was before March 2023: keys `channel_norm.{i}.0.weight`."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        for name in {"channel_norm", "spatial_norm"} & self._modules.keys():
+            setattr(self, name, nn.ModuleList(nn.Sequential(norm) for norm in getattr(self, name)))
+
+
+class EarlyLayout(DualCrossAttention):
+    block_class = NormInSequential
+
+
+class GridOfTwelve(DualCrossAttention):
+    """Has its grid as a number in its code."""
+
+    def forward(self, raw: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        x = applied(self.avg_map, [to_tokens(nn.functional.adaptive_avg_pool2d(m, 12)) for m in raw])
+        for block in self.attention:
+            x = block(x)
+        x = applied(self.upconvs, [t.mT.reshape(len(t), -1, 12, 12) for t in x])
+        return (*applied(self.bn_relu, self.merged(x, raw)),)
+
+
+class ConvolvedFirst(UpsampleConv):
+    """Convolution, then upsampling: the same function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.conv(x))
+
+
 # Variants
 
 

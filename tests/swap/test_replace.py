@@ -13,7 +13,8 @@ import dca_kernels
 import reference
 from dca_kernels import add_dca, inspect, replace_dca, restore_dca
 from tests import vendored
-from tests.oracle import Golden, assert_same, both_modes, evaluate, random_maps
+from tests.oracle import Config, Golden, assert_same, both_modes, evaluate, random_maps
+from tests.swap.look_alikes import edited
 from tests.swap.models import (
     FEATURES,
     IMAGE,
@@ -46,6 +47,17 @@ def test_official_layout_and_vectors(name: str) -> None:
         assert_same(results, golden.expected(backward=True))
 
 
+def _convolve_first(dca: nn.Module) -> None:
+    for upconv in dca.upconvs:
+        upconv.__class__ = vendored.ConvolvedFirst
+
+
+def _tie(dca: nn.Module) -> None:
+    first, second = dca.attention[0].s_attention
+    first.q_map.proj.depthwise.weight = second.k_map.proj.depthwise.weight
+    first.k_map = second.k_map
+
+
 ORIGINALS: dict[str, Callable[[], nn.Module]] = {
     "vendored": official,
     "two_blocks_of_several_heads": lambda: official(n=2, channel_head=[2, 4], spatial_head=[8, 2]),
@@ -54,6 +66,11 @@ ORIGINALS: dict[str, Callable[[], nn.Module]] = {
     "reference": lambda: reference.DCA(FEATURES, patch=PATCH),
     "oblong_grid": lambda: reference.DCA(FEATURES, patch=(3, 5)),
     "one_token": lambda: reference.DCA(FEATURES, patch=1),
+    "layer_norms_in_sequentials": lambda: official(vendored.EarlyLayout, n=2),
+    "relu_in_place": edited(lambda dca: [setattr(head[1], "inplace", True) for head in dca.bn_relu]),
+    "leaky_relu": edited(lambda dca: [head.__setitem__(1, nn.LeakyReLU(0.2)) for head in dca.bn_relu]),
+    "convolution_before_upsampling": edited(_convolve_first),
+    "tied": edited(_tie),
 }
 
 
@@ -75,6 +92,35 @@ def test_arguments_are_read_off_the_structure() -> None:
     fused = replace_dca(official(features=[8, 16, 24], strides=[4, 2, 1], **arguments), backend="torch")
     expected = dca_kernels.DCA([8, 16, 24], **arguments, backend="torch")
     assert fused.extra_repr() == expected.extra_repr()
+
+
+def test_a_grid_that_is_a_number_in_the_code(caplog: pytest.LogCaptureFixture) -> None:
+    original = official(vendored.GridOfTwelve, patch=12).double()
+    config = Config(FEATURES, 12, sizes=((48, 48), (24, 24)))
+    expected = evaluate(copy.deepcopy(original), random_maps(config))
+    with caplog.at_level(logging.INFO, "dca_kernels"):
+        fused = replace_dca(original)
+    assert "not verified at a grid of 3 x 3 tokens" in caplog.text
+    assert_same(evaluate(fused, random_maps(config)), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: nn.Sequential(nn.SyncBatchNorm(c), nn.ReLU()),
+        lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Dropout2d(0.5)),
+        lambda c: nn.Sequential(nn.GroupNorm(2, c), nn.GELU()),
+    ],
+    ids=["sync_batch_norm", "dropout", "group_norm"],
+)
+def test_another_bn_relu_that_is_called_as_it_is(change: Callable[[int], nn.Module]) -> None:
+    original = official()
+    original.bn_relu = nn.ModuleList(change(c) for c in FEATURES)
+    heads = original.bn_relu
+    generator = torch.get_rng_state()
+    fused = replace_dca(original)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert list(fused.bn_relu) == list(heads)
 
 
 def test_default_heads_of_more_scales_than_there_are() -> None:
@@ -175,6 +221,7 @@ def test_backend_is_that_of_the_fused_modules() -> None:
     assert trusting_replace_dca(host()).DCA.backend == "auto"
 
 
+@pytest.mark.slow
 def test_a_grid_whose_attention_matrices_would_not_fit() -> None:
     original = official(patch=512)  # 2**18 tokens: a matrix would take 512 GB
     assert replace_dca(original).grid == (512, 512)

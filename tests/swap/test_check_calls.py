@@ -1,0 +1,178 @@
+"""`replace_dca(model, check_calls=N)`: the next calls run the original, too, and raise where it differs."""
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dca_kernels import replace_dca, restore_dca
+from dca_kernels.check import TOLERANCES, _tolerance
+from tests import vendored
+from tests.oracle import assert_identical
+from tests.swap import look_alikes
+from tests.swap.models import IMAGE, Host, Snapshot, host, tracing
+
+checked = {"verify": False, "check_calls": 2}
+
+
+def hooks(model: nn.Module) -> int:
+    return len(model.DCA._forward_hooks) + len(model.DCA._forward_pre_hooks) + len(model.DCA._forward_hooks_with_kwargs)
+
+
+def parallel() -> Host:
+    return host(kind=vendored.Parallel)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_equal_calls_are_checked_and_then_no_more(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = vendored.DualCrossAttention.forward
+    monkeypatch.setattr(
+        vendored.DualCrossAttention, "forward", lambda self, raw: (calls.append(1), forward(self, raw))[1]
+    )
+    model, plain = host().train(training), host().train(training)
+    replace_dca(model, **checked)
+    replace_dca(plain, verify=False)
+    for n in (1, 2, 2):
+        # One update of the buffers a call, as without the check.
+        assert_identical({"y": model(IMAGE)}, {"y": plain(IMAGE)})
+        assert_identical(dict(model.named_buffers()), dict(plain.named_buffers()))
+        assert len(calls) == n
+    assert hooks(model) == 0
+
+
+def test_the_first_difference_is_an_error_that_changes_nothing() -> None:
+    model = replace_dca(parallel().train(), **checked)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    message = (
+        r"^check_calls: expected the results of Parallel, which the DCA stands for, in call 1 of 2, of maps "
+        r"\[\(2, 8, 16, 16\), \(2, 16, 8, 8\)\]: outputs\[0\] differs by .+, where .+ is allowed\. restore_dca"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            model(IMAGE)
+    assert_identical(dict(model.named_buffers()), before)
+    restore_dca(model)
+    assert hooks(model) == 0
+    model(IMAGE)
+
+
+def test_a_size_that_differs_is_found_at_its_call() -> None:
+    model = replace_dca(Host(look_alikes.SIZES["interpolated_again"]()).double(), **checked)
+    model(IMAGE)
+    with pytest.raises(RuntimeError, match=r"in call 2 of 2, of maps \[\(2, 8, 16, 12\), \(2, 16, 8, 6\)\]: outputs"):
+        model(IMAGE[..., :12])
+
+
+def test_random_branches_are_found_without_a_draw() -> None:
+    model = replace_dca(Host(look_alikes.RANDOM["torch"]()).double().train(), **checked)
+    generator = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r": it draws random numbers in training \(aten::rand\)"):
+        model(IMAGE)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+LOW: dict[str, Callable[[nn.Module], tuple[nn.Module, torch.Tensor]]] = {
+    "float32": lambda model: (model.float(), IMAGE.float()),
+    "bfloat16": lambda model: (model.bfloat16(), IMAGE.bfloat16()),
+    "autocast": lambda model: (model.float(), IMAGE.float()),
+}
+
+
+@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_tolerance_is_that_of_the_dtype(name: str, training: bool) -> None:
+    for make, differs in ((host, False), (parallel, True)):
+        model, image = LOW[name](replace_dca(make(), **checked).train(training))
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            if differs:
+                with pytest.raises(RuntimeError, match=r"^check_calls: "):
+                    model(image)
+            else:
+                model(image)
+
+
+def test_under_autocast_the_tolerance_is_that_of_its_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _tolerance(torch.ones(1)) == TOLERANCES[torch.bfloat16]
+        assert _tolerance(torch.ones(1).double()) == TOLERANCES[torch.float64]  # which autocast leaves alone
+
+
+def test_buffers_are_compared() -> None:
+    model = replace_dca(Host(look_alikes.NORMS["other_momentum"]()).double().train(), **checked)
+    with pytest.raises(RuntimeError, match=r": bn_relu\.0\.0\.running_mean differs by"):
+        model(IMAGE)
+
+
+def test_maps_by_name_and_hooks_that_change_the_outputs() -> None:
+    model = host()
+    model.DCA.register_forward_hook(lambda module, args, outputs: tuple(2 * y for y in outputs))
+    replace_dca(model, **checked)
+    maps = [torch.randn(2, 8, 16, 16).double(), torch.randn(2, 16, 8, 8).double()]
+    for _ in range(2):
+        model.DCA(maps=maps)
+    assert hooks(model) == 1
+
+
+def test_the_mode_of_now_is_the_original_s() -> None:
+    other = look_alikes.where(lambda self, raw: not self.training)()
+    model = replace_dca(Host(other).double().train(), **checked)
+    model(IMAGE)
+    with pytest.raises(RuntimeError, match=r"in call 2 of 2"):
+        model.eval()(IMAGE)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_count_their_own_calls(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = replace_dca(parallel(), **checked)
+    other = duplicate(model)
+    with pytest.raises(RuntimeError, match="in call 1 of 2"):
+        other(IMAGE)
+    model = replace_dca(host(), **checked)
+    other = duplicate(model)
+    for _ in range(2):
+        other(IMAGE)
+    assert (hooks(other), hooks(model)) == (0, 3)
+
+
+def test_the_tensors_of_now_are_the_original_s() -> None:
+    model = replace_dca(host(), **checked)
+    model.DCA.bn_relu[0] = nn.Sequential(nn.GroupNorm(2, 8), nn.GELU()).double()
+    model.load_state_dict(model.state_dict())
+    torch.optim.SGD(model.parameters(), 0.1)
+    model(IMAGE).sum().backward()
+    model(IMAGE)
+    assert hooks(model) == 0
+
+
+@pytest.mark.slow
+@tracing
+@torch.no_grad()
+def test_of_a_compiled_model() -> None:
+    for make, differs in ((host, False), (parallel, True)):
+        model = make().eval()
+        compiled = torch.compile(replace_dca(model, **checked), backend="eager")
+        if differs:
+            with pytest.raises(RuntimeError, match="check_calls"):
+                compiled(IMAGE)
+            continue
+        for _ in range(3):
+            compiled(IMAGE)
+        assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("calls", [-1, 1.5, "2", None])
+def test_not_a_number_of_calls(calls: object, caplog: pytest.LogCaptureFixture) -> None:
+    model = host()
+    before = Snapshot(model)
+    with (
+        caplog.at_level(logging.INFO, "dca_kernels"),
+        pytest.raises(ValueError, match=rf"^check_calls: expected a number of calls, at least 0, got {calls!r}$"),
+    ):
+        replace_dca(model, check_calls=calls)
+    before.assert_unchanged(model)
+    assert caplog.messages == []
