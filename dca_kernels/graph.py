@@ -135,6 +135,9 @@ def _with_dca(graph: fx.Graph, skips: Sequence[Skip]) -> fx.Graph:
     for node in list(graph.nodes):  # what needs the DCA's results comes behind it, all in its sequence
         if not behind.isdisjoint(node.all_input_nodes) and node is not output:
             behind.add(node)
+    for skip in skips:
+        if skip.node in behind:
+            raise NoSkips(f"{skip.name} among them, which is computed from another one that goes through the DCA")
     for node in [node for node in graph.nodes if node in behind and node not in (dca, *refined)]:
         output.prepend(node)
     graph.lint()

@@ -80,15 +80,15 @@ class Flow:
     def skips(self) -> list[Skip]:
         """From the largest to the smallest."""
         found: list[Skip] = []
-        branches: set[fx.Node] = set()
+        behind: set[fx.Node] = set()  # what is computed of skips on their way up
         for node, area in self._areas.items():
-            if area == math.inf or node in branches | self._up | self._bottleneck:
+            if area == math.inf or node in behind | self._up | self._bottleneck:
                 continue
             uses = [n for n in node.users if n in self._meeting and n not in self._down]
             # Where a module has both paths in it, one of its outputs is seen alone, or what meets one right away.
             if uses and (node in self._down or _is_one_of_several(node) or not self._up.isdisjoint(uses)):
                 found.append(Skip(self._name(node), node, tuple(uses)))
-                branches |= self._branches(found[-1])
+                behind |= self._computed_from(set(uses))
         return sorted(found, key=lambda skip: -self._areas[skip.node])
 
     def named(self, names: Sequence[str]) -> list[Skip]:
@@ -132,16 +132,6 @@ class Flow:
         for node in self._areas:
             if not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
-        return found
-
-    def _branches(self, skip: Skip) -> set[fx.Node]:
-        """What is computed of a skip alone on its way."""
-        found: set[fx.Node] = set()
-        for node in self._areas:
-            of_tensors = [n for n in node.all_input_nodes if _has_tensors(n.meta[VALUE])]
-            if node in skip.uses or not found.isdisjoint(of_tensors):
-                if all(n is skip.node or n in found for n in of_tensors):
-                    found.add(node)
         return found
 
     def _goes_on(self, node: fx.Node) -> bool:
@@ -249,23 +239,39 @@ class Search:
     def _all(self) -> Iterator[Traced]:
         """With the code of no submodule, of those that the network calls, of those that these call, and so on."""
         opened: list[str] = []
+        traced = self._traced(opened)
         for _ in range(DEPTH):
-            try:
-                traced = self._traced(opened)
-            except Untraceable as error:
-                if error.module is self._root:
-                    raise
-                self.closed.append(error)
-                opened = [path for path in opened if self._root.get_submodule(path) is not error.module]
-                continue
             yield traced
-            closed = [error.module for error in self.closed]
             called = dict.fromkeys(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
+            closed = [error.module for error in self.closed]
             modules = {path: self._root.get_submodule(path) for path in called}
             more = [path for path, m in modules.items() if m not in closed and _has_code(m)]
             if not more:
                 return
-            opened += more
+            opened, traced = self._opened(opened, more)
+
+    def _opened(self, opened: list[str], more: list[str]) -> tuple[list[str], Traced]:
+        """With the code of more submodules, but for those whose code is no graph."""
+        try:
+            return opened + more, self._traced(opened + more)
+        except Untraceable as error:
+            to_blame = [path for path in more if self._root.get_submodule(path) is error.module]
+        closed = [path for path in to_blame if not self._is_graph([*opened, path])]
+        if not closed:  # some other's outputs may have been the reason
+            kept: list[str] = []
+            for path in more:
+                kept += [path] if self._is_graph([*opened, *kept, path]) else []
+            closed = [path for path in more if path not in kept]
+        return self._opened(opened, [path for path in more if path not in closed])
+
+    def _is_graph(self, opened: list[str]) -> bool:
+        """Whether the code of some submodules is; where not, the last one stays closed."""
+        try:
+            self._traced(opened)
+        except Untraceable as error:
+            self.closed.append(Untraceable(self._root.get_submodule(opened[-1]), str(error)))
+            return False
+        return True
 
 
 def stack_of(node: fx.Node) -> list[str]:
