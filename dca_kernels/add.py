@@ -77,17 +77,20 @@ def add_dca(
             raise TypeError(f"{name}: expected to be read off the model, got {arguments[name]!r}")
     if not isinstance(example, Tensor | None):
         raise TypeError(f"example: expected a tensor (B, C, H, W) or None, got {type(example).__name__}")
+    if skips is not None and (isinstance(skips, str) or not skips or len(set(skips)) < len(skips)):
+        raise ValueError(f"skips: expected a list of different names, got {skips!r}")
     if start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     _check_unwrapped(model)
     image = _image(model) if example is None else example
     place = (_seam(model, image) if skips is None else None) or _wired(model, image, skips)
     _logger.info("the skips of %s: %s", type(model).__name__, ", ".join(map(str, place.skips)))
-    dca = DCA([skip.shape[0] for skip in place.skips], patch=patch, **arguments)
+    with torch.inference_mode(False):
+        dca = DCA([skip.shape[0] for skip in place.skips], patch=patch, **arguments)
+        if start == "identity":
+            dca.gates = nn.ParameterList(nn.Parameter(torch.zeros(skip.shape[0], 1, 1)) for skip in place.skips)
+            dca.register_forward_hook(_weigh)
     vars(dca)["_skips"] = place.skips
-    if start == "identity":
-        dca.gates = nn.ParameterList(nn.Parameter(torch.zeros(skip.shape[0], 1, 1)) for skip in place.skips)
-        dca.register_forward_hook(_weigh)
     dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     dca.register_load_state_dict_pre_hook(_keep_where_absent)
     place.put(dca)
@@ -159,7 +162,7 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
         return None
     _check_free(decoder)
     calls: list[tuple[object, ...]] = []
-    handle = decoder.register_forward_pre_hook(lambda _, args: calls.append(args))
+    handle = decoder.register_forward_pre_hook(lambda _, args: calls.append(_with_maps(args, _maps(args))))  # copied
     try:
         plain = _run(model, image)
     finally:
@@ -228,6 +231,8 @@ def _refine_skips(decoder: nn.Module, args: tuple[object, ...], positions: Seque
 def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Place:
     """The network within the model that has the skips in its forward."""
     _check_free(model)
+    if "forward" in vars(model):
+        raise ValueError(f"model: expected a {type(model).__name__} with its class's forward, got one with its own")
     plain = _run(model, image)
     search = Search(model, image)
     try:
@@ -312,6 +317,7 @@ class _Instead(nn.Module):
 def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = operator.call) -> Any:
     """The outputs in evaluation mode; what the forward keeps on its modules is put back."""
     before = {module: attributes_of(module) for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         with in_mode(model, training=False), torch.no_grad():
             return call(model, image.clone())
@@ -323,6 +329,9 @@ def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = operator.ca
     finally:
         for module, attributes in before.items():
             put_back(module, attributes)
+        for buffer, value in buffers.items():
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
 
 def _change(maps: Sequence[Any], position: int) -> list[Any]:

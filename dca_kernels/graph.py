@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 
 from dca_kernels.plain import is_hooked
 from dca_kernels.skips import Search, Skip, Traced
-from dca_kernels.trace import expect, in_mode
+from dca_kernels.trace import Untraceable, expect, in_mode
 
 CHILD = "dca"  # the name of the DCA in its network
+PLAIN = {bool, int, float, str, type(None)}
 FORWARD = """
 def forward(self, {image}):
     return forwards.of(self, {image})(self, {image})
@@ -47,13 +48,15 @@ class Recipe(NamedTuple):
     Attributes:
         base: the network's own class.
         view: what of it is traced.
-        size: (C, H, W) of the example.
+        shape: (B, C, H, W) of the example.
+        settings: see `settings_of`.
         training, evaluation: the forward for the example.
     """
 
     base: type[nn.Module]
     view: "View"
-    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    settings: tuple[object, ...]
     training: Code
     evaluation: Code
 
@@ -100,9 +103,10 @@ def recipe_of(network: nn.Module, example: Tensor, traced: Traced, used: Sequenc
     for training in (True, False):
         with in_mode(network, training):
             codes.append(code_of(network, example, view))
-    return Recipe(type(network), view, tuple(example.shape[1:]), codes[0], codes[1])
+    return Recipe(type(network), view, tuple(example.shape), settings_of(network, view), codes[0], codes[1])
 
 
+@torch._disable_dynamo  # where compiled code falls back to this, without an import of the compiler
 def code_of(network: nn.Module, example: Tensor, view: View) -> Code:
     """A network's forward with a DCA, in the mode that the network is in.
 
@@ -169,8 +173,15 @@ def class_of(recipe: Recipe) -> type[nn.Module]:
     return type(f"{base.__name__}WithDCA", (base,), own)
 
 
+def settings_of(network: nn.Module, view: View) -> tuple[object, ...]:
+    """Numbers, flags and words among the attributes of the modules whose code is in a graph, by which it may go."""
+    modules = [network, *map(network.get_submodule, view.opened)]
+    found = [(name, v) for m in modules for name, v in vars(m).items() if type(v) in PLAIN and name != "training"]
+    return tuple([(name, v) for name, v in found if not name.startswith("_")])  # PyTorch's own
+
+
 class Forwards:
-    """The forwards of a class of networks with a DCA: one for training, one for evaluation.
+    """The forwards of a class of networks with a DCA: for training and for evaluation, and for each setting.
 
     Where a forward's code asks for numbers of the image's size, there is one for each size, traced when it comes.
     """
@@ -180,19 +191,36 @@ class Forwards:
         self._recipe, self._differ = recipe, recipe.training.text != recipe.evaluation.text
         self._asks = any(value is expect for code in codes.values() for _, value in code.names)
         self._of_code: dict[Code, Callable[..., Any]] = {}
-        self._of_size = {(training, recipe.size): self._function_of(code) for training, code in codes.items()}
-        self.image = next(itertools.islice(inspect.signature(self._of_size[False, recipe.size]).parameters, 1, None))
+        self._of_kind = {(t, recipe.shape, recipe.settings): self._function_of(code) for t, code in codes.items()}
+        evaluation = self._function_of(recipe.evaluation)
+        self.image = next(itertools.islice(inspect.signature(evaluation).parameters, 1, None))
 
     def of(self, network: nn.Module, image: Tensor) -> Callable[..., Any]:
-        """The forward for an image (B, C, H, W), in the network's mode."""
-        for path in self._recipe.view.opened:
+        """The forward for an image (B, C, H, W), in the network's mode.
+
+        Raises:
+            RuntimeError: the network, its settings or the image are such that there is none.
+        """
+        recipe = self._recipe
+        for path in recipe.view.opened:
             _check(network, path, self._differ)
-        size = tuple(image.shape[1:]) if self._asks and not torch.compiler.is_compiling() else self._recipe.size
-        found = self._of_size.get((network.training, size))
-        if found is None:
-            code = code_of(_without_dca(network, self._recipe), image, self._recipe.view)
-            found = self._of_size[network.training, size] = self._function_of(code)
-        return found
+        compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        shape = tuple(image.shape) if self._asks and not compiles else recipe.shape
+        settings = settings_of(network, recipe.view)
+        found = self._of_kind.get((network.training, shape, settings))
+        if found is not None:
+            return found
+        if compiles:
+            raise RuntimeError(f"model: expected settings {recipe.settings}, as add_dca found them, got {settings}")
+        try:
+            code = code_of(_without_dca(network, recipe), image, recipe.view)
+        except (NoSkips, Untraceable) as error:
+            raise RuntimeError(
+                f"input: expected one for which the skips {', '.join(recipe.view.used)} of add_dca show, as for "
+                f"{recipe.shape}, got {tuple(image.shape)}: {error}"
+            ) from error
+        self._of_kind[network.training, shape, settings] = self._function_of(code)
+        return self._function_of(code)
 
     def _function_of(self, code: Code) -> Callable[..., Any]:
         return self._of_code.get(code) or self._of_code.setdefault(code, _function(code))

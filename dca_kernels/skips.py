@@ -192,8 +192,7 @@ class Search:
     """
 
     def __init__(self, root: nn.Module, example: Tensor) -> None:
-        self._root = root
-        self._example = example.new_empty((max(example.shape[0], 2), *example.shape[1:]))  # BatchNorm refuses one value
+        self._root, self._example = root, example
         self.closed: list[Untraceable] = []  # why submodules are left as they are
 
     def best(self, names: Sequence[str] | None = None) -> Traced | None:
@@ -232,7 +231,9 @@ class Search:
         return called.pop() if alone else None
 
     def _traced(self, opened: Sequence[str], hidden: Mapping[str, float] = NOTHING_KNOWN) -> Traced:
-        graph = Tracer(self._example, map(self._root.get_submodule, opened)).of(self._root)
+        images = max(self._example.shape[0], 2 if self._root.training else 1)  # BatchNorm refuses one value
+        example = self._example.new_empty((images, *self._example.shape[1:]))
+        graph = Tracer(example, map(self._root.get_submodule, opened)).of(self._root)
         flow = Flow(graph, self._root, hidden)
         return Traced(graph, flow, tuple(opened), flow.skips())
 

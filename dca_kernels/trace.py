@@ -8,16 +8,21 @@ import contextlib
 import inspect
 import itertools
 import operator
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUE = "value"  # of a node, for the example
+_LOCK = threading.RLock()
 SYMBOLS = {
     operator.add: "+",
     operator.sub: "-",
@@ -75,6 +80,8 @@ class Value(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = self.node.meta[VALUE]
+        if name in ("requires_grad", "grad_fn", "is_leaf") and isinstance(value, Tensor):
+            raise TraceError("what it does depends on whether gradients are wanted")
         if isinstance(value, dict) and name in ("keys", "values", "items"):
             return getattr(dict(zip(value, map(self.__getitem__, value), strict=True)), name)
         if not callable(getattr(value, name)):
@@ -92,6 +99,12 @@ class Value(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self._decides())
+
+    def __hash__(self) -> int:
+        return id(self) if isinstance(self.node.meta[VALUE], Tensor) else hash(self._decides())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._decides(), spec)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:  # of NumPy, for one function of a size
         import numpy
@@ -119,6 +132,48 @@ class Value(fx.Proxy):
         return value
 
 
+class _NoDraws(TorchDispatchMode):
+    """Refuses random numbers that the code draws while it is traced: each call would get the same."""
+
+    def __init__(self, tracer: "Tracer") -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and not self._tracer.is_elsewhere():
+            raise TraceError(f"it draws random numbers ({func.name()})")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _refusing(tracer: "Tracer") -> Iterator[None]:
+    """Refuse what a graph would lose: contexts, checkpoints, autograd functions and random numbers."""
+
+    def refuse(original: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def refusing(*args: Any, **kwargs: Any) -> Any:
+            if not tracer.is_elsewhere():
+                raise TraceError(f"it uses {what}")
+            return original(*args, **kwargs)
+
+        return refusing
+
+    apply = torch.autograd.Function.__dict__["apply"].__func__
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse(apply, "a torch.autograd.Function"))),
+        mock.patch.object(torch.autocast, "__enter__", refuse(torch.autocast.__enter__, "torch.autocast")),
+        mock.patch.object(checkpoint, "checkpoint", refuse(checkpoint.checkpoint, "activation checkpointing")),
+        _NoDraws(tracer),
+    ):
+        yield
+
+
+def _refuse_chance(module: nn.Module) -> None:
+    """Refuse code that names Python's or NumPy's random numbers, of which torch sees nothing."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is not None and "random" in code.co_names:
+        raise TraceError("its code names random: each call would get the same")
+
+
 class Tracer(fx.Tracer):
     """Traces a forward, with submodules as they are but for those whose code is wanted as well.
 
@@ -134,6 +189,7 @@ class Tracer(fx.Tracer):
         self._example, self._opened = example, set(opened)
         self._running: list[nn.Module] = []
         self._evaluates = False
+        self._thread = threading.get_ident()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)  # values have no memory, and nothing is computed
 
     def of(self, root: nn.Module) -> fx.Graph:
@@ -143,29 +199,34 @@ class Tracer(fx.Tracer):
             Untraceable: it is none.
         """
         self._running = [root]
-        before = {module: attributes_of(module) for module in (root, *self._opened)}
-        try:
-            with torch.no_grad():
-                graph = self.trace(root)
-        except Exception as error:
-            module = self._running[-1]
-            raise Untraceable(module, f"{_line(error, module)}{type(error).__name__}: {error}") from error
-        finally:
-            changed = {module: put_back(module, attributes) for module, attributes in before.items()}
-        for module, names in changed.items():
-            if names:
-                raise Untraceable(module, f"{type(module).__name__}.forward sets its attribute {', '.join(names)}")
+        with _LOCK:  # torch.fx changes nn.Module while it traces
+            before = {module: attributes_of(module) for module in root.modules()}
+            try:
+                with _refusing(self), torch.enable_grad():
+                    graph = self.trace(root)
+            except Exception as error:
+                module = self._running[-1]
+                raise Untraceable(module, f"{_line(error, module)}{type(error).__name__}: {error}") from error
+            finally:
+                changed = {module: put_back(module, attributes) for module, attributes in before.items()}
+        for module in (root, *self._opened):
+            if changed[module]:
+                names = ", ".join(changed[module])
+                raise Untraceable(module, f"{type(module).__name__}.forward sets its attribute {names}")
         return graph
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        _refuse_chance(self.root)
         _, *parameters = inspect.signature(root_fn).parameters.values()
         if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             raise TraceError("its forward has no argument for the image")
         return root_fn, [self.root, self.create_proxy("placeholder", parameters[0].name, (), {})]
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise TraceError("it switches gradients off")
         node = super().create_node(kind, target, *args, **kwargs)
         if kind != "output":
             node.meta[VALUE] = self._value(node)
@@ -187,17 +248,22 @@ class Tracer(fx.Tracer):
         return m not in self._opened
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluates or m not in (self.submodule_paths or {}):  # made by the forward, it has no path
+        if self.is_elsewhere() or m not in (self.submodule_paths or {}):  # made by the forward, it has no path
             return forward(*args, **kwargs)
         if m not in self._opened:
             return super().call_module(m, forward, args, kwargs)
         self._running.append(m)
+        _refuse_chance(m)
         result = super().call_module(m, forward, args, kwargs)
         self._running.pop()
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluates else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.is_elsewhere() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_elsewhere(self) -> bool:
+        """Whether what runs is no code that is traced: another thread, or a module that is called as it is."""
+        return self._evaluates or threading.get_ident() != self._thread
 
     def _value(self, node: fx.Node) -> Any:
         """What a node is for the example."""
@@ -206,7 +272,7 @@ class Tracer(fx.Tracer):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
         self._evaluates = True
         try:
-            with self._fake:
+            with self._fake, torch.no_grad():
                 if node.op == "get_attr":
                     return operator.attrgetter(str(node.target))(self.root)
                 if node.op == "call_function":
@@ -245,28 +311,43 @@ def _called(module: nn.Module, fake: FakeTensorMode, args: tuple[Any, ...], kwar
     return torch.func.functional_call(module, without_memory, args, kwargs)
 
 
-Attributes = dict[str, tuple[Any, list[Any] | None]]
+class Kept(NamedTuple):
+    """An attribute, and what a list or a dictionary had in it."""
+
+    value: Any
+    items: list[Any] | dict[Any, Any] | None
 
 
-def attributes_of(module: nn.Module) -> Attributes:
-    """A module's attributes, and the items of lists among them."""
-    return {name: (value, value.copy() if isinstance(value, list) else None) for name, value in vars(module).items()}
+def attributes_of(module: nn.Module) -> dict[str, Kept]:
+    """A module's attributes; parameters, buffers and submodules are in dictionaries among them."""
+    return {
+        name: Kept(value, value.copy() if isinstance(value, (list, dict)) else None)
+        for name, value in vars(module).items()
+        if "hook" not in name
+    }
 
 
-def put_back(module: nn.Module, attributes: Attributes) -> list[str]:
+def put_back(module: nn.Module, attributes: Mapping[str, Kept]) -> list[str]:
     """Make a module's attributes what they were; the names of those that were set, or lists that grew.
 
     Items of a list may be set: DynUNet hands the maps of deep supervision on by such a list, within one call.
     """
-    now = vars(module).copy()
-    changed = [name for name in now.keys() | attributes if now.get(name) is not attributes.get(name, (module,))[0]]
-    vars(module).clear()
+    own, changed = vars(module), []
+    for name in [name for name in own if name not in attributes and "hook" not in name]:
+        del own[name]
+        changed.append(name)
     for name, (value, items) in attributes.items():
-        vars(module)[name] = value
-        if items is not None:
+        if own.get(name) is not value:
+            own[name] = value
+            changed.append(name)
+        if isinstance(items, list):
             changed += [name] if len(value) != len(items) else []
             value[:] = items
-    return sorted(changed)
+        elif items is not None and (value.keys() != items.keys() or any(value[k] is not items[k] for k in items)):
+            changed += [f"{name}[{key!r}]" for key in value.keys() | items if value.get(key) is not items.get(key)]
+            value.clear()
+            value.update(items)
+    return changed
 
 
 def _line(error: Exception, module: nn.Module) -> str:
@@ -288,6 +369,8 @@ def _in_words(argument: Any) -> str:
         return f"{_in_words(args[0])}[{args[1]}]"
     if argument.target in SYMBOLS:
         return f"{_in_words(args[0])} {SYMBOLS[argument.target]} {_in_words(args[1])}"
+    if argument.target is operator.neg:
+        return f"-{_in_words(args[0])}"
     if argument.op == "call_method":
         return f"{_in_words(args[0])}.{argument.target}({', '.join(map(_in_words, args[1:]))})"
     return argument.name

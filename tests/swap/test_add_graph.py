@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import random
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import reference
 from dca_kernels import DCA, add_dca, inspect
@@ -174,7 +176,7 @@ def test_found_and_compiled_without_graph_breaks(name: str) -> None:
 @each_network
 @torch.no_grad()
 def test_found_and_exported(name: str) -> None:
-    model = added(name).eval()
+    model = added(name, example=IMAGE).eval()
     exported = torch.export.export(model, (IMAGE,)).module()
     assert_same(outputs(exported, IMAGE), outputs(model, IMAGE))
 
@@ -270,10 +272,63 @@ def test_code_that_asks_for_sizes(training: bool) -> None:
 def test_another_graph_is_not_compiled_in_silence() -> None:
     model = add_dca(Particular().double(), patch=3, example=image(32, 64))
     compiled = torch.compile(model, backend="eager")
-    compiled(image(64, 96))
+    assert_same({"": compiled(image(64, 96))}, {"": copy.deepcopy(model)(image(64, 96))})
     message = "input: expected one for which x.shape[-1] % 32 is 0, as for the example of add_dca, got 16: "
     with pytest.raises(ValueError, match=re.escape(message)):
         compiled(IMAGE)
+
+
+class Switched(networks.PaddedUNet):
+    """Has attributes that say what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubled, self.factor = False, 2.0
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        y = super().forward(x) * self.factor
+        return [y, y] if self.doubled else y
+
+
+def test_attributes_of_the_network_are_read_at_each_call() -> None:
+    torch.manual_seed(0)
+    plain = Switched().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for settings in ({"doubled": True}, {"factor": 3.0}, {"doubled": False}):
+        for network in (plain, model):
+            vars(network).update(settings)
+        assert_identical(outputs(model, IMAGE), outputs(plain, IMAGE))
+
+
+class Batched(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Batched, self).forward(x[i : i + 1]) for i in range(len(x))])
+
+
+def test_code_that_asks_for_the_batch() -> None:
+    torch.manual_seed(0)
+    plain = Batched().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for batch in (1, 3, 2):
+        assert_same({"": model(image(32, 32, batch=batch))}, {"": plain(image(32, 32, batch=batch))})
+
+
+def test_threads_with_images_of_other_sizes() -> None:
+    torch.manual_seed(0)
+    model = add_dca(Particular().double().eval(), patch=3, example=image(32, 64))
+    sizes = [(32, 48), (32, 80), (64, 48), (48, 112)]
+    expected = {size: copy.deepcopy(model)(image(*size)) for size in sizes}
+    found = {}
+
+    def run(size: tuple[int, int]) -> None:
+        found[size] = model(image(*size))
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_identical({str(size): found[size] for size in sizes}, {str(size): y for size, y in expected.items()})
 
 
 def test_skips_by_name() -> None:
@@ -395,6 +450,79 @@ class Collects(networks.PaddedUNet):
         return super().forward(x)
 
 
+class CountsInABuffer(networks.PaddedUNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+class KeepsInADictionary(networks.PaddedUNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache["latest"] = x
+        return super().forward(x)
+
+
+class Checkpointing(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(checkpoint(self.inc[0], x, use_reentrant=True)[:, :3] if self.training else x)
+
+
+class WithoutGradients(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.inc(x)[:, :3]
+        return super().forward(x)
+
+
+class WithoutAutocast(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class Drawing(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if not self.training or torch.rand(1).item() < 0.5 else -x)
+
+
+class DrawingInPython(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if not self.training or random.random() < 0.5 else -x)
+
+
+class WantsGradients(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.inc(x).requires_grad else -x)
+
+
+class AsksASet(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x if x.shape[-1] in {64, 128} else x)
+
+
+def test_a_size_in_a_set() -> None:
+    torch.manual_seed(0)
+    plain = AsksASet().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for side in (32, 64):
+        assert_identical({"": model(image(side, side))}, {"": plain(image(side, side))})
+
+
+def with_its_own_forward() -> nn.Module:
+    model = make("padded")
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+    return model
+
+
 class DependsOnValues(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.mean() > 0 else -x)
@@ -442,6 +570,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         DependsOnValues,
         r".*x if x\.mean\(\) > 0 else -x\): TraceError: what it does depends on a tensor's values",
     ),
+    "counts_in_a_buffer": (CountsInABuffer, r".*got CountsInABuffer\.forward sets its attribute _buffers\['count'\]"),
+    "keeps_in_a_dictionary": (KeepsInADictionary, r".*sets its attribute cache\['latest'\]"),
+    "checkpointing": (Checkpointing, ".*TraceError: it uses (activation checkpointing|a torch.autograd.Function)"),
+    "without_gradients": (WithoutGradients, ".*TraceError: it switches gradients off"),
+    "without_autocast": (WithoutAutocast, r".*TraceError: it uses torch\.autocast"),
+    "drawing": (Drawing, r".*TraceError: it draws random numbers \(aten::rand\)"),
+    "drawing_in_python": (DrawingInPython, ".*TraceError: its code names random"),
+    "wants_gradients": (WantsGradients, ".*TraceError: what it does depends on whether gradients are wanted"),
+    "own_forward": (with_its_own_forward, "PaddedUNet with its class's forward, got one with its own"),
     "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
     "collects": (Collects, r".*got Collects\.forward sets its attribute seen"),
     "looks_at_types": (LooksAtTypes, ".*got a forward that its graph does not compute"),
