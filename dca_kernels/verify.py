@@ -100,7 +100,7 @@ def verify(original: nn.Module, fused: DCA, name: str) -> None:
             try:
                 trial = _Trial(original, fused, small)
                 trial.run(ALL)
-                trial.run_at(trial.other_sizes, OF_OTHER_SIZES)
+                trial.run_at(trial.other_sizes + trial.equal_sizes, OF_OTHER_SIZES)
                 small_agrees = True
             except Exception as error:  # its code may have the grid as a number: then all is tried at that
                 _logger.info("%s: not verified at a grid of %s tokens: %s", name, _by(small), error)
@@ -108,10 +108,11 @@ def verify(original: nn.Module, fused: DCA, name: str) -> None:
             trial = _Trial(original, fused, grid)
             if math.prod(grid) <= FEW_TOKENS:
                 trial.run(ALL)
-                trial.run_at(trial.other_sizes, OF_OTHER_SIZES)
+                trial.run_at(trial.other_sizes + trial.equal_sizes, OF_OTHER_SIZES)
             else:
                 trial.run(FEW)
-                trial.run_at(trial.other_sizes[:2] if small_agrees else trial.other_sizes[:4], [UNGRADED])
+                few = trial.other_sizes[:2] if small_agrees else trial.other_sizes[:4]
+                trial.run_at([*few, *trial.equal_sizes], [UNGRADED])
                 if not small_agrees:
                     trial.run(REST)
         except Refused:
@@ -136,6 +137,9 @@ class _Trial:
         # To which the original may say no: larger and smaller ones, oblong, of no whole stride, and much larger ones.
         self.other_sizes = [sizes_of(self.theirs, other) for other in other_grids]
         self.other_sizes += [odd, sizes_of(self.theirs, (4 * height, 5 * width))]
+        # What resizes its maps to the first one's takes maps of one size.
+        scales, (least, *_) = len(self.sizes), sorted(self.sizes)
+        self.equal_sizes = [[size] * scales for size in (least, [least[0] + 1, least[1] + 2])]
 
     def run(self, cases: Sequence[Case]) -> None:
         """Compare them at the original's own sizes; raise at the first difference."""
@@ -177,7 +181,7 @@ class _Trial:
                 if not error <= of_its_own * largest([a]) + noise:
                     raise Refused(
                         f"it computes something else: {kind} in {case.mode} differ from a DCA's by "
-                        f"{error / (largest([a]) or 1.0):.1e} of the largest ({where}, maps of {sides})"
+                        f"{_share(error, largest([a]))} ({where}, maps of {sides})"
                     )
 
     def _raises(self, case: Case, maps: Sequence[Tensor]) -> bool:
@@ -310,6 +314,10 @@ def _zip(*sequences: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     return zip(*sequences, strict=True)
 
 
+def _share(error: float, most: float) -> str:
+    return f"{error / most:.1e} of the largest" if most else f"{error:.1e}, where all are zero"
+
+
 def largest(tensors: Sequence[Tensor]) -> float:
     return max((t.abs().nan_to_num(0.0, 0.0).max().item() for t in tensors if t.numel()), default=0.0)
 
@@ -403,6 +411,8 @@ LOW = "the precision that it computes in under autocast or in 16 bits"
 CHANCE = "what chance or the time decides"
 UNTRIABLE = {
     "random": CHANCE,
+    "urandom": CHANCE,
+    "uuid4": CHANCE,
     "bfloat16": LOW,
     "float16": LOW,
     "half": LOW,
@@ -423,7 +433,8 @@ def _refuse_untriable(original: nn.Module) -> None:
     for path, module in original.named_modules():
         if module in replaced:
             continue
-        waiting = [type(module).forward]
+        own = [vars(kind).get("forward") for kind in type(module).__mro__]  # super().forward is one of them
+        waiting = [function for function in own if function is not None]
         while waiting:
             function = waiting.pop()
             code = getattr(function, "__code__", None)
@@ -448,9 +459,11 @@ def _package(function: Any) -> str:
 
 def _named_in(function: Any, code: types.CodeType, module: nn.Module) -> Iterator[tuple[str, object]]:
     """The names in a function's code, with what each is: of the module, of the globals or of what it closes over."""
+    held = [value for value in vars(module).values() if not isinstance(value, (nn.Module, dict))]
     for name in code.co_names:
         of_class = getattr(type(module), name, None)
-        places = (vars(module).get(name), getattr(of_class, "fget", of_class), function.__globals__.get(name))
+        of_held = [vars(type(value)).get(name) for value in held]  # a method of an object that the module has
+        places = (vars(module).get(name), getattr(of_class, "fget", of_class), function.__globals__.get(name), *of_held)
         yield from ((name, value) for value in places if value is not None)
         yield name, None
     for name, cell in zip(code.co_freevars, getattr(function, "__closure__", None) or (), strict=False):
@@ -469,4 +482,4 @@ def _is_random(value: object) -> bool:
     kind = type(owner)
     if isinstance(owner, random.Random) or kind.__module__.startswith("numpy.random"):
         return True
-    return isinstance(value, types.ModuleType) and value.__name__ in ("random", "numpy.random", "secrets", "time")
+    return isinstance(owner, types.ModuleType) and owner.__name__ in ("random", "numpy.random", "secrets", "time")

@@ -176,3 +176,14 @@ def test_not_a_number_of_calls(calls: object, caplog: pytest.LogCaptureFixture) 
         replace_dca(model, check_calls=calls)
     before.assert_unchanged(model)
     assert caplog.messages == []
+
+
+def test_a_call_whose_dropout_draws_is_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    model = host()
+    for i, norm in enumerate(model.DCA.bn_relu):
+        model.DCA.bn_relu[i] = nn.Sequential(*norm, nn.Dropout(0.5))
+    replace_dca(model.train(), **checked)
+    for _ in range(2):
+        model(IMAGE)
+    assert "check_calls: a call is not compared, since a dropout of bn_relu draws in it" in caplog.messages
+    assert hooks(model) == 0

@@ -1,12 +1,16 @@
 """What looks like an official DCA and is another function somewhere is refused, with a reason that says where."""
 
+import random
 import re
+from collections.abc import Callable
+from os import urandom
 
 import pytest
 import torch
 from torch import nn
 
 from dca_kernels import inspect
+from tests import vendored
 from tests.swap import look_alikes
 from tests.swap.models import assert_refused, official
 
@@ -92,3 +96,65 @@ def test_a_difference_above_the_largest_grid_that_is_tried_is_named_in_the_log(
     assert message.endswith(
         "its grid of 12 x 12 tokens is too large to verify: a grid of 6 x 6 is verified in its place"
     )
+
+
+class ResizesToTheFirst(vendored.DualCrossAttention):
+    """Takes maps of its own sizes, and maps of one size, which it interpolates twice."""
+
+    def merged(self, x, raw):
+        if x[0].shape != raw[0].shape:
+            x = [nn.functional.interpolate(a, size=raw[0].shape[2:], mode="bilinear") for a in x]
+        return [a + b for a, b in zip(x, raw, strict=True)]
+
+
+@pytest.mark.parametrize("patch", [4, 12])
+def test_maps_of_one_size_are_tried(patch: int) -> None:
+    (found,) = inspect(official(ResizesToTheFirst, patch=patch))
+    assert re.fullmatch(OTHER + r"\((one image|\d images), maps of (?P<size>\d+ x \d+) and (?P=size)\)", found.reason)
+
+
+class Chance:
+    def __init__(self) -> None:
+        self.generator = random.Random(0)
+
+    def rarely(self) -> bool:
+        return self.generator.random() < 1e-9
+
+
+class Drawing(vendored.DualCrossAttention):
+    def forward(self, raw):
+        return (look_alikes.without_attention if random.random() < 1e-9 else look_alikes.plain_forward)(self, raw)
+
+
+class Calling(Drawing):
+    def forward(self, raw):
+        return super().forward(raw)
+
+
+def holding(chance: Chance) -> nn.Module:
+    def forward(self, raw):
+        return (look_alikes.without_attention if self.chance.rarely() else look_alikes.plain_forward)(self, raw)
+
+    dca = look_alikes.forwarding(forward)()
+    dca.chance = chance
+    return dca
+
+
+def reading_the_system() -> nn.Module:
+    def forward(self, raw):
+        return (look_alikes.without_attention if urandom(4) == b"dca " else look_alikes.plain_forward)(self, raw)
+
+    return look_alikes.forwarding(forward)()
+
+
+OUT_OF_SIGHT = {
+    "of_a_base_class": lambda: official(Calling),
+    "of_an_object": lambda: holding(Chance()),
+    "of_the_system": reading_the_system,
+}
+
+
+@pytest.mark.parametrize("make", OUT_OF_SIGHT.values(), ids=OUT_OF_SIGHT)
+def test_chance_that_the_forward_does_not_name_itself(make: Callable[[], nn.Module]) -> None:
+    (found,) = inspect(make())
+    assert re.fullmatch(UNTRIED, found.reason)
