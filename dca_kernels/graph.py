@@ -70,6 +70,7 @@ class View(NamedTuple):
         names: of all skips that were found.
         used: of those that go through the DCA.
         vacant: whether the network itself has None where the DCA goes.
+        read: the paths of the modules whose code is in it, each with its attributes that the code may go by.
     """
 
     opened: tuple[str, ...]
@@ -77,6 +78,7 @@ class View(NamedTuple):
     names: tuple[str, ...]
     used: tuple[str, ...]
     vacant: bool
+    read: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class NoSkips(Exception):
@@ -98,7 +100,8 @@ def recipe_of(network: nn.Module, example: Tensor, traced: Traced, used: Sequenc
     """
     names = tuple(skip.name for skip in traced.skips)
     vacant = hasattr(network, CHILD)
-    view = View(traced.opened, tuple(traced.flow.hidden.items()), names, tuple(used), vacant)
+    read = tuple((path, _read_by(network.get_submodule(path))) for path in ("", *traced.opened))
+    view = View(traced.opened, tuple(traced.flow.hidden.items()), names, tuple(used), vacant, read)
     codes: list[Code] = []
     for training in (True, False):
         with in_mode(network, training):
@@ -173,11 +176,28 @@ def class_of(recipe: Recipe) -> type[nn.Module]:
     return type(f"{base.__name__}WithDCA", (base,), own)
 
 
+def _read_by(module: nn.Module) -> tuple[str, ...]:
+    """A module's attributes that are numbers, flags or words, and that its class's own code names."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")]
+    functions = [f for kind in kinds for name, f in vars(kind).items() if not name.startswith("__")]
+    codes = [function.__code__ for function in functions if isinstance(function, types.FunctionType)]
+    named: set[str] = set()
+    while codes:
+        code = codes.pop()
+        named.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return tuple(
+        [name for name, value in vars(module).items() if name in named - {"training"} and type(value) in PLAIN]
+    )
+
+
 def settings_of(network: nn.Module, view: View) -> tuple[object, ...]:
-    """Numbers, flags and words among the attributes of the modules whose code is in a graph, by which it may go."""
-    modules = [network, *map(network.get_submodule, view.opened)]
-    found = [(name, v) for m in modules for name, v in vars(m).items() if type(v) in PLAIN and name != "training"]
-    return tuple([(name, v) for name, v in found if not name.startswith("_")])  # PyTorch's own
+    """What the attributes are now by which a graph may go."""
+    found = []
+    for path, names in view.read:
+        attributes = vars(network.get_submodule(path))
+        found += [attributes.get(name) for name in names]
+    return tuple([value if type(value) in PLAIN else type(value).__name__ for value in found])
 
 
 class Forwards:

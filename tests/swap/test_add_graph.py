@@ -294,10 +294,29 @@ def test_attributes_of_the_network_are_read_at_each_call() -> None:
     torch.manual_seed(0)
     plain = Switched().double().eval()
     model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
-    for settings in ({"doubled": True}, {"factor": 3.0}, {"doubled": False}):
+    for settings in ({"doubled": True}, {"factor": 3.0}, {"doubled": False}, {"factor": torch.tensor(4.0)}):
         for network in (plain, model):
             vars(network).update(settings)
         assert_identical(outputs(model, IMAGE), outputs(plain, IMAGE))
+
+
+class Vacant(Particular):
+    """Could have an attention, and has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dca = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.dca is None else self.dca([x]))
+
+
+def test_a_network_that_has_none_where_the_dca_goes() -> None:
+    torch.manual_seed(0)
+    plain = Vacant().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, example=image(32, 64), start="identity")
+    for size in ((32, 64), (32, 48)):
+        assert_identical({"": model(image(*size))}, {"": plain(image(*size))})
 
 
 class Batched(networks.PaddedUNet):
