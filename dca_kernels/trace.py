@@ -8,11 +8,11 @@ import contextlib
 import inspect
 import itertools
 import operator
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUE = "value"  # of a node, for the example
+NOT_REENTRANT = "_checkpoint_without_reentrant_generator"  # what checkpoint(..., use_reentrant=False) calls
 _LOCK = threading.RLock()
 SYMBOLS = {
     operator.add: "+",
@@ -76,7 +77,13 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 class Value(fx.Proxy):
     """A value within a forward."""
 
-    __class__ = property(lambda self: type(self.node.meta[VALUE]))  # isinstance asks for it
+    @property  # type: ignore[misc]
+    def __class__(self):  # type: ignore[no-untyped-def]
+        """What `isinstance` asks for. A function in C asks as well, and takes the memory of a tensor, which is none."""
+        kind = type(self.node.meta[VALUE])
+        if issubclass(kind, Tensor) and "isinstance" not in sys._getframe(1).f_code.co_names:
+            raise TraceError("it hands a tensor to a function that takes its memory")
+        return kind
 
     def __getattr__(self, name: str) -> Any:
         value = self.node.meta[VALUE]
@@ -139,7 +146,7 @@ class _NoDraws(TorchDispatchMode):
         super().__init__()
         self._tracer = tracer
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and not self._tracer.is_elsewhere():
             raise TraceError(f"it draws random numbers ({func.name()})")
         return func(*args, **(kwargs or {}))
@@ -157,14 +164,28 @@ def _refusing(tracer: "Tracer") -> Iterator[None]:
 
         return refusing
 
-    apply = torch.autograd.Function.__dict__["apply"].__func__
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse(apply, "a torch.autograd.Function"))),
-        mock.patch.object(torch.autocast, "__enter__", refuse(torch.autocast.__enter__, "torch.autocast")),
-        mock.patch.object(checkpoint, "checkpoint", refuse(checkpoint.checkpoint, "activation checkpointing")),
-        _NoDraws(tracer),
-    ):
+    apply, hooks = vars(torch.autograd.Function)["apply"].__func__, torch.autograd.graph.saved_tensors_hooks
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.autograd.Function, "apply", classmethod(refuse(apply, "a torch.autograd.Function"))),
+            (torch.autocast, "__enter__", refuse(torch.autocast.__enter__, "torch.autocast")),
+            (hooks, "__enter__", refuse(hooks.__enter__, "hooks on saved tensors")),
+            (checkpoint, NOT_REENTRANT, refuse(vars(checkpoint)[NOT_REENTRANT], "activation checkpointing")),
+            *((torch, name, refuse(vars(torch)[name], f"torch.{name}")) for name in ("tensor", "as_tensor", "asarray")),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        stack.enter_context(_NoDraws(tracer))
         yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _refuse_chance(module: nn.Module) -> None:

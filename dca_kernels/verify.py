@@ -338,7 +338,7 @@ class NoDraws(TorchDispatchMode):
         super().__init__()
         self._mode = mode
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Refused(f"it draws random numbers in {self._mode} ({func.name()}): it is another function each time")
         return func(*args, **(kwargs or {}))

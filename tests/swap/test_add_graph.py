@@ -490,8 +490,16 @@ class KeepsInADictionary(networks.PaddedUNet):
 
 
 class Checkpointing(networks.PaddedUNet):
+    reentrant = False
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(checkpoint(self.inc[0], x, use_reentrant=True)[:, :3] if self.training else x)
+        if self.training:
+            x = checkpoint(self.inc[0], x, use_reentrant=self.reentrant)[:, :3]
+        return super().forward(x)
+
+
+class Reentrant(Checkpointing):
+    reentrant = True
 
 
 class WithoutGradients(networks.PaddedUNet):
@@ -515,6 +523,18 @@ class Drawing(networks.PaddedUNet):
 class DrawingInPython(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if not self.training or random.random() < 0.5 else -x)
+
+
+class TakesMemory(networks.PaddedUNet):
+    """By functions in C, which would crash the process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.Tensor(x.mean()))
+
+
+class TakesANumber(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.as_tensor(x.mean() if isinstance(x, Tensor) else 1.0))
 
 
 class WantsGradients(networks.PaddedUNet):
@@ -591,11 +611,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "counts_in_a_buffer": (CountsInABuffer, r".*got CountsInABuffer\.forward sets its attribute _buffers\['count'\]"),
     "keeps_in_a_dictionary": (KeepsInADictionary, r".*sets its attribute cache\['latest'\]"),
-    "checkpointing": (Checkpointing, ".*TraceError: it uses (activation checkpointing|a torch.autograd.Function)"),
+    "checkpointing": (Checkpointing, ".*TraceError: it uses activation checkpointing"),
+    "reentrant": (Reentrant, r".*TraceError: it uses a torch\.autograd\.Function"),
     "without_gradients": (WithoutGradients, ".*TraceError: it switches gradients off"),
     "without_autocast": (WithoutAutocast, r".*TraceError: it uses torch\.autocast"),
     "drawing": (Drawing, r".*TraceError: it draws random numbers \(aten::rand\)"),
     "drawing_in_python": (DrawingInPython, ".*TraceError: its code names random"),
+    "takes_memory": (TakesMemory, ".*TraceError: it hands a tensor to a function that takes its memory"),
+    "takes_a_number": (TakesANumber, r".*TraceError: it uses torch\.as_tensor"),
     "wants_gradients": (WantsGradients, ".*TraceError: what it does depends on whether gradients are wanted"),
     "own_forward": (with_its_own_forward, "PaddedUNet with its class's forward, got one with its own"),
     "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
