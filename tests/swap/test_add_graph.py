@@ -230,6 +230,13 @@ def test_a_hooked_module_stays_whole() -> None:
     assert called == [1]
 
 
+def test_a_hooked_module_that_would_have_to_be_opened() -> None:
+    model = make("nested")
+    model.model[1].register_forward_hook(lambda module, args, result: None)
+    with pytest.raises(ValueError, match=r"^model: expected a NestedUNet whose forward shows its skips, got no map "):
+        add_dca(model, patch=3)
+
+
 def test_no_more_is_opened_than_it_takes() -> None:
     model, called = add_dca(make("nested"), patch=3), []
     for path in ("model.0", "model.1.model.2.model"):  # within which there is no skip
