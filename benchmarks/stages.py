@@ -79,7 +79,7 @@ class TritonStage:
         if stage == "channel_attention":
             self.tokens = with_statistics(self.tokens, block.channel_attention)
         elif stage == "spatial_attention":
-            self.tokens = with_normalised(self.tokens, block.spatial_attention)
+            self.tokens = with_normalised(self.tokens, block.spatial_attention, self.contract.backward)
         else:
             self.embedded = triton_backend.patch_embed.patch_embed(self.maps, self.contract)[1]
         if gradients is not None and stage != "upsample":

@@ -49,12 +49,13 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
     "patch_embed_train": {"block_p": (1, 2, 4), "block_q": (2, 4, 8, 16), "num_warps": WARPS},
     "tokens": {"block_n": (8, 16, 32), "num_warps": WARPS},
-    "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": WARPS},
+    "layer_norm_backward": {"block_n": (8, 16, 32), "steps": (1, 2, 4), "num_warps": (1, 2, 4, 8)},
+    "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": (2, 4, 8)},
     "covariance": {"block_c": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3)},
     "mixing": {"block_c": (2, 4, 8, 16), "num_warps": WARPS},
     "mix": PRODUCT,
     "mixing_gradient": {"block_c": (64, 128), "block_n": (32, 64, 128), "num_warps": WARPS, "num_stages": (2, 3, 4)},
-    "mixing_backward": {"block_c": (4, 8, 16), "num_warps": (4, 8, 16)},
+    "mixing_backward": {"block_c": (4, 8, 16), "num_warps": (2, 4, 8, 16)},
     "mix_backward": PRODUCT,
     "channel_gradients": {"block_c": (8, 16, 32), "num_warps": WARPS},
     "spatial_attention": {"block_m": (64, 128), "block_n": (32, 64), "num_warps": WARPS, "num_stages": (2, 3, 4)},
@@ -222,8 +223,8 @@ class Probe:
     def _asks(self, phase: Phase) -> bool:
         lookup, asked = launch.configuration, []
 
-        def note(name: str, architecture: str, dtype: torch.dtype, size: int) -> Config:
-            config = lookup(name, architecture, dtype, size)
+        def note(name: str, architecture: str, dtype: torch.dtype, size: int, *images: float) -> Config:
+            config = lookup(name, architecture, dtype, size, *images)
             if name == self.kernel:
                 asked.append(size)
                 self.size, self.present = size, dict(config)
@@ -353,7 +354,8 @@ def ready(jobs: Sequence[Job], target: str | None, processes: int) -> Iterator[C
 def write(kernel: str, architecture: str, dtype: str, size: int, config: Config, path: Path) -> None:
     """Put a measured row before the one that held so far, in place of an earlier one of the same conditions.
 
-    Rows for smaller sizes stay before it. What was measured of some images is for any larger number of them too.
+    Rows for smaller sizes and for few images stay before it. What was measured of some images is for any larger number
+    of them too.
     """
     table = json.loads(path.read_text())
     conditions = {"architecture": [architecture], "dtype": [dtype]}
@@ -363,7 +365,7 @@ def write(kernel: str, architecture: str, dtype: str, size: int, config: Config,
 
     def holds(of_row: dict[str, Any]) -> bool:
         known = architecture in of_row.get("architecture", [architecture]) and dtype in of_row.get("dtype", [dtype])
-        return known and size <= of_row.get("max_size", size)
+        return known and "max_images" not in of_row and size <= of_row.get("max_size", size)
 
     place = next((i for i, row in enumerate(rows) if holds(row.get("if", {}))), len(rows))
     table[kernel]["rows"] = [*rows[:place], {"if": conditions, "then": config}, *rows[place:]]

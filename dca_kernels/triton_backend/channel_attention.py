@@ -246,7 +246,7 @@ class Saved(NamedTuple):
         """Fresh memory for what the forward saves of these tokens."""
         batch, total = tokens.batch, tokens.shape.total
         return cls(
-            Tokens(tokens.plain, tokens.channels),
+            Tokens(tokens.plain, tokens.channels, statistics=tokens.statistics),
             torch.empty_like(tokens.plain),
             tokens.empty(batch, total),
             tokens.empty(batch, total, total),

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,9 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
+def configuration(
+    kernel: str, architecture: str, dtype: torch.dtype, size: int, images: float = math.inf
+) -> dict[str, int]:
     """Block sizes and compiler options of a kernel: the first row of the table whose conditions hold.
 
     Args:
@@ -46,6 +49,7 @@ def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int)
         architecture: as `architecture` says it: "sm_90", "gfx942".
         dtype: of the tokens.
         size: what the kernel's blocks depend on; `configurations.json` says for each kernel which size it is.
+        images: in a batch, where a few have rows of their own beside the size's (`max_images`).
 
     Raises:
         ValueError: there is no such row: the size is too large for the kernel.
@@ -56,6 +60,7 @@ def configuration(kernel: str, architecture: str, dtype: torch.dtype, size: int)
             architecture in conditions.get("architecture", [architecture])
             and str(dtype).removeprefix("torch.") in conditions.get("dtype", [str(dtype).removeprefix("torch.")])
             and size <= conditions.get("max_size", size)
+            and images <= conditions.get("max_images", images)
         ):
             return row["then"]
     raise ValueError(
@@ -155,9 +160,9 @@ class Launcher:
             "PRECISION": self.precision,
         }
 
-    def config(self, name: str, size: int = 0) -> dict[str, int]:
+    def config(self, name: str, size: int = 0, images: float = math.inf) -> dict[str, int]:
         """A kernel's row of `configurations.json`, which says what `size` is."""
-        return configuration(name, self.target, self.dtype, size)
+        return configuration(name, self.target, self.dtype, size, images)
 
     def __call__(self, kernel: Any, config: dict[str, int], programs: int, **arguments: Any) -> None:
         """Launch a kernel with the blocks of its row, on so many programs."""

@@ -56,7 +56,7 @@ def _normalise_vector(vector, mask, SIZE: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def store_normalised(
-    tokens, mask, mean_token, norms, normalised, level, b, offs_n,
+    tokens, mask, mean_token, norms, statistics, normalised, level, b, offs_n,
     i: tl.constexpr, EPS: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The LayerNorm of tokens [rows, channels] less a level per image and channel, and the level: (B, N, C) and (B, C).
@@ -71,6 +71,10 @@ def store_normalised(
     gamma, beta = load_vector(norms.weight[i], offs_c, mask_c, ACC), load_vector(norms.bias[i], offs_c, mask_c, ACC)
     of_mean = _normalise_vector(mean_token, mask_c, SHAPE.channels[i], EPS)
     mean, rstd = row_statistics(tokens, mask, SHAPE.channels[i], EPS)
+    if statistics is not None:  # the backward will need them
+        mean_ptrs, rstd_ptrs = statistics_pointers(statistics, b, i, offs_n, SHAPE)
+        tl.store(mean_ptrs, mean, mask=offs_n < N)
+        tl.store(rstd_ptrs, rstd, mask=offs_n < N)
     out = gamma * ((tokens - mean[:, None]) * rstd[:, None] - of_mean[None, :])
     offs_all = SHAPE.offsets[i] + offs_c
     tl.store(normalised + b * N * TOTAL + offs_n[:, None] * TOTAL + offs_all[None, :], out, mask=mask)
@@ -78,50 +82,39 @@ def store_normalised(
 
 
 @triton.jit
-def store_layer_norm_backward(
-    tokens, dnormalised, dresidual, norms, dtokens, dnorm, b, block, offs_n,
-    i: tl.constexpr, BLOCKS: tl.constexpr, EPS: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr,
-    COUNT: tl.constexpr,
+def store_tokens_gradient(
+    tokens, statistics, dnormalised, dresidual, norms, dtokens, b, offs_n,
+    i: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of tokens (B, N, C) through their LayerNorm, and the residual's (B, N, C).
+    """The gradient of tokens (B, N, C) through their LayerNorm, and the residual's (B, N, C), in dtokens (B, N, C).
 
-    dnormalised [rows, channels] is that of the normalised tokens of scale i; the rows are COUNT blocks from `block` on.
-    Writes dtokens (B, N, C), and the blocks' sums for LayerNorm's weight and bias, dnorm (B, BLOCKS, 2, C).
+    dnormalised [rows, channels], zero where there is no token, is that of the normalised tokens of scale i; statistics
+    (B, S, 2, N). Returns the rows' sums for LayerNorm's weight and bias: [channels] each.
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
     SIZE: tl.constexpr = SHAPE.channels[i]
     offs_c = tl.arange(0, dnormalised.shape[1])
-    mask_c = offs_c < SIZE
-    mask = (offs_n < N)[:, None] & mask_c[None, :]
+    mask_n, mask_c = offs_n < N, offs_c < SIZE
+    mask = mask_n[:, None] & mask_c[None, :]
     offs = b * N * TOTAL + offs_n[:, None] * TOTAL + (SHAPE.offsets[i] + offs_c)[None, :]
     rows = tl.load(tokens + offs, mask=mask, other=0.0).to(ACC)
     past = tl.load(dresidual + offs, mask=mask, other=0.0)  # before the sums, which would wait for it
+    mean_ptrs, rstd_ptrs = statistics_pointers(statistics, b, i, offs_n, SHAPE)
+    mean, rstd = tl.load(mean_ptrs, mask=mask_n, other=0.0), tl.load(rstd_ptrs, mask=mask_n, other=0.0)
     gamma = load_vector(norms.weight[i], offs_c, mask_c, ACC)
-    mean, rstd = row_statistics(rows, mask, SIZE, EPS)
-    normalised = tl.where(mask, (rows - mean[:, None]) * rstd[:, None], 0.0)
-    dnormalised = tl.where(mask, dnormalised, 0.0)
+    normalised = (rows - mean[:, None]) * rstd[:, None]
     scaled = dnormalised * gamma[None, :]
     along_mean = tl.sum(scaled, 1) / SIZE
     along_std = tl.sum(scaled * normalised, 1) / SIZE
     drows = rstd[:, None] * (scaled - along_mean[:, None] - normalised * along_std[:, None]) + past.to(ACC)
     tl.store(dtokens + offs, drows, mask=mask)
-    offs_block = block + tl.arange(0, COUNT)
-    offs = (b * BLOCKS + offs_block)[:, None] * 2 * TOTAL + (SHAPE.offsets[i] + offs_c)[None, :]
-    mask = (offs_block < BLOCKS)[:, None] & mask_c[None, :]
-    tl.store(dnorm + offs, _sum_of_blocks(dnormalised * normalised, COUNT), mask=mask)
-    tl.store(dnorm + TOTAL + offs, _sum_of_blocks(dnormalised, COUNT), mask=mask)
-
-
-@triton.jit
-def _sum_of_blocks(rows, COUNT: tl.constexpr):
-    """[rows, channels] summed over each of COUNT blocks of rows: [COUNT, channels]."""
-    return tl.sum(tl.reshape(rows, [COUNT, rows.shape[0] // COUNT, rows.shape[1]]), 1)
+    return tl.sum(dnormalised * normalised, 0), tl.sum(dnormalised, 0)
 
 
 @triton.jit
 def store_norm_gradients(dnorm, out, offs, batch, BLOCKS: tl.constexpr, SHAPE: tl.constexpr, ACC: tl.constexpr):
-    """The sums of `store_layer_norm_backward` over blocks and images: elements `offs` of weight and bias, (2, C)."""
+    """The sums of `_layer_norm_backward_kernel` over blocks and images: elements `offs` of weight and bias, (2, C)."""
     TOTAL: tl.constexpr = SHAPE.total
     mask = offs < 2 * TOTAL
     tl.store(out + offs, sum_images(dnorm, offs, mask, batch, BLOCKS, 2 * TOTAL, BLOCKS * 2 * TOTAL, ACC), mask=mask)

@@ -96,11 +96,12 @@ def empty(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], Sav
     saved: list[Attended] = []
     for block in contract.blocks:
         if block.channel_attention is not None:
-            saved.append(channel_attention.Saved.empty(Tokens.beside(maps, contract)))
+            tokens = Tokens.beside(maps, contract)
+            saved.append(channel_attention.Saved.empty(tokens._replace(statistics=tokens.empty_statistics())))
         if block.spatial_attention is not None:
             tokens = Tokens.beside(maps, contract)
             normalised, level = torch.empty_like(tokens.plain), tokens.empty(tokens.batch, tokens.shape.total)
-            tokens = tokens._replace(normalised=normalised, level=level)
+            tokens = tokens._replace(statistics=tokens.empty_statistics(), normalised=normalised, level=level)
             saved.append(spatial_attention.Saved.empty(tokens, heads_of(block.spatial_attention)))
     tokens = Tokens.beside(maps, contract)
     transposed = torch.empty_like(tokens.plain) if any(from_batch(contract)) else None

@@ -381,7 +381,7 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
     tokens, grid, scales = Tokens.beside(maps, contract), contract.grid, len(maps)
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     sizes = sizes_of(maps)
-    config = _config(launcher, sizes, grid, any(from_batch(contract)))
+    config = _config(launcher, sizes, grid, any(from_batch(contract)), batch)
     block = min(config["block_p"], power_of_two(grid[0])), min(config["block_q"], power_of_two(grid[1]))
     blocks = launch.blocks(grid[0], block[0]) * launch.blocks(grid[1], block[1])
     following = next(attentions_of(contract), None)
@@ -402,13 +402,13 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
 
 
 def _config(
-    launcher: Launcher, sizes: Sequence[tuple[int, int]], grid: tuple[int, int], statistics: bool
+    launcher: Launcher, sizes: Sequence[tuple[int, int]], grid: tuple[int, int], statistics: bool, images: int
 ) -> dict[str, int]:
     """The kernel's blocks; where BatchNorm needs `statistics` it holds more."""
     widest = 0
     for c, size in zip(launcher.shape.channels, sizes, strict=True):
         widest = max(widest, launch.padded(c) * power_of_two(_widest_window(size, grid)[1]))
-    return launcher.config("patch_embed_train" if statistics else "patch_embed", widest)
+    return launcher.config("patch_embed_train" if statistics else "patch_embed", widest, images)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def first_head(heads, i):
 def _spatial_attention_kernel(
     tokens, normalised, level, projections, attended, projected, scores,
     SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one scale, against all keys.
 
@@ -51,6 +51,7 @@ def _spatial_attention_kernel(
                 tokens=tokens, normalised=normalised, level=level, projections=projections, attended=attended,
                 projected=projected, scores=scores, scores_offset=(b * ALL_HEADS + head_of_all) * 2 * SHAPE.tokens, b=b,
                 head=head, offs_m=offs_m, i=i, SHAPE=SHAPE, HEADS=HEADS, PRECISION=PRECISION, ACC=ACC, BLOCK_N=BLOCK_N,
+                BLOCK_NARROW=BLOCK_NARROW,
             )  # fmt: skip
 
 
@@ -58,9 +59,9 @@ def _spatial_attention_kernel(
 def _attend(
     tokens, normalised, level, projections, attended, projected, scores, scores_offset, b, head, offs_m,
     i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
-    """tokens + projection of softmax(scores) values; keys and values are the normalised tokens, online softmax."""
+    """tokens + projection of softmax(scores) values; keys and values are the normalised tokens."""
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
     OFFSET: tl.constexpr = SHAPE.offsets[i]
@@ -80,21 +81,17 @@ def _attend(
         tl.store(scores + scores_offset + offs_m, key_scores, mask=mask_m)
     query = (query.to(ACC) * bilinear[None, :] + linear[None, :]).to(query.dtype)
 
-    largest = tl.full(offs_m.shape, float("-inf"), ACC)
-    normaliser = tl.zeros(offs_m.shape, ACC)
-    out = tl.zeros([offs_m.shape[0], padded(DV)], ACC)
-    WHOLE: tl.constexpr = N // BLOCK_N * BLOCK_N
-    for start in range(0, WHOLE, BLOCK_N):
-        largest, normaliser, out = _attend_keys(
-            largest=largest, normaliser=normaliser, attended=out, query=query, normalised=normalised,
-            offs_n=start + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k,
-            mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE,
-        )  # fmt: skip
-    if WHOLE < N:
-        largest, normaliser, out = _attend_keys(
-            largest=largest, normaliser=normaliser, attended=out, query=query, normalised=normalised,
-            offs_n=WHOLE + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k,
-            mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE + BLOCK_N,
+    AT_ONCE: tl.constexpr = keys_at_once(DV, BLOCK_N, BLOCK_NARROW)
+    shift = tl.zeros(offs_m.shape, ACC)
+    normaliser, out = _attend_as_they_are(
+        query=query, normalised=normalised, offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k, mask_v=mask_v, N=N,
+        TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BLOCK_N=AT_ONCE,
+    )  # fmt: skip
+    sound = (normaliser > 0.1) & (normaliser < largest_sum(query.dtype))
+    if tl.min(sound.to(tl.int32)) == 0:
+        shift, normaliser, out = _attend_online(
+            query=query, normalised=normalised, offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k, mask_v=mask_v,
+            N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BLOCK_N=AT_ONCE,
         )  # fmt: skip
 
     p_weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
@@ -103,7 +100,7 @@ def _attend(
     offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
     mask = mask_m[:, None] & mask_v[None, :]
     if scores is not None:
-        tl.store(scores + scores_offset + N + offs_m, largest + tl.log2(normaliser), mask=mask_m)
+        tl.store(scores + scores_offset + N + offs_m, shift + tl.log2(normaliser), mask=mask_m)
         tl.store(projected + offs, values, mask=mask)
     bias = p_weight * load_vector(projections.value_bias[i], offs_v, mask_v, ACC)
     bias += load_vector(projections.output_bias[i], offs_v, mask_v, ACC)
@@ -113,12 +110,92 @@ def _attend(
     tl.store(attended + offs, values, mask=mask)
 
 
+@triton.constexpr_function
+def keys_at_once(dv, block, block_narrow):
+    """How many: narrow values leave registers for more."""
+    return block_narrow if dv <= 32 else block
+
+
+@triton.constexpr_function
+def largest_sum(dtype):
+    """What weights of a dtype may come to: each is a number of it, and their products with values are of ACC."""
+    return 2.0**15 if dtype == tl.float16 else 2.0**64
+
+
 @triton.jit
-def _attend_keys(
-    largest, normaliser, attended, query, normalised, offs_n, offs_k, offs_all, mask_k, mask_v,
+def _attend_as_they_are(
+    query, normalised, offs_k, offs_all, mask_k, mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sum of weights, and weighted values, where a weight is 2^score: the softmax of scores that are not large.
+
+    Where they are large the sum says so. Keys have a mean of about zero, so N is about its least.
+    """
+    normaliser = tl.zeros([query.shape[0]], ACC)
+    out = tl.zeros([query.shape[0], offs_all.shape[0]], ACC)
+    WHOLE: tl.constexpr = N // BLOCK_N * BLOCK_N
+    for start in range(0, WHOLE, BLOCK_N):
+        normaliser, out = _add_keys(
+            normaliser=normaliser, attended=out, query=query, normalised=normalised,
+            offs_n=start + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=offs_all, mask_k=mask_k, mask_v=mask_v, N=N,
+            TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE,
+        )  # fmt: skip
+    if WHOLE < N:
+        normaliser, out = _add_keys(
+            normaliser=normaliser, attended=out, query=query, normalised=normalised,
+            offs_n=WHOLE + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=offs_all, mask_k=mask_k, mask_v=mask_v, N=N,
+            TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=WHOLE + BLOCK_N,
+        )  # fmt: skip
+    return normaliser, out
+
+
+@triton.jit
+def _add_keys(
+    normaliser, attended, query, normalised, offs_n, offs_k, offs_all, mask_k, mask_v,
     N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax: largest score, sum of weights, weighted values, with the keys offs_n < END as well."""
+    """Sum of weights, and weighted values, with the keys offs_n < END as well."""
+    scores, values = _scores_and_values(
+        query=query, normalised=normalised, offs_n=offs_n, offs_k=offs_k, offs_all=offs_all, mask_k=mask_k,
+        mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, END=END,
+    )  # fmt: skip
+    weights = tl.exp2(scores)
+    # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+    attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION, out_dtype=ACC)
+    return normaliser + tl.sum(weights, 1), attended
+
+
+@triton.jit
+def _attend_online(
+    query, normalised, offs_k, offs_all, mask_k, mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Largest score, sum of weights and weighted values, a weight being 2^(score - largest): online softmax."""
+    largest = tl.full([query.shape[0]], float("-inf"), ACC)
+    normaliser = tl.zeros([query.shape[0]], ACC)
+    out = tl.zeros([query.shape[0], offs_all.shape[0]], ACC)
+    for start in tl.range(0, N, BLOCK_N, num_stages=1):  # it is rare: small code is better than fast code
+        scores, values = _scores_and_values(
+            query=query, normalised=normalised, offs_n=start + tl.arange(0, BLOCK_N), offs_k=offs_k, offs_all=offs_all,
+            mask_k=mask_k, mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+            END=triton.cdiv(N, BLOCK_N) * BLOCK_N,
+        )  # fmt: skip
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        normaliser = normaliser * shrink + tl.sum(weights, 1)
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+        out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
+        largest = larger
+    return largest, normaliser, out
+
+
+@triton.jit
+def _scores_and_values(
+    query, normalised, offs_n, offs_k, offs_all, mask_k, mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """Of the keys offs_n < END, -inf for those beyond N: [BLOCK_M, BLOCK_N], [BLOCK_N, DV]."""
     mask_n = _exist(offs_n, N, END)
     keys = load_tokens(normalised, offs_n, offs_k, mask_n, mask_k, TOTAL)
     values = load_tokens(normalised, offs_n, offs_all, mask_n, mask_v, TOTAL)
@@ -126,15 +203,7 @@ def _attend_keys(
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC)
     if END > N:
         scores = tl.where(mask_n[None, :], scores, float("-inf"))
-    larger = tl.maximum(largest, tl.max(scores, 1))
-    weights = tl.exp2(scores - larger[:, None])
-    shrink = tl.exp2(largest - larger)
-    normaliser = normaliser * shrink + tl.sum(weights, 1)
-    # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
-    attended = tl.dot(
-        weights.to(values.dtype), values, attended * shrink[:, None], input_precision=PRECISION, out_dtype=ACC
-    )
-    return larger, normaliser, attended
+    return scores, values
 
 
 @triton.jit
@@ -160,7 +229,7 @@ class Saved(NamedTuple):
     """What the backward of one spatial attention needs.
 
     Attributes:
-        tokens: with `normalised` and `level`.
+        tokens: with `statistics`, `normalised` and `level`.
         projected: (B, N, C), what was added to the tokens, without its constant.
         scores: (B, heads, 2, N), of each token as a key, the linear part of its scores; as a query, log2 of the sum of
             its weights.
@@ -175,7 +244,7 @@ class Saved(NamedTuple):
         """These tokens, and fresh memory for what else the forward saves."""
         scores = tokens.empty(tokens.batch, sum(heads), 2, tokens.shape.tokens)
         return cls(
-            Tokens(tokens.plain, tokens.channels, normalised=tokens.normalised, level=tokens.level),
+            tokens._replace(sums=None, mean=None),
             torch.empty_like(tokens.plain),
             scores,
         )
@@ -196,9 +265,9 @@ def spatial_attention(tokens: Tokens, contract: Contract, block: int) -> tuple[T
     attention = contract.blocks[block].spatial_attention
     if attention is None:
         return tokens, None
-    tokens = with_normalised(tokens, attention)
+    tokens = with_normalised(tokens, attention, contract.backward)
     launcher, heads = tokens.launcher, heads_of(attention)
-    config, precision = configured("spatial_attention", launcher, attention)
+    config, precision = configured("spatial_attention", launcher, attention, tokens.batch)
     attended = Tokens(torch.empty_like(tokens.plain), tokens.channels)
     saved = Saved.empty(tokens, heads) if contract.backward else None
     launcher(
@@ -211,8 +280,10 @@ def spatial_attention(tokens: Tokens, contract: Contract, block: int) -> tuple[T
     return attended, saved
 
 
-def configured(name: str, launcher: Launcher, attention: tuple[Attention, ...]) -> tuple[dict[str, Any], str]:
+def configured(
+    name: str, launcher: Launcher, attention: tuple[Attention, ...], images: int
+) -> tuple[dict[str, Any], str]:
     """A kernel's configuration, and the precision of its products."""
-    config = launcher.config(name, launch.padded(launcher.shape.total // min(heads_of(attention))))
+    config = launcher.config(name, launch.padded(launcher.shape.total // min(heads_of(attention))), images)
     ieee = launcher.precision == "tf32x3" and config.get("ieee")  # wide heads spill otherwise
     return config, "ieee" if ieee else launcher.precision

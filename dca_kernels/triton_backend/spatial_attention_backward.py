@@ -25,7 +25,13 @@ from dca_kernels.triton_backend.primitives import (
     store_vectors,
     zero_where_it_cancels,
 )
-from dca_kernels.triton_backend.spatial_attention import Saved, configured, first_head, load_score_terms
+from dca_kernels.triton_backend.spatial_attention import (
+    Saved,
+    configured,
+    first_head,
+    keys_at_once,
+    load_score_terms,
+)
 from dca_kernels.triton_backend.tokens import Tokens, layer_norm_backward
 
 PARAMETERS = tl.constexpr(4)  # weight and bias of two maps: query and key, or value and projection
@@ -47,13 +53,15 @@ class Partials(NamedTuple):
 
 @kernel
 def _expected_gradient_kernel(
-    scores, projected, dattended, expected,
+    scores, projected, dattended, expected, shares, unsound,
     SHAPE: tl.constexpr, HEADS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: for BLOCK_N queries of one head of one scale, the gradient of a weight that all weights expect.
 
-    The softmax subtracts it: sum over channels of dattended (B, N, C) times projected (B, N, C). Beside it, in expected
-    (B, heads, 2, N), what is subtracted from scores where these queries are columns. scores (B, heads, 2, N).
+    The softmax subtracts it: sum over channels of dattended (B, N, C) times projected (B, N, C). Where these queries
+    are columns, weights have a factor of theirs, their share: expected (B, heads, 2, N) has it without and with the
+    share, shares (B, N, C) dattended with it. unsound (B, heads, blocks) is 1 where some of their weights may not be
+    taken apart. scores (B, heads, 2, N).
     """
     N: tl.constexpr = SHAPE.tokens
     ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
@@ -72,23 +80,49 @@ def _expected_gradient_kernel(
             gradient = load_tokens(dattended + image, offs_n, offs_all, mask_n, mask_v, SHAPE.total).to(ACC)
             values = load_tokens(projected + image, offs_n, offs_all, mask_n, mask_v, SHAPE.total).to(ACC)
             rows = (b * ALL_HEADS + head_of_all) * 2 * N + offs_n
-            key_score = tl.load(scores + rows, mask=mask_n)
-            normaliser = tl.load(scores + rows + N, mask=mask_n)
-            tl.store(expected + rows, tl.sum(gradient * values, 1), mask=mask_n)
-            tl.store(expected + rows + N, key_score + normaliser, mask=mask_n)
+            SHIFT: tl.constexpr = typical_normaliser(N)
+            normaliser = tl.load(scores + rows + N, mask=mask_n, other=SHIFT) - SHIFT
+            of_column = tl.load(scores + rows, mask=mask_n, other=0.0) + normaliser
+            share = tl.exp2(-of_column)
+            expects = tl.sum(gradient * values, 1)
+            tl.store(expected + rows, expects, mask=mask_n)
+            tl.store(expected + rows + N, expects * share, mask=mask_n)
+            out = shares + image + offs_n[:, None] * SHAPE.total + offs_all[None, :]
+            tl.store(out, gradient * share[:, None], mask=mask_n[:, None] & mask_v[None, :])
+            LIMIT: tl.constexpr = largest_exponent(shares.dtype.element_ty)
+            sound = (tl.abs(normaliser) < LIMIT) & (tl.abs(of_column) < LIMIT)
+            tl.store(unsound + b * ALL_HEADS * BLOCKS + tile, 1 - tl.min(sound.to(tl.int32)))
+
+
+@triton.constexpr_function
+def typical_normaliser(tokens):
+    """log2 of a sum of weights, about: that of N scores of zero."""
+    return float(tokens.bit_length() - 1)
+
+
+@triton.constexpr_function
+def largest_exponent(dtype):
+    """How far a normaliser may lie from the typical one, as a power of two, for its weights to be taken apart."""
+    return 4.0 if dtype == tl.float16 else 32.0
+
+
+@triton.constexpr_function
+def smaller(one, other):
+    """Of two sizes."""
+    return min(one, other)
 
 
 @kernel
 def _spatial_attention_backward_kernel(
-    normalised, level, scores, expected, dattended, projections, dnormalised, dvalues, dterms, daffine,
-    SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    normalised, level, scores, expected, dattended, shares, unsound, projections, dnormalised, dvalues, dterms, daffine,
+    SHAPE: tl.constexpr, HEADS: tl.constexpr, SOUND_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens of one head of one scale, as queries and as keys and values, against all tokens.
 
     Writes the gradients of the normalised tokens through the scores, dnormalised (B, S, N, C), and of the values,
-    dvalues (B, N, C); and `Partials`, sums over its tokens: dterms and daffine. normalised, dattended (B, N, C), level
-    (B, C), scores, expected (B, heads, 2, N).
+    dvalues (B, N, C); and `Partials`, sums over its tokens: dterms and daffine. normalised, dattended, shares
+    (B, N, C), level (B, C), scores, expected (B, heads, 2, N), unsound (B, heads, SOUND_BLOCKS).
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
@@ -102,21 +136,29 @@ def _spatial_attention_backward_kernel(
         head = head_of_all - first_head(HEADS, i)
         if (head >= 0) & (head < HEADS[i]):
             of_head = (b * ALL_HEADS + head_of_all) * 2 * N
-            _attend_backward(
-                normalised=normalised, level=level, scores=scores + of_head, expected=expected + of_head,
-                dattended=dattended, projections=projections, dnormalised=dnormalised + (b * SCALES + i) * N * TOTAL,
-                dvalues=dvalues, dterms=dterms + ((b * BLOCKS + block) * SCALES + i) * 2 * TOTAL,
-                daffine=daffine + (b * BLOCKS + block) * 2 * TOTAL, b=b, head=head,
-                offs_m=block * BLOCK_M + tl.arange(0, BLOCK_M), i=i, SHAPE=SHAPE, HEADS=HEADS, PRECISION=PRECISION,
-                ACC=ACC, BLOCK_N=BLOCK_N,
-            )  # fmt: skip
+            offs_block = tl.arange(0, triton.next_power_of_2(SOUND_BLOCKS))
+            of_blocks = unsound + (b * ALL_HEADS + head_of_all) * SOUND_BLOCKS + offs_block
+            is_unsound = tl.max(tl.load(of_blocks, mask=offs_block < SOUND_BLOCKS, other=0)) > 0
+            for UNSOUND in tl.static_range(2):  # each by itself, for where two loops meet, registers spill
+                if is_unsound == (UNSOUND > 0):
+                    tl.debug_barrier()  # what both begin with is not done before
+                    _attend_backward(
+                        normalised=normalised, level=level, scores=scores + of_head, expected=expected + of_head,
+                        dattended=dattended, shares=shares, projections=projections,
+                        dnormalised=dnormalised + (b * SCALES + i) * N * TOTAL, dvalues=dvalues,
+                        dterms=dterms + ((b * BLOCKS + block) * SCALES + i) * 2 * TOTAL,
+                        daffine=daffine + (b * BLOCKS + block) * 2 * TOTAL, b=b, head=head,
+                        offs_m=block * BLOCK_M + tl.arange(0, BLOCK_M), i=i, SHAPE=SHAPE, HEADS=HEADS, UNSOUND=UNSOUND,
+                        PRECISION=PRECISION, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_NARROW=BLOCK_NARROW,
+                    )  # fmt: skip
 
 
 @triton.jit
 def _attend_backward(
-    normalised, level, scores, expected, dattended, projections, dnormalised, dvalues, dterms, daffine, b, head, offs_m,
-    i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    normalised, level, scores, expected, dattended, shares, projections, dnormalised, dvalues, dterms, daffine, b, head,
+    offs_m,
+    i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, UNSOUND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
     """With A = dS + dS^T, S the scores:
 
@@ -141,40 +183,21 @@ def _attend_backward(
     dattended_m = load_tokens(dattended + image, offs_m, offs_all, mask_m, mask_v, TOTAL)
     tl.store(daffine + TOTAL + offs_all, tl.sum(dattended_m.to(ACC), 0), mask=mask_v)
     dattended_m = (dattended_m.to(ACC) * weight[None, :]).to(values_m.dtype)
-    key_score_m = tl.load(scores + offs_m, mask=mask_m, other=0.0)
-    normaliser_m = tl.load(scores + N + offs_m, mask=mask_m, other=float("inf"))  # rows beyond have no weight
-    expected_m = tl.load(expected + offs_m, mask=mask_m, other=0.0)
 
-    through_bilinear = tl.zeros(query.shape, ACC)
-    through_linear = tl.zeros(offs_m.shape, ACC)
-    dvalues_m = tl.zeros(values_m.shape, ACC)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        tokens_n = load_tokens(normalised + image, offs_n, offs_k, mask_n, mask_k, TOTAL)
-        values_n = load_tokens(normalised + image, offs_n, offs_all, mask_n, mask_v, TOTAL)
-        dattended_n = load_tokens(dattended + image, offs_n, offs_all, mask_n, mask_v, TOTAL)
-        expected_n = tl.load(expected + offs_n, mask=mask_n, other=0.0)
-        normaliser_n = tl.load(expected + N + offs_n, mask=mask_n, other=float("inf"))
-        # [BLOCK_M, DK] [DK, BLOCK_N]
-        score = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
-        columns = tl.exp2(score + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
-        # [BLOCK_M, DV] [DV, BLOCK_N]
-        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
-        # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
-        dvalues_m = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues_m, input_precision=PRECISION, out_dtype=ACC)
-        dcolumns = columns * (along_columns - expected_n[None, :])
-        through_linear += tl.sum(dcolumns, 1)
-        rows = tl.exp2(score - normaliser_m[:, None])  # weight[m, n]
-        if N % BLOCK_N != 0:
-            rows = tl.where(mask_n[None, :], rows, 0.0)
-        # [BLOCK_M, DV] [DV, BLOCK_N]
-        along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
-        both = rows * (along_rows - expected_m[:, None]) + dcolumns
-        # [BLOCK_M, BLOCK_N] [BLOCK_N, DK]
-        through_bilinear = tl.dot(
-            both.to(tokens_n.dtype), tokens_n, through_bilinear, input_precision=PRECISION, out_dtype=ACC
-        )
+    if UNSOUND:
+        through_bilinear, through_linear, dvalues_m = _gradients(
+            normalised=normalised + image, dattended=dattended + image, scores=scores, expected=expected, query=query,
+            values_m=values_m, dattended_m=dattended_m, offs_m=offs_m, offs_k=offs_k, offs_all=offs_all, mask_m=mask_m,
+            mask_k=mask_k, mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+            BLOCK_N=smaller(offs_m.shape[0], BLOCK_N),  # not wider than high, or registers spill
+        )  # fmt: skip
+    else:
+        through_bilinear, through_linear, dvalues_m = _gradients_by_shares(
+            normalised=normalised + image, shares=shares + image, scores=scores, expected=expected, query=query,
+            values_m=values_m, dattended_m=dattended_m, offs_m=offs_m, offs_k=offs_k, offs_all=offs_all, mask_m=mask_m,
+            mask_k=mask_k, mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+            BLOCK_N=keys_at_once(DV, BLOCK_N, BLOCK_NARROW),
+        )  # fmt: skip
 
     # What follows is loaded again, and one result done before the next: else they would spill.
     tl.debug_barrier()
@@ -195,6 +218,97 @@ def _attend_backward(
     dtokens = through_bilinear * bilinear[None, :] + through_linear[:, None] * linear[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
     tl.store(dnormalised + offs_m[:, None] * TOTAL + offs_k[None, :], dtokens, mask=mask)
+
+
+@triton.jit
+def _gradients_by_shares(
+    normalised, shares, scores, expected, query, values_m, dattended_m, offs_m, offs_k, offs_all, mask_m, mask_k,
+    mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As `_gradients`, of scores that are not large: one exponential makes both weights.
+
+    weight[m, n] = 2^score row_m and weight[n, m] = 2^score column_m share_n, up to a power of two, 2^SHIFT, for the
+    range of 16 bit.
+    """
+    SHIFT: tl.constexpr = typical_normaliser(N)
+    UNSHIFT: tl.constexpr = 2.0**-SHIFT
+    row = tl.exp2(SHIFT - tl.load(scores + N + offs_m, mask=mask_m, other=float("inf")))  # rows beyond have no weight
+    column = tl.exp2(tl.load(scores + offs_m, mask=mask_m, other=0.0))
+    expected_m = tl.load(expected + offs_m, mask=mask_m, other=0.0) * row
+    through_bilinear = tl.zeros(query.shape, ACC)
+    through_linear = tl.zeros(offs_m.shape, ACC)
+    dvalues_m = tl.zeros(values_m.shape, ACC)
+    for start in range(0, N, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        tokens_n = load_tokens(normalised, offs_n, offs_k, mask_n, mask_k, TOTAL)
+        values_n = load_tokens(normalised, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        shares_n = load_tokens(shares, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        expected_n = tl.load(expected + N + offs_n, mask=mask_n, other=0.0)
+        # [BLOCK_M, DK] [DK, BLOCK_N]
+        score = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
+        # [BLOCK_M, DV] [DV, BLOCK_N], twice
+        along_columns = tl.dot(values_m, tl.trans(shares_n), input_precision=PRECISION, out_dtype=ACC)
+        along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
+        weights = tl.exp2(score)
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+        dvalues_m = tl.dot(weights.to(tokens_n.dtype), shares_n, dvalues_m, input_precision=PRECISION, out_dtype=ACC)
+        along_columns -= expected_n[None, :]
+        through_linear += tl.sum(weights * along_columns, 1)
+        both = weights * (along_columns * column[:, None] + (along_rows * row[:, None] - expected_m[:, None]))
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DK]
+        through_bilinear = tl.dot(
+            both.to(tokens_n.dtype), tokens_n, through_bilinear, input_precision=PRECISION, out_dtype=ACC
+        )
+    column *= UNSHIFT
+    return through_bilinear * UNSHIFT, through_linear * column, dvalues_m * column[:, None]
+
+
+@triton.jit
+def _gradients(
+    normalised, dattended, scores, expected, query, values_m, dattended_m, offs_m, offs_k, offs_all, mask_m, mask_k,
+    mask_v,
+    N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums over all tokens n: of A[m, n] d_n and of dS[n, m], and the gradient of the values: [BLOCK_M, DK], [BLOCK_M]
+    and [BLOCK_M, DV].
+    """
+    key_score_m = tl.load(scores + offs_m, mask=mask_m, other=0.0)
+    normaliser_m = tl.load(scores + N + offs_m, mask=mask_m, other=float("inf"))  # rows beyond have no weight
+    expected_m = tl.load(expected + offs_m, mask=mask_m, other=0.0)
+    through_bilinear = tl.zeros(query.shape, ACC)
+    through_linear = tl.zeros(offs_m.shape, ACC)
+    dvalues_m = tl.zeros(values_m.shape, ACC)
+    for start in tl.range(0, N, BLOCK_N, num_stages=1):  # it is rare: small code is better than fast code
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        tokens_n = load_tokens(normalised, offs_n, offs_k, mask_n, mask_k, TOTAL)
+        values_n = load_tokens(normalised, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        dattended_n = load_tokens(dattended, offs_n, offs_all, mask_n, mask_v, TOTAL)
+        expected_n = tl.load(expected + offs_n, mask=mask_n, other=0.0)
+        normaliser_n = tl.load(scores + offs_n, mask=mask_n, other=0.0)
+        normaliser_n += tl.load(scores + N + offs_n, mask=mask_n, other=float("inf"))
+        # [BLOCK_M, DK] [DK, BLOCK_N]
+        score = tl.dot(query, tl.trans(tokens_n), input_precision=PRECISION, out_dtype=ACC)
+        columns = tl.exp2(score + key_score_m[:, None] - normaliser_n[None, :])  # weight[n, m]
+        # [BLOCK_M, DV] [DV, BLOCK_N]
+        along_columns = tl.dot(values_m, tl.trans(dattended_n), input_precision=PRECISION, out_dtype=ACC)
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DV]
+        dvalues_m = tl.dot(columns.to(tokens_n.dtype), dattended_n, dvalues_m, input_precision=PRECISION, out_dtype=ACC)
+        dcolumns = columns * (along_columns - expected_n[None, :])
+        through_linear += tl.sum(dcolumns, 1)
+        rows = tl.exp2(score - normaliser_m[:, None])  # weight[m, n]
+        if N % BLOCK_N != 0:
+            rows = tl.where(mask_n[None, :], rows, 0.0)
+        # [BLOCK_M, DV] [DV, BLOCK_N]
+        along_rows = tl.dot(dattended_m, tl.trans(values_n), input_precision=PRECISION, out_dtype=ACC)
+        both = rows * (along_rows - expected_m[:, None]) + dcolumns
+        # [BLOCK_M, BLOCK_N] [BLOCK_N, DK]
+        through_bilinear = tl.dot(
+            both.to(tokens_n.dtype), tokens_n, through_bilinear, input_precision=PRECISION, out_dtype=ACC
+        )
+    return through_bilinear, through_linear, dvalues_m
 
 
 @triton.constexpr_function
@@ -320,13 +434,16 @@ def spatial_attention_backward(
     batch, shape, heads, projections = tokens.batch, launcher.shape, heads_of(attention), projections_of(attention)
 
     config = launcher.config("expected_gradient")
-    expected = tokens.empty(batch, sum(heads), 2, shape.tokens)
+    sound_blocks = launch.blocks(shape.tokens, config["block_n"])
+    expected, shares = tokens.empty(batch, sum(heads), 2, shape.tokens), torch.empty_like(dattended)
+    unsound = tokens.empty(batch, sum(heads), sound_blocks, dtype=torch.int32)
     launcher(
-        _expected_gradient_kernel, config, batch * sum(heads) * launch.blocks(shape.tokens, config["block_n"]),
-        scores=saved.scores, projected=saved.projected, dattended=dattended, expected=expected, HEADS=heads,
+        _expected_gradient_kernel, config, batch * sum(heads) * sound_blocks,
+        scores=saved.scores, projected=saved.projected, dattended=dattended, expected=expected, shares=shares,
+        unsound=unsound, HEADS=heads,
     )  # fmt: skip
 
-    config, precision = configured("spatial_attention_backward", launcher, attention)
+    config, precision = configured("spatial_attention_backward", launcher, attention, batch)
     blocks, scales = launch.blocks(shape.tokens, config["block_m"]), len(shape.channels)
     dnormalised = tokens.empty(batch, scales, shape.tokens, shape.total, dtype=launcher.dtype)
     dvalues = torch.empty_like(tokens.plain)
@@ -335,8 +452,8 @@ def spatial_attention_backward(
     launcher(
         _spatial_attention_backward_kernel, config, batch * sum(heads) * blocks,
         normalised=tokens.normalised, level=tokens.level, scores=saved.scores, expected=expected, dattended=dattended,
-        projections=projections, dnormalised=dnormalised, dvalues=dvalues, dterms=dterms, daffine=daffine, HEADS=heads,
-        PRECISION=precision,
+        shares=shares, unsound=unsound, projections=projections, dnormalised=dnormalised, dvalues=dvalues,
+        dterms=dterms, daffine=daffine, HEADS=heads, SOUND_BLOCKS=sound_blocks, PRECISION=precision,
     )  # fmt: skip
 
     dtokens, dnorm = layer_norm_backward(tokens, attention, dvalues, dattended, parts=dnormalised)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dca_kernels.contract import Attention, Contract, accumulation_dtype, channels_of
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.launch import Launcher
-from dca_kernels.triton_backend.layer_norm import store_layer_norm_backward, store_normalised, store_statistics
+from dca_kernels.triton_backend.layer_norm import store_normalised, store_statistics, store_tokens_gradient
 from dca_kernels.triton_backend.parameters import eps_of, layer_norms_of
 from dca_kernels.triton_backend.primitives import (
     Shape,
@@ -67,6 +67,10 @@ class Tokens(NamedTuple):
         """Fresh memory beside the tokens, by default in the dtype of sums and statistics."""
         return self.plain.new_empty(shape, dtype=dtype or accumulation_dtype(self.plain.dtype))
 
+    def empty_statistics(self) -> Tensor:
+        """Fresh memory for `statistics`."""
+        return self.empty(self.batch, len(self.channels), 2, self.shape.tokens)
+
     @property
     def sum_blocks(self) -> int:
         """How many blocks of tokens `sums` has."""
@@ -101,13 +105,14 @@ def _statistics_kernel(
 
 @kernel
 def _normalise_kernel(
-    tokens, mean, sums, norms, normalised, level,
+    tokens, mean, sums, norms, statistics, normalised, level,
     SHAPE: tl.constexpr, SUM_BLOCKS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: the LayerNorm of COUNTS[i] blocks of BLOCK_N tokens of one scale, the first FIRST[i] of an image.
 
-    tokens, normalised (B, N, C), level (B, C). The mean token is mean (B, C), or of sums (B, SUM_BLOCKS, 2, C).
+    tokens, normalised (B, N, C), level (B, C). The mean token is mean (B, C), or of sums (B, SUM_BLOCKS, 2, C). For a
+    backward, statistics (B, S, 2, N), else None.
     """
     TOTAL: tl.constexpr = SHAPE.total
     b, tile = split_program(FIRST[len(SHAPE.channels)])
@@ -123,8 +128,8 @@ def _normalise_kernel(
                 mean_token = sum_blocks(plain_sums, offs_all, mask_c, SUM_BLOCKS, 2 * TOTAL, ACC) / SHAPE.tokens
             rows, mask = _load_scale(tokens, b, offs_n, i, SHAPE, ACC)
             store_normalised(
-                tokens=rows, mask=mask, mean_token=mean_token, norms=norms, normalised=normalised, level=level, b=b,
-                offs_n=offs_n, i=i, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC,
+                tokens=rows, mask=mask, mean_token=mean_token, norms=norms, statistics=statistics,
+                normalised=normalised, level=level, b=b, offs_n=offs_n, i=i, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC,
             )  # fmt: skip
 
 
@@ -140,29 +145,44 @@ def _load_scale(tokens, b, offs_n, i: tl.constexpr, SHAPE: tl.constexpr, ACC: tl
 
 @kernel
 def _layer_norm_backward_kernel(
-    tokens, dnormalised, parts, dresidual, norms, dtokens, dnorm,
-    SHAPE: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
+    tokens, statistics, dnormalised, parts, dresidual, norms, dtokens, dnorm,
+    SHAPE: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
     COUNTS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of tokens (B, N, C) of one scale through their LayerNorm, and the residual's.
 
-    The normalised tokens' is dnormalised (B, N, C) and the sum of parts (B, PARTS, N, C). COUNTS[i] blocks of BLOCK_N
-    tokens of scale i are a program's, FIRST[i] is its first program within an image. dnorm (B, blocks, 2, C).
+    The normalised tokens' is dnormalised (B, N, C) and the sum of parts (B, PARTS, N, C); statistics (B, S, 2, N).
+    COUNTS[i] blocks of BLOCK_N tokens of scale i are a program's, in STEPS steps; FIRST[i] is its first program within
+    an image. dnorm (B, blocks, 2, C), of which a program's first block has the sums of all its blocks.
     """
+    TOTAL: tl.constexpr = SHAPE.total
     BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_N)
     b, tile = split_program(FIRST[len(SHAPE.channels)])
     for i in tl.static_range(len(SHAPE.channels)):
         if (tile >= FIRST[i]) & (tile < FIRST[i + 1]):
-            block = (tile - FIRST[i]) * COUNTS[i]
-            offs_n = block * BLOCK_N + tl.arange(0, COUNTS[i] * BLOCK_N)
-            drows, _ = _load_scale(dnormalised, b, offs_n, i, SHAPE, ACC)
-            for k in tl.static_range(PARTS):
-                part, _ = _load_scale(parts, b * PARTS + k, offs_n, i, SHAPE, ACC)
-                drows += part
-            store_layer_norm_backward(
-                tokens=tokens, dnormalised=drows, dresidual=dresidual, norms=norms, dtokens=dtokens, dnorm=dnorm,
-                b=b, block=block, offs_n=offs_n, i=i, BLOCKS=BLOCKS, EPS=EPS[i], SHAPE=SHAPE, ACC=ACC, COUNT=COUNTS[i],
-            )  # fmt: skip
+            COUNT: tl.constexpr = COUNTS[i]
+            ROWS: tl.constexpr = COUNT * BLOCK_N // STEPS
+            block = (tile - FIRST[i]) * COUNT
+            offs_c = tl.arange(0, padded(SHAPE.channels[i]))
+            of_weight, of_bias = tl.zeros(offs_c.shape, ACC), tl.zeros(offs_c.shape, ACC)
+            for step in range(STEPS):
+                offs_n = block * BLOCK_N + step * ROWS + tl.arange(0, ROWS)
+                drows, _ = _load_scale(dnormalised, b, offs_n, i, SHAPE, ACC)
+                for k in tl.static_range(PARTS):
+                    part, _ = _load_scale(parts, b * PARTS + k, offs_n, i, SHAPE, ACC)
+                    drows += part
+                weight, bias = store_tokens_gradient(
+                    tokens=tokens, statistics=statistics, dnormalised=drows, dresidual=dresidual, norms=norms,
+                    dtokens=dtokens, b=b, offs_n=offs_n, i=i, SHAPE=SHAPE, ACC=ACC,
+                )  # fmt: skip
+                of_weight, of_bias = of_weight + weight, of_bias + bias
+            offs_block = tl.arange(0, COUNT)
+            begin = (b * BLOCKS + block + offs_block) * 2 * TOTAL
+            ptrs = dnorm + begin[:, None] + (SHAPE.offsets[i] + offs_c)[None, :]
+            mask = (block + offs_block < BLOCKS)[:, None] & (offs_c < SHAPE.channels[i])[None, :]
+            first = (offs_block == 0)[:, None]
+            tl.store(ptrs, tl.where(first, of_weight[None, :], 0.0), mask=mask)
+            tl.store(ptrs + TOTAL, tl.where(first, of_bias[None, :], 0.0), mask=mask)
 
 
 def with_statistics(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
@@ -172,7 +192,7 @@ def with_statistics(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     config = launcher.config("tokens", widest_scale(shape))
     blocks = launch.blocks(shape.tokens, config["block_n"])
-    statistics = tokens.empty(batch, len(shape.channels), 2, shape.tokens)
+    statistics = tokens.empty_statistics()
     sums = tokens.empty(batch, blocks, 2, shape.total)
     launcher(
         _statistics_kernel, config, batch * len(shape.channels) * blocks,
@@ -181,8 +201,8 @@ def with_statistics(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
     return tokens._replace(statistics=statistics, sums=sums)
 
 
-def with_normalised(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
-    """The tokens with `normalised` and `level`."""
+def with_normalised(tokens: Tokens, attention: Sequence[Attention], backward: bool) -> Tokens:
+    """The tokens with `normalised` and `level`; where there will be a backward, with `statistics` as well."""
     if tokens.normalised is not None and tokens.level is not None:
         return tokens
     if tokens.mean is None:
@@ -194,12 +214,13 @@ def with_normalised(tokens: Tokens, attention: Sequence[Attention]) -> Tokens:
     config = launcher.config("tokens", widest_scale(shape))
     counts, first = _counts(shape.channels, launch.blocks(shape.tokens, config["block_n"]))
     normalised, level = torch.empty_like(tokens.plain), tokens.empty(batch, shape.total)
+    statistics = tokens.empty_statistics() if backward else None
     launcher(
         _normalise_kernel, config, batch * first[-1],
-        tokens=tokens.plain, mean=tokens.mean, sums=sums, norms=layer_norms_of(attention), normalised=normalised,
-        level=level, SUM_BLOCKS=blocks, EPS=eps_of(attention), COUNTS=counts, FIRST=first,
+        tokens=tokens.plain, mean=tokens.mean, sums=sums, norms=layer_norms_of(attention), statistics=statistics,
+        normalised=normalised, level=level, SUM_BLOCKS=blocks, EPS=eps_of(attention), COUNTS=counts, FIRST=first,
     )  # fmt: skip
-    return tokens._replace(normalised=normalised, level=level)
+    return tokens._replace(statistics=statistics, normalised=normalised, level=level)
 
 
 def layer_norm_backward(
@@ -212,23 +233,23 @@ def layer_norm_backward(
     """Gradients of tokens (B, N, C), and partial sums (B, blocks, 2, C) of LayerNorm's weights and biases.
 
     Args:
-        tokens: what was normalised.
+        tokens: what was normalised, with its statistics.
         attention: S scales with their LayerNorms.
         dnormalised: (B, N, C), the gradient of the normalised tokens.
         dresidual: (B, N, C), the gradient that reached the tokens past the LayerNorm.
         parts: (B, parts, N, C), more of the normalised tokens' gradient, to be summed.
     """
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
-    config = launcher.config("tokens", widest_scale(shape))
+    config = launcher.config("layer_norm_backward", widest_scale(shape))
     blocks = launch.blocks(shape.tokens, config["block_n"])
     counts, first = _counts(shape.channels, blocks)
     dtokens = torch.empty_like(tokens.plain)
     dnorm = tokens.empty(batch, blocks, 2, shape.total)
     launcher(
         _layer_norm_backward_kernel, config, batch * first[-1],
-        tokens=tokens.plain, dnormalised=dnormalised, parts=parts, dresidual=dresidual,
+        tokens=tokens.plain, statistics=tokens.statistics, dnormalised=dnormalised, parts=parts, dresidual=dresidual,
         norms=layer_norms_of(attention), dtokens=dtokens, dnorm=dnorm, PARTS=0 if parts is None else parts.shape[1],
-        EPS=eps_of(attention), COUNTS=counts, FIRST=first,
+        COUNTS=counts, FIRST=first,
     )  # fmt: skip
     return dtokens, dnorm
 

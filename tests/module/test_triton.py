@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -138,6 +139,54 @@ def test_nan_comes_through(train: bool) -> None:
     for output in (result for name, result in forward(model, maps).items() if name.startswith("output")):
         assert output[1].isnan().all()
         assert train or not output[[0, 2]].isnan().any()
+
+
+# Spatial attention's weights are 2^score, without a shift, where no score of the head is large
+
+
+def with_queries(config: Config, factor: float, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Our module and the reference, whose spatial attentions' scores are `factor` times as large."""
+    ours, theirs = pair(config, "triton", dtype)
+    with torch.no_grad():
+        for module in (ours, theirs):
+            for name, parameter in module.named_parameters():
+                if "s_attention" in name and "q_map" in name:
+                    parameter.mul_(factor)
+    return ours, theirs
+
+
+@pytest.fixture
+def found_large(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a forward's sums of weights were too large, and whether a block's in the backward were."""
+    found: list[bool] = []
+    run = launch.run
+
+    def noted(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
+        run(kernel, programs, config, **arguments)
+        if kernel.__name__ == "_expected_gradient_kernel":
+            found.append(bool((arguments["scores"][:, :, 1] >= math.log2(MOST[arguments["shares"].dtype])).any()))
+            found.append(bool((arguments["unsound"] == 1).any()))
+
+    monkeypatch.setattr(launch, "run", noted)
+    return found
+
+
+MOST = {torch.float64: 2.0**64, torch.bfloat16: 2.0**64, torch.float16: 2.0**15}
+
+
+@pytest.mark.parametrize("factor, large", [(1.0, [False, False]), (3.0, [False, True]), (30.0, [True, True])])
+def test_scores_of_any_size(factor: float, large: list[bool], found_large: list[bool]) -> None:
+    maps = random_maps(FEW, backend="triton")
+    assert_same(*(evaluate(module, maps) for module in with_queries(FEW, factor, torch.float64)))
+    assert found_large == large
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.bfloat16, 1e3), (torch.float16, 3.0), (torch.float16, 30.0)])
+def test_large_scores_in_16_bit(dtype: torch.dtype, factor: float, found_large: list[bool]) -> None:
+    maps = random_maps(FEW, dtype, backend="triton")
+    results = evaluate(with_queries(FEW, factor, dtype)[0], maps)
+    assert all(value.isfinite().all() for value in results.values())
+    assert found_large[1]
 
 
 def test_nothing_to_differentiate_needs_no_context() -> None:
@@ -466,6 +515,13 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_first_row_that_holds(architecture: str, dtype: torch.dtype, size: int, row: int, table: None) -> None:
     for _ in range(2):
         assert launch.configuration("first", architecture, dtype, size) == {"row": row}
+
+
+def test_few_images_have_a_row_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"if": {"max_images": 2}, "then": {"row": 0}}, {"then": {"row": 1}}]
+    monkeypatch.setattr(launch, "_table", lambda: {"by_images": {"size": "none", "rows": rows}})
+    asked = [launch.configuration("by_images", "sm_90", torch.float32, 0, *images) for images in ((1,), (2,), (3,), ())]
+    assert asked == [{"row": 0}, {"row": 0}, {"row": 1}, {"row": 1}]
 
 
 def test_no_row_is_an_error_that_names_the_size(table: None) -> None:

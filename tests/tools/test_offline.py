@@ -126,7 +126,7 @@ def test_only_the_highest_precision_goes_without_tensor_cores(
     tokens = Tokens(torch.empty(1, 784, 480), (32, 64, 128, 256))
     nothing = Affine(torch.empty(0), torch.empty(0))
     attention = (Attention(nothing, Projections(*[nothing] * 4), heads=4, eps=1e-6, shift_cancels=False),) * 4
-    _, chosen = spatial_attention.configured("spatial_attention_backward", tokens.launcher, attention)
+    _, chosen = spatial_attention.configured("spatial_attention_backward", tokens.launcher, attention, tokens.batch)
     assert chosen == products
 
 
