@@ -206,16 +206,17 @@ def _lines(figure: Any, found: Sequence[Row], x: Any, y: Any, x_label: str, y_la
 def _grouped(
     figure: Any, value: dict[tuple[str, str, str], float], groups: dict[str, str], names: list[str], label: str
 ) -> None:
-    """Bars by (provider, step, group): those of a group side by side, without room for what it lacks."""
+    """Bars by (provider, step, group): those of a group side by side, without room for what it or the step lacks."""
     width = 0.8 / len(names)
     for axis, step in _panels(figure, {step for _, step, _ in value}, 5):
-        for place, group in enumerate(groups):
+        shown = [group for group in groups if any((name, step, group) in value for name in names)]
+        for place, group in enumerate(shown):
             present = [name for name in names if (name, step, group) in value]
             for i, name in enumerate(present):
                 height = value[name, step, group]
                 drawn = axis.bar(place + (i - (len(present) - 1) / 2) * width, height, width, **style(name, bar=True))
                 axis.bar_label(drawn, fmt="%.2g", fontsize=7, padding=2)
-        axis.set_xticks(range(len(groups)), groups.values(), fontsize=8)
+        axis.set_xticks(range(len(shown)), [groups[group] for group in shown], fontsize=8)
         axis.set(title=step, ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, names, bar=True)
