@@ -87,7 +87,7 @@ def _attend(
         query=query, normalised=normalised, offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k, mask_v=mask_v, N=N,
         TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BLOCK_N=AT_ONCE,
     )  # fmt: skip
-    sound = (normaliser > 0.1) & (normaliser < largest_sum(query.dtype))
+    sound = (normaliser > 0.1) & (normaliser < largest_sum(query.dtype)) | (offs_m >= N)
     if tl.min(sound.to(tl.int32)) == 0:
         shift, normaliser, out = _attend_online(
             query=query, normalised=normalised, offs_k=offs_k, offs_all=OFFSET + offs_v, mask_k=mask_k, mask_v=mask_v,
@@ -129,7 +129,7 @@ def _attend_as_they_are(
 ):  # fmt: skip
     """Sum of weights, and weighted values, where a weight is 2^score: the softmax of scores that are not large.
 
-    Where they are large the sum says so. Keys have a mean of about zero, so N is about its least.
+    Where they are large, either way, the sum says so.
     """
     normaliser = tl.zeros([query.shape[0]], ACC)
     out = tl.zeros([query.shape[0], offs_all.shape[0]], ACC)

@@ -30,6 +30,7 @@ from dca_kernels.triton_backend.spatial_attention import (
     configured,
     first_head,
     keys_at_once,
+    largest_sum,
     load_score_terms,
 )
 from dca_kernels.triton_backend.tokens import Tokens, layer_norm_backward
@@ -60,8 +61,8 @@ def _expected_gradient_kernel(
 
     The softmax subtracts it: sum over channels of dattended (B, N, C) times projected (B, N, C). Where these queries
     are columns, weights have a factor of theirs, their share: expected (B, heads, 2, N) has it without and with the
-    share, shares (B, N, C) dattended with it. unsound (B, heads, blocks) is 1 where some of their weights may not be
-    taken apart. scores (B, heads, 2, N).
+    share, shares (B, N, C) is dattended with it. unsound (B, heads, blocks) is 1 where some of their weights may not
+    be taken apart. scores (B, heads, 2, N).
     """
     N: tl.constexpr = SHAPE.tokens
     ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
@@ -81,16 +82,18 @@ def _expected_gradient_kernel(
             values = load_tokens(projected + image, offs_n, offs_all, mask_n, mask_v, SHAPE.total).to(ACC)
             rows = (b * ALL_HEADS + head_of_all) * 2 * N + offs_n
             SHIFT: tl.constexpr = typical_normaliser(N)
-            normaliser = tl.load(scores + rows + N, mask=mask_n, other=SHIFT) - SHIFT
-            of_column = tl.load(scores + rows, mask=mask_n, other=0.0) + normaliser
+            normaliser = tl.load(scores + rows + N, mask=mask_n, other=SHIFT)
+            of_column = tl.load(scores + rows, mask=mask_n, other=0.0) + normaliser - SHIFT
             share = tl.exp2(-of_column)
             expects = tl.sum(gradient * values, 1)
             tl.store(expected + rows, expects, mask=mask_n)
             tl.store(expected + rows + N, expects * share, mask=mask_n)
             out = shares + image + offs_n[:, None] * SHAPE.total + offs_all[None, :]
             tl.store(out, gradient * share[:, None], mask=mask_n[:, None] & mask_v[None, :])
-            LIMIT: tl.constexpr = largest_exponent(shares.dtype.element_ty)
-            sound = (tl.abs(normaliser) < LIMIT) & (tl.abs(of_column) < LIMIT)
+            OPERAND: tl.constexpr = shares.dtype.element_ty
+            LIMIT: tl.constexpr = largest_exponent(OPERAND)
+            sound = (tl.abs(normaliser - SHIFT) < LIMIT) & (tl.abs(of_column) < LIMIT)
+            sound &= tl.exp2(normaliser) < largest_sum(OPERAND)
             tl.store(unsound + b * ALL_HEADS * BLOCKS + tile, 1 - tl.min(sound.to(tl.int32)))
 
 
@@ -102,13 +105,13 @@ def typical_normaliser(tokens):
 
 @triton.constexpr_function
 def largest_exponent(dtype):
-    """How far a normaliser may lie from the typical one, as a power of two, for its weights to be taken apart."""
+    """How far a normaliser may lie from the typical one, and a share's inverse from 1, both as powers of two."""
     return 4.0 if dtype == tl.float16 else 32.0
 
 
 @triton.constexpr_function
 def smaller(one, other):
-    """Of two sizes."""
+    """The smaller of two sizes."""
     return min(one, other)
 
 
@@ -228,13 +231,11 @@ def _gradients_by_shares(
 ):  # fmt: skip
     """As `_gradients`, of scores that are not large: one exponential makes both weights.
 
-    weight[m, n] = 2^score row_m and weight[n, m] = 2^score column_m share_n, up to a power of two, 2^SHIFT, for the
-    range of 16 bit.
+    weight[m, n] = 2^score row_m and weight[n, m] = 2^score column_m share_n; rows beyond N have no weight.
     """
     SHIFT: tl.constexpr = typical_normaliser(N)
-    UNSHIFT: tl.constexpr = 2.0**-SHIFT
-    row = tl.exp2(SHIFT - tl.load(scores + N + offs_m, mask=mask_m, other=float("inf")))  # rows beyond have no weight
-    column = tl.exp2(tl.load(scores + offs_m, mask=mask_m, other=0.0))
+    row = tl.exp2(-tl.load(scores + N + offs_m, mask=mask_m, other=float("inf")))
+    column = tl.exp2(tl.load(scores + offs_m, mask=mask_m, other=float("-inf")) - SHIFT)
     expected_m = tl.load(expected + offs_m, mask=mask_m, other=0.0) * row
     through_bilinear = tl.zeros(query.shape, ACC)
     through_linear = tl.zeros(offs_m.shape, ACC)
@@ -261,8 +262,7 @@ def _gradients_by_shares(
         through_bilinear = tl.dot(
             both.to(tokens_n.dtype), tokens_n, through_bilinear, input_precision=PRECISION, out_dtype=ACC
         )
-    column *= UNSHIFT
-    return through_bilinear * UNSHIFT, through_linear * column, dvalues_m * column[:, None]
+    return through_bilinear, through_linear * column, dvalues_m * column[:, None]
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def _normalise_kernel(
     """One program: the LayerNorm of COUNTS[i] blocks of BLOCK_N tokens of one scale, the first FIRST[i] of an image.
 
     tokens, normalised (B, N, C), level (B, C). The mean token is mean (B, C), or of sums (B, SUM_BLOCKS, 2, C). For a
-    backward, statistics (B, S, 2, N), else None.
+    backward, and if they are not known, statistics (B, S, 2, N), else None.
     """
     TOTAL: tl.constexpr = SHAPE.total
     b, tile = split_program(FIRST[len(SHAPE.channels)])
@@ -214,13 +214,15 @@ def with_normalised(tokens: Tokens, attention: Sequence[Attention], backward: bo
     config = launcher.config("tokens", widest_scale(shape))
     counts, first = _counts(shape.channels, launch.blocks(shape.tokens, config["block_n"]))
     normalised, level = torch.empty_like(tokens.plain), tokens.empty(batch, shape.total)
-    statistics = tokens.empty_statistics() if backward else None
+    statistics = tokens.empty_statistics() if backward and tokens.statistics is None else None
     launcher(
         _normalise_kernel, config, batch * first[-1],
         tokens=tokens.plain, mean=tokens.mean, sums=sums, norms=layer_norms_of(attention), statistics=statistics,
         normalised=normalised, level=level, SUM_BLOCKS=blocks, EPS=eps_of(attention), COUNTS=counts, FIRST=first,
     )  # fmt: skip
-    return tokens._replace(statistics=statistics, normalised=normalised, level=level)
+    if statistics is not None:
+        tokens = tokens._replace(statistics=statistics)
+    return tokens._replace(normalised=normalised, level=level)
 
 
 def layer_norm_backward(
