@@ -153,18 +153,25 @@ def scale_queries(modules: tuple[nn.Module, nn.Module], weight: float, bias: flo
                 parameter.mul_(weight if name.endswith("weight") else bias)
 
 
+def look_after(patch: pytest.MonkeyPatch, name: str, look: Callable[[dict], object]) -> None:
+    """`look` is given the arguments of each launch of a kernel, behind it."""
+    run = launch.run
+
+    def run_and_look(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
+        run(kernel, programs, config, **arguments)
+        if kernel.__name__ == f"_{name}_kernel":
+            look(arguments)
+
+    patch.setattr(launch, "run", run_and_look)
+
+
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Of a backward: which sums of weights are large, (B, heads, N), and which blocks found so, (B, heads, blocks)."""
     found: list[Tensor] = []
-    run = launch.run
-
-    def noted(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
-        run(kernel, programs, config, **arguments)
-        if kernel.__name__ == "_expected_gradient_kernel":
-            found.extend((arguments["scores"][:, :, 1] >= 64, arguments["unsound"] == 1))
-
-    monkeypatch.setattr(launch, "run", noted)
+    look_after(
+        monkeypatch, "expected_gradient", lambda its: found.extend((its["scores"][:, :, 1] >= 64, its["unsound"] == 1))
+    )
     return found
 
 
@@ -188,14 +195,7 @@ def test_scores_of_any_size(weight: float, bias: float, large: bool, blocks: str
 def test_sums_of_weights_near_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the linear part of the scores is far below zero for every key, float16 has few digits for the weights."""
     levels: list[Tensor] = []
-    run = launch.run
-
-    def noted(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
-        run(kernel, programs, config, **arguments)
-        if kernel.__name__ == "_spatial_attention_kernel":
-            levels.append(arguments["level"].clone())
-
-    monkeypatch.setattr(launch, "run", noted)
+    look_after(monkeypatch, "spatial_attention", lambda its: levels.append(its["level"].clone()))
     draws = []
     for seed in range(4):
         modules = pair(SPATIAL, "triton", torch.float16, train=False, seed=seed)
@@ -218,18 +218,15 @@ def test_sums_of_weights_near_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_unsound_block_is_enough_for_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's shares are not used then, and those of all others are."""
     (model, maps), (same_model, _) = (kernels_and_maps(SPATIAL) for _ in range(2))
-    run = launch.run
 
-    def spoil(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
-        run(kernel, programs, config, **arguments)
-        if kernel.__name__ == "_expected_gradient_kernel":
-            arguments["unsound"].zero_()
-            arguments["unsound"][1, 1, -1] = 1
-            arguments["shares"][1, :, 4:8] = float("nan")  # the second of the first scale's heads
+    def spoil(its: dict) -> None:
+        its["unsound"].zero_()
+        its["unsound"][1, 1, -1] = 1
+        its["shares"][1, :, 4:8] = float("nan")  # the second of the first scale's heads
 
     with resized_blocks(0):
         expected = evaluate(model, maps)
-        monkeypatch.setattr(launch, "run", spoil)
+        look_after(monkeypatch, "expected_gradient", spoil)
         assert_same(evaluate(same_model, maps), expected)
 
 
@@ -269,16 +266,10 @@ def test_a_weight_of_float16_beside_8192_tokens() -> None:
     x = torch.randn(1, 16, 1, 1, generator=generator) + 0.01 * torch.randn(1, 16, 64, 128, generator=generator)
     x[0, :, 3, 5] = 3 * torch.randn(16, generator=generator)
     maps = [x.to(DEVICE, torch.float16)]
-    weight, levels, run = 1.17, [], launch.run
-
-    def noted(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> None:
-        run(kernel, programs, config, **arguments)
-        if kernel.__name__ == "_spatial_attention_kernel":
-            levels.append((arguments["level"].clone(), arguments["scores"]))
-
+    weight, levels = 1.17, []
     its = {name: p for name, p in model.named_parameters() if "s_attention" in name}
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch, resized_blocks(16):
-        patch.setattr(launch, "run", noted)
+        look_after(patch, "spatial_attention", lambda its: levels.append((its["level"].clone(), its["scores"])))
         for name, parameter in its.items():
             parameter.fill_((weight if "q_map" in name else 1.0) if name.endswith("weight") else 0.0)
         model(maps)
