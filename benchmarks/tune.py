@@ -44,10 +44,16 @@ PRODUCT = {
     "num_stages": (2, 3, 4),
 }
 
+ROWS = {"tile": (512, 1024, 2048), "rows": (2, 4, 8), "block_r": (2, 4, 8), "num_warps": (2, 4, 8)}
+
 # What is tried, beside the table's present row: each is a product of its values.
 CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"block_q": (4, 8, 16, 32), "num_warps": WARPS},
     "patch_embed_train": {"block_p": (1, 2, 4), "block_q": (2, 4, 8, 16), "num_warps": WARPS},
+    "patch_embed_rows": {"tile": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)},
+    "upsample_rows": ROWS,
+    "upsample_backward_rows": ROWS,
+    "map_gradient_rows": ROWS,
     "tokens": {"block_n": (8, 16, 32), "num_warps": WARPS},
     "layer_norm_backward": {"block_n": (8, 16, 32), "steps": (1, 2, 4), "num_warps": (1, 2, 4, 8)},
     "centre": {"block_n": (32, 64, 128), "block_c": (32, 64), "num_warps": (2, 4, 8)},
@@ -83,6 +89,7 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
         "num_warps": (4, 8, 16),
     },
     "norm_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
+    "combine_images": {"block_c": (8, 16, 32), "num_warps": (1, 2, 4)},
     "sum_partials": {"block": (64, 128, 256), "step": (8, 16, 32), "num_warps": WARPS},
     "patch_embed_gradients": {"block_c": (4, 8, 16), "num_warps": WARPS},
     "upsample_backward_contiguous": {
@@ -115,6 +122,8 @@ CANDIDATES: dict[str, dict[str, Sequence[int]]] = {
     },
 }
 
+OF_ROWS = ({"rows": 2}, {"tile": 512, "num_warps": 2}, {"block_r": 8}, {"rows": 8})
+
 # The most promising before the others: by the machine code, and by what was measured on an H100 and an H200.
 # None takes an option away.
 FIRST: dict[str, Sequence[dict[str, int | None]]] = {
@@ -146,6 +155,10 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
         {"maxnreg": 96},
     ),
     "mix_backward": ({"num_stages": 2}, {"block_k": 32, "num_stages": 4}, {"block_n": 128, "num_warps": 8}),
+    "map_gradient_rows": OF_ROWS,
+    "upsample_backward_rows": OF_ROWS,
+    "upsample_rows": OF_ROWS,
+    "patch_embed_rows": ({"maxnreg": 168}, {"tile": 4096, "num_warps": 8}, {"maxnreg": 96}),
     "patch_embed_train": ({"block_q": 4}, {"num_warps": 8}, {"block_q": 16, "num_warps": 8}),
     "map_gradient_contiguous": ({"tile": 2048, "num_warps": 4}, {"maxnreg": 64}, {"tile": 2048}),
     "upsample_contiguous": (
@@ -175,7 +188,14 @@ FIRST: dict[str, Sequence[dict[str, int | None]]] = {
 ORDER = (*FIRST, *(name for name in CANDIDATES if name not in FIRST))
 
 # A module that launches what no other one does; the paper's, unless it is here.
-MODULES: dict[str, dict[str, Any]] = {"tokens": {"channel_att": False, "n": 2}}
+MODULES: dict[str, dict[str, Any]] = {
+    "tokens": {"channel_att": False, "n": 2},
+    # its windows are not all of one size
+    "patch_embed_train": {"patch": 27},
+    "upsample_contiguous": {"patch": 27},
+    "upsample_backward_contiguous": {"patch": 27},
+    "map_gradient_contiguous": {"patch": 27},
+}
 
 
 def candidates(kernel: str, present: Config) -> Iterator[Config]:

@@ -46,6 +46,7 @@ class Case:
     train: bool = False
     channels_last: bool = False
     precision: str = "highest"  # of float32 products: torch.set_float32_matmul_precision
+    side: int = 224  # of the largest map; with windows of 10 pixels programs cannot have rows of them
 
 
 CASES = (
@@ -53,10 +54,12 @@ CASES = (
     Case("train", torch.bfloat16, train=True),
     Case("eval, batch 1", torch.bfloat16, batch=1),
     Case("train, batch 1", torch.bfloat16, batch=1, train=True),
+    Case("train, any windows", torch.bfloat16, train=True, side=280),
     Case("train, channels_last", torch.float16, train=True, channels_last=True),
     Case("eval", torch.float32),
     Case("train", torch.float32, train=True),
     Case("train, high", torch.float32, train=True, precision="high"),
+    Case("train, any windows", torch.float32, train=True, side=280),
     Case("eval", torch.float64),
     Case("train", torch.float64, train=True),
 )
@@ -105,9 +108,10 @@ def record(case: Case, target: str) -> list[Launch]:
     size = cases.SIZES["paper"]
     module = dca_kernels.DCA(size.features, patch=size.patch, backend="triton").to(case.dtype).train(case.train)
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    sides = [case.side >> i for i in range(len(size.features))]
     maps = [
         torch.empty(case.batch, c, side, side, dtype=case.dtype, memory_format=layout)
-        for c, side in zip(size.features, size.sides, strict=True)
+        for c, side in zip(size.features, sides, strict=True)
     ]
     with mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision):
         return launches_of(module, maps, case.train, target)

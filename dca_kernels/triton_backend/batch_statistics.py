@@ -16,6 +16,8 @@ from dca_kernels.triton_backend.grid import (
     interpolation,
     interpolation_tables,
     load_grid,
+    load_origin,
+    load_transposed,
     row_table,
     window_begin,
 )
@@ -24,12 +26,14 @@ from dca_kernels.triton_backend.layout import (
     grouped,
     in_group,
     layout_of,
+    norms_of,
     size_arguments,
     size_of,
     sizes_of,
     steps_of,
     stride_of_scale,
 )
+from dca_kernels.triton_backend.parameters import affines_of, buffers_of
 from dca_kernels.triton_backend.patch_embed import Maps
 from dca_kernels.triton_backend.primitives import (
     first_blocks,
@@ -48,7 +52,7 @@ CANCELLATION = tl.constexpr(100.0)
 @kernel
 def _batch_statistics_kernel(
     maps, z, moments, tables, counters, statistics, sizes,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCK: tl.constexpr, PARTS: tl.constexpr,
     GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
@@ -67,7 +71,7 @@ def _batch_statistics_kernel(
         if in_group(scale, LAYOUT, g):
             _batch_statistics(
                 maps=maps, z=z, moments=moments, tables=tables, statistics=statistics, sizes=sizes, b=b, scale=scale,
-                offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCK=MOMENT_BLOCK,
+                offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCK=MOMENT_BLOCK, PARTS=PARTS,
                 GUARDED=GUARDED, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P,
             )  # fmt: skip
     for i in tl.static_range(len(CHANNELS)):
@@ -78,7 +82,7 @@ def _batch_statistics_kernel(
 @triton.jit
 def _batch_statistics(
     maps, z, moments, tables, statistics, sizes, b, scale, offs_c,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCK: tl.constexpr, PARTS: tl.constexpr,
     GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """`_batch_statistics_kernel` for image b and a scale of group g."""
@@ -100,19 +104,19 @@ def _batch_statistics(
         stride_of_scale(LAYOUT, g, 3, height, width, scale),
     )
     x_ptrs = of_scale(maps, scale, SCALES) + b * strides[0] + offs_c * strides[1]
-    first = tl.load(x_ptrs, mask=mask_c, other=0.0).to(tl.float64)
+    origin = load_origin(x_ptrs, mask_c, height, width, strides[2], strides[3], ACC).to(tl.float64)
     MOMENT_BLOCKS: tl.constexpr = triton.cdiv(GRID[0], MOMENT_BLOCK[0]) * triton.cdiv(GRID[1], MOMENT_BLOCK[1])
     x_mean, x_squares = _combine_blocks(
         moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, height=height,
         width=width, GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, BLOCK=MOMENT_BLOCK, SUM=SUM, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     z_mean, z_squares, products = _interpolated_moments(
-        z=z + image, transposed=moments.transposed + image, tables=tables + scale * (TABLES * (GRID[0] + GRID[1])),
-        offs_all=offs_all, mask_c=mask_c, pixels=height * width,
-        area=area_of(sizes, scale, height * width, LAYOUT, g, ACC), GRID=GRID, TOTAL=TOTAL, ACC=ACC, SUM=SUM,
-        BLOCK_N=BLOCK_N,
+        z=z + image, transposed=moments.transposed + image * PARTS,
+        tables=tables + scale * (TABLES * (GRID[0] + GRID[1])), offs_all=offs_all, mask_c=mask_c, height=height,
+        pixels=height * width, area=area_of(sizes, scale, height * width, LAYOUT, g, ACC), PARTS=PARTS, GRID=GRID,
+        TOTAL=TOTAL, ACC=ACC, SUM=SUM, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    mean = first + x_mean + z_mean
+    mean = origin + x_mean + z_mean
     squares = x_squares + z_squares + 2 * products
     if GUARDED:
         row_step, column_step = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
@@ -132,7 +136,7 @@ def _combine_blocks(
     GRID: tl.constexpr, TOTAL: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     SUM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Mean and centred squares of a map less its first pixel, from those of its blocks, in SUM: each [BLOCK_C]."""
+    """Mean and centred squares of a map less its origin, from those of its blocks, in SUM: each [BLOCK_C]."""
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
     for start in range(0, BLOCKS, BLOCK_N):
         block_mean, _, count = _load_blocks(
@@ -171,14 +175,14 @@ def _load_blocks(
 
 @triton.jit
 def _interpolated_moments(
-    z, transposed, tables, offs_all, mask_c, pixels, area,
-    GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
+    z, transposed, tables, offs_all, mask_c, height, pixels, area,
+    PARTS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of up(z), and its products with the map, without the map's resolution: each [BLOCK_C].
 
     With z less its mean, sum of up(z)^2 = z^T (G_h x G_w) z, where G = U^T U has three diagonals, and sum of up(z) x =
-    sum of z U^T x. z, transposed (N, C).
+    sum of z U^T x. z (N, C), transposed (PARTS, N, C).
     """
     N: tl.constexpr = GRID[0] * GRID[1]
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
@@ -207,7 +211,7 @@ def _interpolated_moments(
         product += (row_next * column)[:, None] * below + (row_next * column_next)[:, None] * below_right
         product += (row_next * column_before)[:, None] * below_left
         squares += (here * product).to(SUM)
-        of_map = load_grid(transposed, p, q, offs_all, mask_c, GRID, TOTAL, ACC) * area
+        of_map = load_transposed(transposed, p, q, offs_all, mask_c, height, PARTS, GRID, TOTAL, ACC) * area
         products += (here * of_map).to(SUM)
         map_sums += of_map.to(SUM)
     squares, products = tl.sum(squares, 0), tl.sum(products, 0)
@@ -270,8 +274,52 @@ def _load_upsampled(
     return upper * (1.0 - fraction_h)[:, None] + lower * fraction_h[:, None] + x, mask
 
 
+@kernel
+def _combine_images_kernel(
+    statistics, biases, buffers, used, batch, sizes,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: mean and variance that BatchNorm takes of the batch, for BLOCK_C channels of one scale; its buffers.
+
+    used (2, C) in float64 has the mean without the convolution's bias, statistics (B, 2, C) each image's.
+    """
+    CHANNELS: tl.constexpr = SHAPE.channels
+    FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
+    scale, block = scale_of(tl.program_id(0), FIRST)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    for i in tl.static_range(len(CHANNELS)):
+        if scale == i:
+            _take_batch(
+                statistics=statistics, bias=biases[i], buffers=buffers, used=used, batch=batch, sizes=sizes,
+                offs_c=offs_c, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
+            )  # fmt: skip
+
+
 @triton.jit
-def combine_images(statistics, offs_all, mask_c, batch, pixels, TOTAL: tl.constexpr, ACC: tl.constexpr):
+def _take_batch(
+    statistics, bias, buffers, used, batch, sizes, offs_c,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`_combine_images_kernel` for some channels of scale i, where its BatchNorm takes the batch's statistics."""
+    NORM: tl.constexpr = LAYOUT.of[i].norm
+    TOTAL: tl.constexpr = SHAPE.total
+    if (NORM is not None) and NORM.from_batch:
+        mask_c = offs_c < SHAPE.channels[i]
+        offs_all = SHAPE.offsets[i] + offs_c
+        height, width = size_of(sizes, i, LAYOUT, i)
+        mean, variance = _combine_images(statistics, offs_all, mask_c, batch, height * width, TOTAL, ACC)
+        tl.store(used + offs_all, mean, mask=mask_c)
+        tl.store(used + TOTAL + offs_all, variance, mask=mask_c)
+        if NORM.updates:
+            mean += load_vector(bias, offs_c, mask_c, ACC)
+            _update_buffers(
+                buffers=buffers, i=i, mean=mean.to(ACC), variance=variance, offs_c=offs_c, mask_c=mask_c,
+                count=batch.to(tl.int64) * height * width, MOMENTUM=NORM.momentum, ACC=ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _combine_images(statistics, offs_all, mask_c, batch, pixels, TOTAL: tl.constexpr, ACC: tl.constexpr):
     """Mean, in float64, and biased variance over the batch [channels], from each image's statistics (B, 2, C)."""
     STEP: tl.constexpr = 16
     mean = tl.zeros(offs_all.shape, tl.float64)
@@ -298,7 +346,7 @@ def _load_images(statistics, start, offs_all, mask_c, batch, TOTAL: tl.constexpr
 
 
 @triton.jit
-def update_buffers(
+def _update_buffers(
     buffers, mean, variance, offs_c, mask_c, count, i: tl.constexpr, MOMENTUM: tl.constexpr, ACC: tl.constexpr
 ):
     """What BatchNorm2d does to its running buffers (C_i); the variance that it keeps is the unbiased one."""
@@ -313,12 +361,13 @@ def update_buffers(
     tl.store(buffers.variance[i] + offs_c, old_variance + momentum * (unbiased - old_variance), mask=mask_c)
 
 
-def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) -> Tensor:
-    """Mean and centred squares of up(z) + x over each image, (B, 2, C) in float64; counts the batch.
+def batch_statistics(tokens: Tokens, z: Tensor, used: Tensor, maps: Maps, contract: Contract) -> None:
+    """Mean and variance of up(z) + x over the batch, for the scales whose BatchNorm takes them; updates its buffers.
 
     Args:
         tokens: which z is made of.
         z: (B, N, C).
+        used: (2, C) in float64, that they are written to.
         maps: with their moments.
         contract: of the call.
     """
@@ -326,19 +375,26 @@ def batch_statistics(tokens: Tokens, z: Tensor, maps: Maps, contract: Contract) 
     launcher, batch = tokens.launcher, tokens.batch
     sizes = sizes_of(maps.maps)
     keys = tuple([x.dtype if taken else None for x, taken in zip(maps.maps, from_batch(contract), strict=True)])
-    layout = grouped(layout_of(maps.maps, contract.grid), keys)
     config = launcher.config("batch_statistics", batch)
+    blocks = sum([launch.blocks(c, config["block_c"]) for c in tokens.channels])
     statistics = tokens.empty(batch, 2, launcher.shape.total, dtype=torch.float64)
     launcher(
-        _batch_statistics_kernel, config,
-        batch * sum([launch.blocks(c, config["block_c"]) for c in tokens.channels]),
+        _batch_statistics_kernel, config, batch * blocks,
         maps=maps.maps, z=z, moments=maps.moments,
         tables=interpolation_tables(sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
         counters=counters_of(contract), statistics=statistics, sizes=size_arguments(sizes, contract.grid),
-        LAYOUT=layout, MOMENT_BLOCK=maps.block,
+        LAYOUT=grouped(layout_of(maps.maps, contract.grid), keys), MOMENT_BLOCK=maps.block,
+        PARTS=maps.moments.transposed.shape[1],
         GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
     )  # fmt: skip
-    return statistics
+    config = launcher.config("combine_images")
+    blocks = sum([launch.blocks(c, config["block_c"]) for c in tokens.channels])
+    launcher(
+        _combine_images_kernel, config, blocks if batch else 0,
+        statistics=statistics, biases=affines_of(contract.upsample).bias, buffers=buffers_of(contract.buffers),
+        used=used, batch=batch, sizes=size_arguments(sizes, contract.grid),
+        LAYOUT=layout_of(maps.maps, contract.grid, norms_of(contract.norms, updates=True)),
+    )  # fmt: skip
 
 
 def counters_of(contract: Contract) -> tuple[Tensor | None, ...]:

@@ -78,6 +78,49 @@ def weight_in_row(p, h, step, LOW: tl.constexpr, ACC: tl.constexpr):
     return tl.maximum(1.0 - tl.abs(position - p), 0.0)
 
 
+@triton.jit
+def window_offset(position, window, step, ACC: tl.constexpr):
+    """How far high-resolution positions lie behind the low-resolution one of their window, and, negative, before it.
+
+    Less than 1, where all windows are of one size: their weights for the next one, and, negative, for the one before.
+    """
+    offset = position.to(ACC) * step - window.to(ACC)
+    return tl.maximum(offset, 0.0), tl.minimum(offset, 0.0)
+
+
+@triton.jit
+def window_offsets(window, first, step, WINDOW: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """`window_offset` of COUNT positions, from `first` on, in each of some windows of one size: [windows, COUNT]."""
+    position = window[:, None] * WINDOW + (first + tl.arange(0, COUNT))[None, :]
+    return window_offset(position, window[:, None], step, ACC)
+
+
+@triton.jit
+def transposed_columns(sums, GRID_WIDTH: tl.constexpr, WINDOW: tl.constexpr):
+    """The transposed interpolation of columns, of sums over windows: plain, and weighted by both of `window_offsets`.
+
+    [channels, windows] each, zero beyond the last window.
+    """
+    plain, to_right, to_left = sums
+    if WINDOW == 1:
+        return plain
+    else:
+        beside = _moved(to_right, 1, GRID_WIDTH) - _moved(to_left, -1, GRID_WIDTH)
+        return plain - to_right + to_left + beside
+
+
+@triton.jit
+def _moved(tile, TO: tl.constexpr, GRID_WIDTH: tl.constexpr):
+    """What is moved so many windows to the right, zero where nothing arrives: [channels, windows]."""
+    WINDOWS: tl.constexpr = tile.shape[1]
+    offs_q = tl.arange(0, WINDOWS)
+    source = (offs_q + (WINDOWS - TO)) % WINDOWS
+    moved = tl.gather(tile, tl.broadcast_to(source[None, :], tile.shape), 1)
+    if GRID_WIDTH == WINDOWS:  # else there is a zero between the last and the first
+        moved = tl.where((source + TO == offs_q)[None, :], moved, 0.0)
+    return moved
+
+
 def band(high: int, low: int, count: int) -> int:
     """How many high-resolution positions at most take from `count` neighbouring low-resolution ones."""
     if low == 1:
@@ -161,6 +204,45 @@ def load_grid(ptr, p, q, offs_all, mask_c, GRID: tl.constexpr, TOTAL: tl.constex
     mask = (p >= 0) & (p < GRID[0]) & (q >= 0) & (q < GRID[1])
     ptrs = ptr + (p * GRID[1] + q)[:, None] * TOTAL + offs_all[None, :]
     return tl.load(ptrs, mask=mask[:, None] & mask_c[None, :], other=0.0).to(ACC)
+
+
+# Parts of a transposed interpolation that programs with rows of windows write: what each row gives to its own row of
+# tokens, to the one below it, and to the one above.
+ROW_PARTS = tl.constexpr(3)
+
+
+@triton.jit
+def load_transposed(
+    ptr, p, q, offs_all, mask_c, height, PARTS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Positions of the transposed interpolation of one image's map (PARTS, N, C): [positions, channels].
+
+    A map with as many rows as the grid has given nothing to others, and no other part is written.
+    """
+    transposed = load_grid(ptr, p, q, offs_all, mask_c, GRID, TOTAL, ACC)
+    if PARTS == ROW_PARTS:
+        PART: tl.constexpr = GRID[0] * GRID[1] * TOTAL
+        if height != GRID[0]:
+            transposed += load_grid(ptr + PART, p - 1, q, offs_all, mask_c, GRID, TOTAL, ACC)
+            transposed += load_grid(ptr + 2 * PART, p + 1, q, offs_all, mask_c, GRID, TOTAL, ACC)
+    return transposed
+
+
+@triton.jit
+def load_origin(ptrs, mask, height, width, row_stride, column_stride, ACC: tl.constexpr):
+    """What is taken off a map before it is summed, since any constant does: the median of three pixels, [channels].
+
+    The first, the middle and the last: one pixel that is far off spoils no other. ptrs [channels] point to the first.
+    """
+    first = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+    middle = tl.load(ptrs + (height // 2 * row_stride + width // 2 * column_stride), mask=mask, other=0.0).to(ACC)
+    last = tl.load(ptrs + ((height - 1) * row_stride + (width - 1) * column_stride), mask=mask, other=0.0).to(ACC)
+    return median(first, middle, last)
+
+
+@triton.jit
+def median(a, b, c):
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
 
 
 @triton.jit

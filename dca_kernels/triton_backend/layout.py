@@ -9,9 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dca_kernels.backends import power_of_two
 from dca_kernels.contract import BatchNorm
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.primitives import Divisor, Shape, argument, divide, divisor_of, number, of_scale
+
+# How many rows of a window, and columns of a map, padded as its windows are, programs with rows of windows take.
+MOST_ROWS = 16
+MOST_COLUMNS = 1024
 
 # What kernels take as constants
 
@@ -174,6 +179,7 @@ def layout_of(
     gradients: Sequence[Tensor | None] | None = None,
     tiles: Sequence[Tile] | None = None,
     reaches: Sequence[Reach] | None = None,
+    by_rows: bool = False,
 ) -> Layout:
     """Of S maps, their BatchNorms, the outputs (or their gradients) and what else the kernel has to do with."""
     scales = []
@@ -185,10 +191,10 @@ def layout_of(
         tile = None if tiles is None else tiles[i]
         reach = None if reaches is None else reaches[i]
         windows: tuple[int | None, int | None] = (None, None)
-        if reach is not None:
-            windows = _window(x.shape[2], grid[0]), _window(x.shape[3], grid[1])
+        if reach is not None or by_rows:
+            windows = window_of(x.shape[2], grid[0]), window_of(x.shape[3], grid[1])
         elif gradients is not None and tile is not None:
-            window = _window(x.shape[3], grid[1])
+            window = window_of(x.shape[3], grid[1])
             windows = None, window if window is not None and launch.padded(grid[1]) * window == tile.columns else None
         unit = 1 if tile is None and reach is None else math.gcd(x.shape[3], 16 // x.element_size())
         stride = stride_of(x.shape, x.stride())
@@ -196,9 +202,23 @@ def layout_of(
     return Layout(grid, tuple(scales), tuple([Group((i,), one.unit, (True,) * 4) for i, one in enumerate(scales)]))
 
 
-def _window(size: int, windows: int) -> int | None:
+def window_of(size: int, windows: int) -> int | None:
     """How large all windows are, None where they differ."""
     return size // windows if size % windows == 0 else None
+
+
+def taken_by_rows(maps: Sequence[Tensor], grid: tuple[int, int]) -> bool:
+    """Whether programs can have rows of windows: all alike, a power of two wide, a map's columns side by side.
+
+    Rows of a window are code of their own, and all columns of a map are in one program: neither are there too many.
+    """
+    for x in maps:
+        rows, columns = window_of(x.shape[2], grid[0]), window_of(x.shape[3], grid[1])
+        if not rows or not columns or columns != power_of_two(columns) or x.stride(3) != 1:
+            return False
+        if rows > MOST_ROWS or launch.padded(grid[1]) * columns > MOST_COLUMNS:
+            return False
+    return True
 
 
 def sizes_of(maps: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -265,7 +285,7 @@ def tiles_of(
     With `whole_rows` a program has all that are side by side, and is counted once. Products need 16 rows (pairs of
     row and channel) and columns.
     """
-    tiles, first, counts = [], [0], []
+    tiles, counts = [], []
     for c, (height, width) in zip(shape.channels, sizes, strict=True):
         columns = min(most_w, launch.padded(width))
         pairs = max(16, elements // columns)
@@ -277,8 +297,15 @@ def tiles_of(
         tiles.append(Tile(channels, pairs // channels, columns, tokens))
         extents = zip((c, height, width), tiles[-1], strict=False)
         blocks = [launch.blocks(extent, block) for extent, block in extents]
-        counts.append([*blocks[:2], 1 if whole_rows else blocks[2]])
-        first.append(first[-1] + math.prod(counts[-1]))
+        counts.append((*blocks[:2], 1 if whole_rows else blocks[2]))
+    return counted(tiles, counts)
+
+
+def counted(tiles: Sequence[Tile], counts: Sequence[tuple[int, ...]]) -> Tiles:
+    """These of each scale, so many along channels, rows and columns."""
+    first = [0]
+    for extents in counts:
+        first.append(first[-1] + math.prod(extents))
     _, rows, side_by_side = zip(*counts, strict=True)
     arguments = Counts(
         tuple(map(argument, first)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dca_kernels.contract import Affine, Contract, memory_format
 from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.batch_norm import load_scale
 from dca_kernels.triton_backend.grid import (
     first_window,
     map_pointers,
@@ -47,7 +48,8 @@ from dca_kernels.triton_backend.primitives import (
 )
 from dca_kernels.triton_backend.tokens import Tokens
 from dca_kernels.triton_backend.upsample import Saved
-from dca_kernels.triton_backend.upsample_backward import load_relu_gradient, load_scale
+from dca_kernels.triton_backend.upsample_backward import load_relu_gradient
+from dca_kernels.triton_backend.upsample_rows import _map_gradient_rows_kernel, tiles_of_rows
 
 
 @kernel
@@ -228,18 +230,24 @@ def map_gradients(
         for x, want in zip(maps, wanted, strict=True)
     ]
     sizes = sizes_of(maps)
-    widest = max([width for _, width in sizes])
-    config = launcher.config("map_gradient" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+    widest, by_rows = max([width for _, width in sizes]), saved.by_rows
+    shared = {}
+    if by_rows:
+        kernel, config = _map_gradient_rows_kernel, launcher.config("map_gradient_rows", widest)
+        tiles = tiles_of_rows(shape, sizes, grid, config["tile"], config["rows"])
+    else:
+        kernel, config = _map_gradient_kernel, launcher.config("map_gradient" + memory_of(maps), widest)
+        tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
+        shared["SHARED"] = tuple([_shared_windows(size[0], grid[0]) for size in sizes])
     most = max(tiles.rows)
     sums = tokens.empty(batch, most, 2, shape.total)
-    layout = layout_of(maps, grid, norms_of(contract.norms), douts, dmaps, tiles.of)
+    layout = layout_of(maps, grid, norms_of(contract.norms), douts, dmaps, tiles.of, by_rows=by_rows)
     launcher(
-        _map_gradient_kernel, config, batch * tiles.programs,
-        maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=batch_norms_of(contract.norms), used=saved.used,
-        through_statistics=through_statistics, dtokens=dtokens, weights=affines_of(contract.patch_embed).weight,
-        dmaps=tuple(dmaps), sums=sums, sizes=size_arguments(sizes, grid), counts=tiles.counts, sum_blocks=most,
-        LAYOUT=layout, SHARED=tuple([_shared_windows(size[0], grid[0]) for size in sizes]),
+        kernel, config, batch * tiles.programs,
+        maps=tuple(maps), z=saved.forms[-1], douts=tuple(douts), affines=batch_norms_of(contract.norms),
+        used=saved.used, through_statistics=through_statistics, dtokens=dtokens,
+        weights=affines_of(contract.patch_embed).weight, dmaps=tuple(dmaps), sums=sums,
+        sizes=size_arguments(sizes, grid), counts=tiles.counts, sum_blocks=most, LAYOUT=layout, **shared,
     )  # fmt: skip
 
     config = launcher.config("patch_embed_gradients")

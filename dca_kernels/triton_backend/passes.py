@@ -31,6 +31,7 @@ from dca_kernels.triton_backend import (
     upsample,
     upsample_backward,
 )
+from dca_kernels.triton_backend.layout import taken_by_rows
 from dca_kernels.triton_backend.parameters import heads_of
 from dca_kernels.triton_backend.tokens import Tokens
 
@@ -104,12 +105,13 @@ def empty(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], Sav
             tokens = tokens._replace(statistics=tokens.empty_statistics(), normalised=normalised, level=level)
             saved.append(spatial_attention.Saved.empty(tokens, heads_of(block.spatial_attention)))
     tokens = Tokens.beside(maps, contract)
-    transposed = torch.empty_like(tokens.plain) if any(from_batch(contract)) else None
+    by_rows = taken_by_rows(maps, contract.grid)
+    transposed = patch_embed.empty_transposed(tokens, by_rows) if any(from_batch(contract)) else None
     outs = [
         torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
         for x, dtype in zip(maps, contract.output_dtypes, strict=True)
     ]
-    return outs, Saved(tuple(saved), upsample.Saved.empty(tokens, transposed, contract))
+    return outs, Saved(tuple(saved), upsample.Saved.empty(tokens, transposed, by_rows, contract))
 
 
 def backward(

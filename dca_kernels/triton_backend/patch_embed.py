@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,10 +12,13 @@ from dca_kernels.backends import power_of_two
 from dca_kernels.contract import Contract, attentions_of, from_batch
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.grid import (
+    ROW_PARTS,
     band,
     band_begin,
     band_end,
     interpolation_matrix,
+    load_origin,
+    median,
     weight_in_row,
     window_begin,
     window_end,
@@ -32,8 +34,10 @@ from dca_kernels.triton_backend.layout import (
     sizes_of,
     steps_of,
     strides_of,
+    taken_by_rows,
 )
 from dca_kernels.triton_backend.parameters import affines_of, eps_of
+from dca_kernels.triton_backend.patch_embed_rows import patch_embed_rows, tokens_at_once
 from dca_kernels.triton_backend.primitives import kernel, load_vector, padded, split_program
 from dca_kernels.triton_backend.tokens import Tokens
 
@@ -46,11 +50,12 @@ PAIRS = tl.constexpr(128)
 
 
 class Moments(NamedTuple):
-    """What BatchNorm's statistics need of each map less its first pixel (docs/algebra.md, "Upsample").
+    """What BatchNorm's statistics need of each map less its origin, `grid.load_origin` (docs/algebra.md, "Upsample").
 
     Attributes:
         blocks: (B, blocks, 2, C), mean and centred squares of each block of pixels.
-        transposed: (B, N, C), the transposed interpolation of the map, over the pixels of a token.
+        transposed: (B, parts, N, C), the transposed interpolation of the map, over the pixels of a token: see
+            `grid.load_transposed`.
     """
 
     blocks: Tensor
@@ -151,7 +156,7 @@ def _interpolate_transposed(
     CHANNELS: tl.constexpr, BAND: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The transposed interpolation of the map less its first pixel, over the pixels of a token: out (N, C).
+    """The transposed interpolation of the map less its origin, over the pixels of a token: out (N, C).
 
     Of maps in 16 bit columns come first, by products with the pixels as they are, each row of the map for all rows of
     the block; what is weighted after are few numbers. Larger dtypes would be split for such a product: there, rows come
@@ -202,18 +207,19 @@ def _products_weighted(
     mask = mask_c[:, None] & mask_w[None, :]
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
     columns = _in_two_parts(offs_w, mask_w, q_begin, column_step, x.dtype.element_ty, ACC, BLOCK[1])
-    first = tl.load(x + offs_c * strides[1], mask=mask_c, other=0.0)
-    # by the same product, such that nothing is left of a map that is its first pixel everywhere
-    of_first = tl.dot(tl.broadcast_to(first[:, None], mask.shape), columns, out_dtype=ACC)
+    origin = load_origin(x + offs_c * strides[1], mask_c, height, width, strides[2], strides[3], ACC)
+    origin = origin.to(x.dtype.element_ty)
+    # by the same product, such that nothing is left of a map that is its origin everywhere
+    of_origin = tl.dot(tl.broadcast_to(origin[:, None], mask.shape), columns, out_dtype=ACC)
     strips = ()
     COUNT: tl.constexpr = BLOCK[0]
     for _ in tl.static_range(COUNT):
-        strips += (tl.zeros(of_first.shape, ACC),)  # type: ignore[assignment]
+        strips += (tl.zeros(of_origin.shape, ACC),)  # type: ignore[assignment]
     begin, end = band_begin(p_begin, height, GRID[0]), band_end(p_begin + BLOCK[0] - 1, height, GRID[0])
     for h_begin in tl.range(begin, end, ROWS):
         h = h_begin + offs_r
         pixels = tl.load(x_ptrs + (h * strides[2])[:, None], mask=mask & (h < end)[:, None], other=0.0)
-        product = tl.dot(pixels, columns, out_dtype=ACC) - of_first
+        product = tl.dot(pixels, columns, out_dtype=ACC) - of_origin
         weighted = ()
         for k in tl.static_range(COUNT):
             weight = tl.where(h < end, weight_in_row(p_begin + k, h, row_step, GRID[0], ACC), 0.0)
@@ -253,7 +259,7 @@ def _product_of_weighted(
     offs_q = q_begin + tl.arange(0, BLOCK[1])
     offs_w, mask_w = _band_columns(q_begin, width, BAND, GRID[1], BLOCK[1])
     mask = (offs_c < CHANNELS)[:, None] & mask_w[None, :]
-    first = _first_pixel(x, strides, CHANNELS, ACC)
+    origin = load_origin(x + offs_c * strides[1], offs_c < CHANNELS, height, width, strides[2], strides[3], ACC)
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
     begin, end = band_begin(p, height, GRID[0]), band_end(p, height, GRID[0])
     strip = tl.zeros(mask.shape, ACC)
@@ -261,7 +267,7 @@ def _product_of_weighted(
         h = begin + r
         weight = tl.where(h < end, weight_in_row(p, h, row_step, GRID[0], ACC), 0.0)
         pixels = tl.load(x_ptrs + h * strides[2], mask=mask & (h < end), other=0.0).to(ACC)
-        strip += weight * (pixels - first[:, None])
+        strip += weight * (pixels - origin[:, None])
     strip = tl.where(mask, strip, 0.0)
     columns = tl.trans(interpolation_matrix(offs_q, offs_w, column_step, ACC))
     return tl.dot(strip, columns, input_precision=PRECISION, out_dtype=ACC)  # [C_i, columns] [columns, BLOCK[1]]
@@ -304,8 +310,8 @@ def _sum_windows(
     """Sums over windows [C_i, windows]; for each lane, mean and centred squares over its rows [C_i, lanes].
 
     x is one image (C_i, H_i, W_i). Neighbouring windows may share a row (and a column): it belongs to the later window.
-    Means are those of the map less its first pixel: small where it varies little. For BatchNorm a lane's pixels are
-    summed less the first of them: since that is one of n, their squares are at most n times the centred ones.
+    Means are those of the map less its origin: small where it varies little. For BatchNorm a lane's pixels are
+    summed less the median of three of them: one that is far off spoils no other.
     """
     PADDED: tl.constexpr = LARGEST[1]
     offs_c = tl.arange(0, padded(CHANNELS))
@@ -314,17 +320,21 @@ def _sum_windows(
     begin, end = window_begin(p, height, GRID[0], WINDOWS[0]), window_end(p, height, GRID[0], WINDOWS[0])
     next_begin = window_begin(p + 1, height, GRID[0], WINDOWS[0])
     x_ptrs = x + offs_c[:, None] * strides[1] + (begin * strides[2] + column * strides[3])[None, :]
-    top = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC) if FROM_BATCH else 0.0
+    level = 0.0
+    if FROM_BATCH:
+        first = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
+        middle = tl.load(x_ptrs + ((end - begin) // 2 * strides[2])[None, :], mask=mask, other=0.0).to(ACC)
+        last = tl.load(x_ptrs + ((end - begin - 1) * strides[2])[None, :], mask=mask, other=0.0).to(ACC)
+        level = median(first, middle, last)
     sums = tl.zeros(mask.shape, ACC)
     belonging = tl.zeros(mask.shape, ACC)
     squares = tl.zeros(mask.shape, ACC)
-    BEGIN: tl.constexpr = 1 if FROM_BATCH else 0
-    for r in tl.range(BEGIN, LARGEST[0], loop_unroll_factor=max(1, min(LARGEST[0] - BEGIN, 8))):
+    for r in tl.range(0, LARGEST[0], loop_unroll_factor=min(LARGEST[0], 8)):
         # where all windows are as high, each has all rows, and none of them belongs to a later window
         here = mask if WINDOWS[0] is not None else mask & (begin + r < end)[None, :]
         pixels = tl.load(x_ptrs + r * strides[2], mask=here, other=0.0).to(ACC)
         if FROM_BATCH:
-            pixels -= top
+            pixels -= level
             if WINDOWS[0] is None:
                 pixels = tl.where(here, pixels, 0.0)
                 belonging += tl.where((begin + r < next_begin)[None, :], pixels, 0.0)
@@ -338,16 +348,10 @@ def _sum_windows(
             belonging = sums
         mean = belonging / tl.maximum(next_begin - begin, 1).to(ACC)[None, :]
         squares -= belonging * mean
-        means = top - _first_pixel(x, strides, CHANNELS, ACC)[:, None] + mean
-        sums += top * (end - begin).to(ACC)[None, :]
+        origin = load_origin(x + offs_c * strides[1], offs_c < CHANNELS, height, width, strides[2], strides[3], ACC)
+        means = level - origin[:, None] + mean
+        sums += level * (end - begin).to(ACC)[None, :]
     return tl.sum(tl.reshape(sums, [padded(CHANNELS), BLOCK[0] * BLOCK[1], PADDED]), 2), means, squares
-
-
-@triton.jit
-def _first_pixel(x, strides, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """What is taken off a map before it is summed: its own first pixel [C_i], since any constant does."""
-    offs_c = tl.arange(0, padded(CHANNELS))
-    return tl.load(x + offs_c * strides[1], mask=offs_c < CHANNELS, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -380,25 +384,46 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
     """
     tokens, grid, scales = Tokens.beside(maps, contract), contract.grid, len(maps)
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
-    sizes = sizes_of(maps)
-    config = _config(launcher, sizes, grid, any(from_batch(contract)), batch)
-    block = min(config["block_p"], power_of_two(grid[0])), min(config["block_q"], power_of_two(grid[1]))
-    blocks = launch.blocks(grid[0], block[0]) * launch.blocks(grid[1], block[1])
-    following = next(attentions_of(contract), None)
+    sizes, train, following = sizes_of(maps), any(from_batch(contract)), next(attentions_of(contract), None)
+    by_rows = train and taken_by_rows(maps, grid)
+    if by_rows:
+        config = launcher.config("patch_embed_rows", images=batch)
+        block, blocks = (1, grid[1]), grid[0]
+        sum_blocks = blocks * launch.blocks(grid[1], tokens_at_once(shape.channels, grid, config["tile"]))
+    else:
+        config = _config(launcher, sizes, grid, train, batch)
+        block = min(config["block_p"], power_of_two(grid[0])), min(config["block_q"], power_of_two(grid[1]))
+        blocks = sum_blocks = launch.blocks(grid[0], block[0]) * launch.blocks(grid[1], block[1])
     if following is not None:
-        statistics, sums = tokens.empty(batch, scales, 2, shape.tokens), tokens.empty(batch, blocks, 2, shape.total)
+        statistics, sums = tokens.empty(batch, scales, 2, shape.tokens), tokens.empty(batch, sum_blocks, 2, shape.total)
         tokens = tokens._replace(statistics=statistics, sums=sums)
     moments = None
-    if any(from_batch(contract)):
-        moments = Moments(tokens.empty(batch, blocks, 2, shape.total), torch.empty_like(tokens.plain))
-    launcher(
-        _patch_embed_kernel, config, batch * scales * blocks,
-        maps=tuple(maps), embedding=affines_of(contract.patch_embed), tokens=tokens.plain,
-        statistics=tokens.statistics, sums=tokens.sums, moments=moments, sizes=size_arguments(sizes, grid),
-        LAYOUT=layout_of(maps, grid, reaches=[_reach(size, grid, block[1]) for size in sizes]),
-        EPS=None if following is None else eps_of(following), FROM_BATCH=from_batch(contract), BLOCK=block,
-    )  # fmt: skip
+    if train:
+        moments = Moments(tokens.empty(batch, blocks, 2, shape.total), empty_transposed(tokens, by_rows))
+    arguments: dict[str, Any] = {
+        "embedding": affines_of(contract.patch_embed),
+        "tokens": tokens.plain,
+        "statistics": tokens.statistics,
+        "sums": tokens.sums,
+        "moments": moments,
+        "EPS": None if following is None else eps_of(following),
+        "FROM_BATCH": from_batch(contract),
+    }
+    if by_rows:
+        patch_embed_rows(launcher, config, maps, grid, **arguments)
+    else:
+        launcher(
+            _patch_embed_kernel, config, batch * scales * blocks, maps=tuple(maps), **arguments,
+            sizes=size_arguments(sizes, grid), BLOCK=block,
+            LAYOUT=layout_of(maps, grid, reaches=[_reach(size, grid, block[1]) for size in sizes]),
+        )  # fmt: skip
     return tokens, Maps(tuple(maps), moments, block)
+
+
+def empty_transposed(tokens: Tokens, by_rows: bool) -> Tensor:
+    """Fresh memory for `Moments.transposed`."""
+    batch, count, channels = tokens.plain.shape
+    return tokens.plain.new_empty((batch, ROW_PARTS.value if by_rows else 1, count, channels))
 
 
 def _config(

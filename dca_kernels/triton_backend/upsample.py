@@ -9,12 +9,8 @@ from torch import Tensor
 
 from dca_kernels.contract import Contract, from_batch, memory_format
 from dca_kernels.triton_backend import launch
-from dca_kernels.triton_backend.batch_statistics import (
-    batch_statistics,
-    combine_images,
-    counters_of,
-    update_buffers,
-)
+from dca_kernels.triton_backend.batch_norm import take_norm
+from dca_kernels.triton_backend.batch_statistics import batch_statistics, counters_of
 from dca_kernels.triton_backend.grid import (
     interpolate,
     interpolation,
@@ -35,6 +31,7 @@ from dca_kernels.triton_backend.layout import (
     split_tiles,
     steps_of,
     strides_of,
+    taken_by_rows,
     tiles_of,
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, buffers_of
@@ -45,7 +42,6 @@ from dca_kernels.triton_backend.primitives import (
     kernel,
     largest,
     load_tokens,
-    load_vector,
     number,
     of_scale,
     padded,
@@ -53,17 +49,19 @@ from dca_kernels.triton_backend.primitives import (
     split_program,
 )
 from dca_kernels.triton_backend.tokens import Tokens, widest_scale
+from dca_kernels.triton_backend.upsample_rows import _upsample_rows_kernel, tiles_of_rows
 
 
 @kernel
 def _conv_kernel(
-    tokens, weights, z,
+    tokens, weights, z, planes,
     SHAPE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: the 1x1 convolution, without its bias, of BLOCK_N tokens into BLOCK_C channels of one scale.
 
-    tokens, z (B, N, C), weights (C_i, C_i). OPERAND is the dtype of the products.
+    tokens (B, N, C), weights (C_i, C_i). Writes z (B, N, C) or planes (B, C, N), or both. OPERAND is the dtype of the
+    products.
     """
     N: tl.constexpr = SHAPE.tokens
     TOTAL: tl.constexpr = SHAPE.total
@@ -89,33 +87,36 @@ def _conv_kernel(
         columns = tl.load(weight_ptrs, mask=mask_out[:, None] & mask_in[None, :], other=0.0).to(OPERAND)
         # [BLOCK_N, STEP] [STEP, BLOCK_C]
         out = tl.dot(rows, tl.trans(columns), out, input_precision=PRECISION, out_dtype=ACC)
-    ptrs = z + first + offs_n[:, None] * TOTAL + offs_out[None, :]
-    tl.store(ptrs, out, mask=mask_n[:, None] & mask_out[None, :])
+    mask = mask_n[:, None] & mask_out[None, :]
+    if z is not None:
+        tl.store(z + first + offs_n[:, None] * TOTAL + offs_out[None, :], out, mask=mask)
+    if planes is not None:
+        ptrs = planes + b * N * TOTAL + (of_scale(OFFSETS, scale) + offs_out)[None, :] * N
+        tl.store(ptrs + offs_n[:, None], out, mask=mask)
 
 
 @kernel
 def _upsample_kernel(
-    maps, z, biases, affines, buffers, statistics, outs, used, batch, sizes, counts,
+    maps, z, biases, affines, buffers, outs, used, sizes, counts,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
 
-    z (B, N, C), statistics (B, 2, C). Writes outs (B, C_i, H_i, W_i); and used (2, C), the mean without the
-    convolution's bias and the variance that BatchNorm took.
+    z (B, N, C). Writes outs (B, C_i, H_i, W_i). used (2, C): see `batch_norm.take_norm`.
     """
     b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
         if has_tile(tile, counts, i):
             _upsample(
                 x=maps[i], z=z, bias=biases[i], affines=affines, buffers=buffers,
-                statistics=statistics, out=outs[i], used=used, batch=batch, b=b, tile=tile - number(counts.first[i]),
+                out=outs[i], used=used, b=b, tile=tile - number(counts.first[i]),
                 sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _upsample(
-    x, z, bias, affines, buffers, statistics, out, used, batch, b, tile, sizes, counts,
+    x, z, bias, affines, buffers, out, used, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_kernel` for tile `tile` of image b and scale i."""
@@ -123,7 +124,6 @@ def _upsample(
     TOTAL: tl.constexpr = SHAPE.total
     GRID: tl.constexpr = LAYOUT.grid
     MAP: tl.constexpr = LAYOUT.of[i]
-    NORM: tl.constexpr = MAP.norm
     STRIDE: tl.constexpr = MAP.stride
     OUT_STRIDE: tl.constexpr = MAP.out_stride
     TILE: tl.constexpr = MAP.tile
@@ -132,27 +132,8 @@ def _upsample(
     block, row = divide(row, counts.rows[i])
     c_begin, h_begin, w_begin = block * TILE.channels, row * TILE.rows, column * TILE.columns
 
-    offs_c = c_begin + tl.arange(0, TILE.channels)
-    mask_c = offs_c < CHANNELS
-    offs_all = SHAPE.offsets[i] + offs_c
-    constant = load_vector(bias, offs_c, mask_c, ACC)
-    if NORM is None:
-        mean = -constant.to(tl.float64)
-        variance = tl.zeros(offs_c.shape, ACC)
-    elif NORM.from_batch:
-        mean, variance = combine_images(statistics, offs_all, mask_c, batch, height * width, TOTAL, ACC)
-        if NORM.updates and (b == 0) & (h_begin == 0) & (w_begin == 0):
-            update_buffers(
-                buffers=buffers, i=i, mean=(mean + constant).to(ACC), variance=variance, offs_c=offs_c,
-                mask_c=mask_c, count=batch.to(tl.int64) * height * width, MOMENTUM=NORM.momentum, ACC=ACC,
-            )  # fmt: skip
-    else:
-        mean = load_vector(buffers.mean[i], offs_c, mask_c, tl.float64) - constant
-        variance = load_vector(buffers.variance[i], offs_c, mask_c, ACC)
-    if (used is not None) and (b == 0) & (h_begin == 0) & (w_begin == 0):  # the backward will need them
-        tl.store(used + offs_all, mean, mask=mask_c)
-        tl.store(used + TOTAL + offs_all, variance, mask=mask_c)
-
+    is_first = (b == 0) & (h_begin == 0) & (w_begin == 0)
+    mean, factor, shift = take_norm(bias, affines, buffers, used, c_begin, is_first, i, SHAPE, LAYOUT, ACC)
     pair_c, pair_h, mask_pair = pairs(c_begin, h_begin, CHANNELS, height, TILE)
     offs_w = w_begin + tl.arange(0, TILE.columns)
     mask = mask_pair[:, None] & (offs_w < width)[None, :]
@@ -165,13 +146,8 @@ def _upsample(
     )  # fmt: skip
     pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)  # [pairs, columns]
-    if NORM is not None:
-        scale = tl.rsqrt(variance + NORM.eps)
-        if affines.weight[i] is not None:
-            scale *= load_vector(affines.weight[i], offs_c, mask_c, ACC)
-        y *= of_pairs(scale, TILE.rows)[:, None]
-        if affines.bias[i] is not None:
-            y += of_pairs(load_vector(affines.bias[i], offs_c, mask_c, ACC), TILE.rows)[:, None]
+    if MAP.norm is not None:
+        y = y * of_pairs(factor, TILE.rows)[:, None] + of_pairs(shift, TILE.rows)[:, None]
         y = tl.where(y < 0, 0.0, y)  # keeps NaN
     tl.store(map_pointers(out, b, pair_c, pair_h, offs_w, strides_of(OUT_STRIDE, height, width)), y, mask=mask)
 
@@ -181,24 +157,35 @@ class Saved(NamedTuple):
 
     Attributes:
         tokens: (B, N, C).
-        z: (B, N, C), the convolution of the tokens.
+        forms: (1 or 2, B, N, C), the convolution of the tokens, z: as it is, where there will be a backward or a
+            BatchNorm takes the batch's statistics; and as the passes over the maps take it, (B, C, N) by rows.
         transposed: of the maps, see `patch_embed.Moments`.
         used: (2, C) in float64, mean without the convolution's bias, and variance, that BatchNorm took; where there
             will be a backward or a BatchNorm takes the batch's.
     """
 
     tokens: Tokens
-    z: Tensor
+    forms: Tensor
     transposed: Tensor | None
     used: Tensor | None
 
+    @property
+    def z(self) -> Tensor:
+        """(B, N, C), of a backward."""
+        return self.forms[0]
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `upsample_rows` has the passes over the maps of a backward."""
+        return self.forms.shape[0] == 2
+
     @classmethod
-    def empty(cls, tokens: Tokens, transposed: Tensor | None, contract: Contract) -> "Saved":
+    def empty(cls, tokens: Tokens, transposed: Tensor | None, by_rows: bool, contract: Contract) -> "Saved":
         """These, and fresh memory for what else the forward saves."""
-        used = None
-        if contract.backward or any(from_batch(contract)):
-            used = tokens.empty(2, tokens.shape.total, dtype=torch.float64)
-        return cls(Tokens(tokens.plain, tokens.channels), torch.empty_like(tokens.plain), transposed, used)
+        twice = contract.backward or any(from_batch(contract))
+        used = tokens.empty(2, tokens.shape.total, dtype=torch.float64) if twice else None
+        forms = tokens.plain.new_empty((2 if twice and by_rows else 1, *tokens.plain.shape))
+        return cls(Tokens(tokens.plain, tokens.channels), forms, transposed, used)
 
 
 def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tensor], Saved]:
@@ -215,14 +202,18 @@ def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tenso
     """
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     moments = maps.moments
-    saved = Saved.empty(tokens, None if moments is None else moments.transposed, contract)
+    by_rows = taken_by_rows(maps.maps, contract.grid)
+    saved = Saved.empty(tokens, None if moments is None else moments.transposed, by_rows, contract)
     config = launcher.config("conv", widest_scale(shape))
     column_blocks = sum([launch.blocks(c, config["block_c"]) for c in shape.channels])
     launcher(
         _conv_kernel, config, batch * launch.blocks(shape.tokens, config["block_n"]) * column_blocks,
-        tokens=tokens.plain, weights=affines_of(contract.upsample).weight, z=saved.z,
+        tokens=tokens.plain, weights=affines_of(contract.upsample).weight,
+        z=None if by_rows and saved.used is None else saved.z, planes=saved.forms[-1] if by_rows else None,
     )  # fmt: skip
-    statistics = None if moments is None else batch_statistics(tokens, saved.z, maps, contract)
+    if moments is not None:
+        assert saved.used is not None
+        batch_statistics(tokens, saved.z, saved.used, maps, contract)
     outs = [
         torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
         for x, dtype in zip(maps.maps, contract.output_dtypes, strict=True)
@@ -233,14 +224,19 @@ def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tenso
         if saved.used is not None:
             saved.used.zero_()
     sizes = sizes_of(maps.maps)
-    config = launcher.config("upsample" + memory_of(maps.maps), max([width for _, width in sizes]))
-    tiles = tiles_of(shape, sizes, contract.grid, config["tile"], config["block_c"], config["block_w"])
-    layout = layout_of(maps.maps, contract.grid, norms_of(contract.norms, updates=True), outs, tiles=tiles.of)
+    widest = max([width for _, width in sizes])
+    if by_rows:
+        kernel, config = _upsample_rows_kernel, launcher.config("upsample_rows", widest)
+        tiles = tiles_of_rows(shape, sizes, contract.grid, config["tile"], config["rows"])
+    else:
+        kernel, config = _upsample_kernel, launcher.config("upsample" + memory_of(maps.maps), widest)
+        tiles = tiles_of(shape, sizes, contract.grid, config["tile"], config["block_c"], config["block_w"])
+    norms = norms_of(contract.norms, updates=True)
     launcher(
-        _upsample_kernel, config, batch * tiles.programs,
-        maps=maps.maps, z=saved.z, biases=affines_of(contract.upsample).bias,
-        affines=batch_norms_of(contract.norms), buffers=buffers_of(contract.buffers), statistics=statistics,
-        outs=tuple(outs), used=saved.used, batch=batch, sizes=size_arguments(sizes, contract.grid), counts=tiles.counts,
-        LAYOUT=layout,
+        kernel, config, batch * tiles.programs,
+        maps=maps.maps, z=saved.forms[-1], biases=affines_of(contract.upsample).bias,
+        affines=batch_norms_of(contract.norms), buffers=buffers_of(contract.buffers),
+        outs=tuple(outs), used=saved.used, sizes=size_arguments(sizes, contract.grid), counts=tiles.counts,
+        LAYOUT=layout_of(maps.maps, contract.grid, norms, outs, tiles=tiles.of, by_rows=by_rows),
     )  # fmt: skip
     return outs, saved

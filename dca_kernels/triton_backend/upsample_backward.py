@@ -10,10 +10,12 @@ from torch import Tensor
 
 from dca_kernels.contract import Affine, BatchNorm, Contract, accumulation_dtype
 from dca_kernels.triton_backend import launch
+from dca_kernels.triton_backend.batch_norm import load_affine, load_mean, load_scale, through_relu
 from dca_kernels.triton_backend.grid import (
     COLUMN_SUMS,
     DIAGONAL,
     NEXT_DIAGONAL,
+    ROW_PARTS,
     TABLES,
     band_begin,
     band_end,
@@ -23,10 +25,10 @@ from dca_kernels.triton_backend.grid import (
     interpolation_matrix,
     interpolation_tables,
     less_mean,
-    load_grid,
     load_map,
+    load_origin,
+    load_transposed,
     of_channels,
-    of_pairs,
     pairs,
     row_table,
     weight_in_row,
@@ -68,53 +70,9 @@ from dca_kernels.triton_backend.primitives import (
 )
 from dca_kernels.triton_backend.tokens import Tokens, widest_scale
 from dca_kernels.triton_backend.upsample import Saved
+from dca_kernels.triton_backend.upsample_rows import _upsample_backward_rows_kernel, tiles_of_rows
 
 ROWS = tl.constexpr(4)  # of the strips, that are loaded at once
-
-
-@triton.jit
-def load_scale(
-    used, affines, offs_c, offs_all, mask_c, scale,
-    LAYOUT: tl.constexpr, g: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """What the BatchNorm of a scale of group g multiplies by: gamma / sqrt(variance + eps), [channels]. used (2, C)."""
-    GROUP: tl.constexpr = LAYOUT.groups[g]
-    SCALES: tl.constexpr = GROUP.scales
-    NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
-    factor = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
-    if affines.weight[GROUP.scales[0]] is not None:
-        factor *= load_vector(of_scale(affines.weight, scale, SCALES), offs_c, mask_c, ACC)
-    return factor
-
-
-@triton.jit
-def load_mean(used, c_begin, i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
-    """What BatchNorm took off a tile's channels of scale i, in float64: [channels]. used (2, C)."""
-    offs_c = c_begin + tl.arange(0, LAYOUT.of[i].tile.channels)
-    return load_vector(used, SHAPE.offsets[i] + offs_c, offs_c < SHAPE.channels[i], tl.float64)
-
-
-@triton.jit
-def load_affine(
-    used, affines, c_begin, i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """`load_scale` and BatchNorm's bias in a tile's channels of scale i: [channels] each."""
-    offs_c = c_begin + tl.arange(0, LAYOUT.of[i].tile.channels)
-    mask_c = offs_c < SHAPE.channels[i]
-    offs_all = SHAPE.offsets[i] + offs_c
-    scale = load_scale(used, affines, offs_c, offs_all, mask_c, i, LAYOUT, i, SHAPE.total, ACC)
-    bias = tl.zeros(offs_c.shape, ACC)  # one FMA with the scale, so that none costs nothing
-    if affines.bias[i] is not None:
-        bias = load_vector(affines.bias[i], offs_c, mask_c, ACC)
-    return scale, bias
-
-
-@triton.jit
-def through_relu(y, gradient, affine, ROWS: tl.constexpr):
-    """The gradient of what BatchNorm gave: [pairs, columns]. y: its input less the mean; affine: `load_affine`."""
-    scale, bias = affine
-    before_relu = y * of_pairs(scale, ROWS)[:, None] + of_pairs(bias, ROWS)[:, None]
-    return tl.where(before_relu <= 0, 0.0, gradient)
 
 
 @triton.jit
@@ -303,14 +261,15 @@ def _norm_gradients(
 @kernel
 def _grid_gradient_kernel(
     maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, BY_ROWS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
 
     It is that of z, dz (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs
-    all of z's, BLOCK_K at a time, and writes those of its own channels. z, transposed (B, N, C), used,
-    through_statistics (2, C), tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them.
+    all of z's, BLOCK_K at a time, and writes those of its own channels. z (B, N, C), transposed (B, parts, N, C), used,
+    through_statistics (2, C), tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them or, BY_ROWS,
+    `upsample_rows._upsample_backward_rows_kernel`.
     """
     CHANNELS: tl.constexpr = SHAPE.channels
     FIRST: tl.constexpr = first_blocks(CHANNELS, BLOCK_C)
@@ -322,8 +281,8 @@ def _grid_gradient_kernel(
             _grid_gradient(
                 maps=maps, z=z, transposed=transposed, used=used, tables=tables, strips=strips, affines=affines,
                 through_statistics=through_statistics, weights=weights, dz=dz, dtokens=dtokens, sizes=sizes, b=b,
-                p=tile // ROW_BLOCKS, scale=scale, block=block, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, OPERAND=OPERAND,
-                PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
+                p=tile // ROW_BLOCKS, scale=scale, block=block, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, BY_ROWS=BY_ROWS,
+                OPERAND=OPERAND, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
             )  # fmt: skip
 
 
@@ -331,8 +290,9 @@ def _grid_gradient_kernel(
 def _grid_gradient(
     maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes, b, p, scale,
     block,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, BY_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`_grid_gradient_kernel` for row p of image b, and a block of channels of a scale of group g."""
     GROUP: tl.constexpr = LAYOUT.groups[g]
@@ -356,9 +316,9 @@ def _grid_gradient(
         mask_c = offs_c < channels
         gradient = _gradient_of_z(
             x=of_scale(maps, scale, SCALES), z=z, transposed=transposed, used=used, b=b,
-            tables=its_tables, strips=_strips_of(strips, b, sizes, scale, SHAPE, GRID[1]), affines=affines,
+            tables=its_tables, strips=strips, affines=affines,
             through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, sizes=sizes,
-            scale=scale, channels=channels, offset=offset, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, ACC=ACC,
+            scale=scale, channels=channels, offset=offset, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, BY_ROWS=BY_ROWS, ACC=ACC,
         ).to(dz.dtype.element_ty)  # fmt: skip
         here = (start // BLOCK_C == block) & (offs_q < GRID[1])[:, None] & mask_c[None, :]
         tl.store(dz + row[:, None] + (offset + offs_c)[None, :], gradient, mask=here)
@@ -387,34 +347,46 @@ def _tables_of(tables, p, offs_q, GRID: tl.constexpr):
 def _gradient_of_z(
     x, z, transposed, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, scale,
     channels, offset,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, ACC: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, BY_ROWS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """In row p of the grid of image b: [columns, channels]. tables: `_tables_of`; strips (H_i, P_w, C_i)."""
+    """In row p of the grid of image b: [columns, channels]. tables: `_tables_of`."""
     GROUP: tl.constexpr = LAYOUT.groups[g]
     NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
+    PARTS: tl.constexpr = ROW_PARTS if BY_ROWS else 1
     offs_all = offset + offs_c
+    image = b * GRID[0] * GRID[1] * TOTAL
     height, width = size_of(sizes, scale, LAYOUT, g)
-    row_step, _ = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
     through = tl.zeros([offs_q.shape[0], offs_c.shape[0]], ACC)
     if (NORM is not None) and NORM.from_batch:
         ones, of_rows, of_columns = tables
-        image = b * GRID[0] * GRID[1] * TOTAL
         image_stride = stride_of_scale(LAYOUT, g, 0, height.to(tl.int64), width, scale)
-        first_ptrs = x + b * image_stride + offs_c * stride_of_scale(LAYOUT, g, 1, height, width, scale)
-        first = tl.load(first_ptrs, mask=mask_c, other=0.0).to(ACC)
+        channel_stride = stride_of_scale(LAYOUT, g, 1, height, width, scale)
+        row_stride = stride_of_scale(LAYOUT, g, 2, height, width, scale)
+        column_stride = stride_of_scale(LAYOUT, g, 3, height, width, scale)
+        image_ptrs = x + b * image_stride + offs_c * channel_stride
+        origin = load_origin(image_ptrs, mask_c, height, width, row_stride, column_stride, ACC)
         # Taken off z: as a mean is, it may be far larger than what varies.
         token = load_vector(z + image, offs_all, mask_c, ACC)
-        apart = (first.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
+        apart = (origin.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
         constant = load_vector(through_statistics, offs_all, mask_c, ACC)
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
-        y = load_grid(transposed + image, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
-        y *= area_of(sizes, scale, height * width, LAYOUT, g, ACC)
-        y += _interpolated_twice(z + image, token, of_rows, of_columns, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        y = _interpolated_twice(z + image, token, of_rows, of_columns, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
+        transposed += image * PARTS
+        of_map = load_transposed(transposed, p, offs_q, offs_all, mask_c, height, PARTS, GRID, TOTAL, ACC)
+        y += of_map * area_of(sizes, scale, height * width, LAYOUT, g, ACC)
         through += (constant + multiple * apart)[None, :] * ones[:, None] + multiple[None, :] * y
-    dz = _of_strips(strips, p, offs_q, offs_c, mask_c, height, row_step, channels, GRID, ACC)
-    dz = dz * stretch_of(sizes, scale, width, LAYOUT, g, ACC) - through
+    if BY_ROWS:
+        dz = load_transposed(strips + image * PARTS, p, offs_q, offs_all, mask_c, height, PARTS, GRID, TOTAL, ACC)
+        dz *= area_of(sizes, scale, height * width, LAYOUT, g, ACC)
+    else:
+        row_step, _ = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
+        of_scale_i = _strips_of(strips, b, sizes, scale, SHAPE, GRID[1])
+        dz = _of_strips(of_scale_i, p, offs_q, offs_c, mask_c, height, row_step, channels, GRID, ACC)
+        dz *= stretch_of(sizes, scale, width, LAYOUT, g, ACC)
+    dz -= through
     if NORM is not None:
         dz *= load_scale(used, affines, offs_c, offs_all, mask_c, scale, LAYOUT, g, TOTAL, ACC)[None, :]
     return dz
@@ -560,20 +532,26 @@ def upsample_backward(
     )
     sizes = sizes_of(maps)
     size_args, widest = size_arguments(sizes, grid), max([width for _, width in sizes])
-    config = launcher.config("upsample_backward" + memory_of(maps), widest)
-    tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], config["block_w"], whole_rows=True)
+    by_rows = saved.by_rows
+    if by_rows:
+        config = launcher.config("upsample_backward_rows", widest)
+        tiles = tiles_of_rows(shape, sizes, grid, config["tile"], config["rows"])
+        strips = tokens.empty(batch, ROW_PARTS.value, shape.tokens, shape.total, dtype=launcher.dtype)
+    else:
+        config = launcher.config("upsample_backward" + memory_of(maps), widest)
+        tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], config["block_w"], whole_rows=True)
+        elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
+        strips = tokens.empty(batch, elements, dtype=launcher.dtype)
     most = max(tiles.rows)
     sums = tokens.empty(batch, most, 2, shape.total)
-    elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
-    strips = tokens.empty(batch, elements, dtype=launcher.dtype)
     of_scales = zip(maps, norms, affines.weight, strict=True)
     keys = tuple([(x.dtype, norm, weight is None) for x, norm, weight in of_scales])
     layout = grouped(layout_of(maps, grid, norms), keys)
     launcher(
-        _upsample_backward_kernel, config, batch * tiles.programs,
-        maps=tuple(maps), z=saved.z, douts=tuple(douts), affines=affines, used=saved.used, sums=sums, strips=strips,
-        sizes=size_args, counts=tiles.counts, sum_blocks=most,
-        LAYOUT=layout_of(maps, grid, norms, douts, tiles=tiles.of),
+        _upsample_backward_rows_kernel if by_rows else _upsample_backward_kernel, config, batch * tiles.programs,
+        maps=tuple(maps), z=saved.forms[-1], douts=tuple(douts), affines=affines, used=saved.used, sums=sums,
+        strips=strips, sizes=size_args, counts=tiles.counts, sum_blocks=most,
+        LAYOUT=layout_of(maps, grid, norms, douts, tiles=tiles.of, by_rows=by_rows),
     )  # fmt: skip
 
     config = launcher.config("norm_gradients")
@@ -586,14 +564,14 @@ def upsample_backward(
     )  # fmt: skip
 
     config = launcher.config("grid_gradient", widest_scale(shape) * launch.padded(grid[1]))
-    dz, dtokens = torch.empty_like(saved.z), torch.empty_like(saved.z) if tokens_wanted else None
+    dz, dtokens = torch.empty_like(tokens.plain), torch.empty_like(tokens.plain) if tokens_wanted else None
     launcher(
         _grid_gradient_kernel, config,
         batch * grid[0] * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         maps=tuple(maps), z=saved.z, transposed=saved.transposed, used=saved.used,
         tables=interpolation_tables(sizes, grid, accumulation_dtype(launcher.dtype), launcher.device), strips=strips,
         affines=affines, through_statistics=through_statistics, weights=affines_of(contract.upsample).weight, dz=dz,
-        dtokens=dtokens, sizes=size_args, LAYOUT=layout,
+        dtokens=dtokens, sizes=size_args, LAYOUT=layout, BY_ROWS=by_rows,
     )  # fmt: skip
 
     config = launcher.config("conv", widest_scale(shape))

@@ -412,20 +412,37 @@ def test_the_direct_pass_is_what_keeps_the_digits(monkeypatch: pytest.MonkeyPatc
 MISSED = "z keeps the mean of the tokens, and is rounded at its size: 2.5 times the budget"
 
 
-# At 1e2 a running variance uses 0.9 of its budget, too near to one for a few draws.
-@pytest.mark.parametrize("mean", [30.0, pytest.param(1e4, marks=pytest.mark.xfail(reason=MISSED))])
-def test_means_far_above_the_standard_deviation(mean: float) -> None:
-    config = Config(patch=(2, 4), sizes=((8, 16), (4, 8)))
+def assert_forwards_within_budget(config: Config, change: Callable[[Tensor], Tensor]) -> None:
+    """Outputs and buffers in float32, of maps that are changed so."""
     draws: dict[str, list[list[Tensor]]] = defaultdict(list)
     for seed in range(4):  # a ratio of two errors is luck with one draw
         ours, theirs = pair(config, "triton", torch.float32, seed=seed)
-        maps = [x + mean for x in random_maps(config, torch.float32, seed, "triton")]
+        maps = [change(x) for x in random_maps(config, torch.float32, seed, "triton")]
         exact = forward(promoted(theirs, config), [x.double() for x in maps])
         results = [forward(ours, maps), forward(theirs, maps), exact]
         for name in (name for name in exact if not name.endswith("num_batches_tracked")):
             draws[name].append([result[name].double().flatten() for result in results])
     for name, values in draws.items():
         assert_within_budget(values, torch.float32, name)
+
+
+# At 1e2 a running variance uses 0.9 of its budget, too near to one for a few draws.
+@pytest.mark.parametrize("mean", [30.0, pytest.param(1e4, marks=pytest.mark.xfail(reason=MISSED))])
+def test_means_far_above_the_standard_deviation(mean: float) -> None:
+    assert_forwards_within_budget(Config(patch=(2, 4), sizes=((8, 16), (4, 8))), lambda x: x + mean)
+
+
+def far_off(x: Tensor, where: float) -> Tensor:
+    """With one pixel of each image and channel so, somewhere between the first (0) and the last (1)."""
+    pixels = x.flatten(2).clone()
+    pixels[..., round(where * (pixels.shape[2] - 1))] = 1e4
+    return pixels.view(x.shape)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("sizes", [((8, 16), (4, 8)), ((9, 17), (5, 9))], ids=["by_rows", "any_windows"])
+def test_one_pixel_that_is_far_off_spoils_no_other(sizes: tuple[tuple[int, int], ...], where: float) -> None:
+    assert_forwards_within_budget(Config(patch=(2, 4), sizes=sizes), lambda x: far_off(x, where))
 
 
 # Launches
@@ -451,7 +468,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_number_of_launches(scales: int, train: bool, launches: list[int]) -> None:
     config = Config((4,) * scales, 2, sizes=((4, 4),) * scales, batch=2)
     forward(*kernels_and_maps(config, torch.float32, train))
-    assert 0 < len(launches) <= (10 if train else 9)
+    assert 0 < len(launches) <= (11 if train else 9)
 
 
 @both_modes

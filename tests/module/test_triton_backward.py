@@ -220,7 +220,7 @@ def test_every_subset_goes_back_to_its_first_stage() -> None:
             assert by_stage.setdefault(first, launches) == launches, groups
     maps, channel, spatial, upsampling = (by_stage[first][8:] for first in range(4))
     assert maps[: len(channel)] == channel and channel[: len(spatial)] == spatial
-    assert ("map_gradient", "map_gradient") in set(maps) - set(channel)
+    assert ("upsample_rows", "map_gradient_rows") in set(maps) - set(channel)
     assert "channel_attention_backward" in {stage for stage, _ in channel} - {stage for stage, _ in spatial}
     assert "spatial_attention_backward" in {stage for stage, _ in spatial} - {stage for stage, _ in upsampling}
     # Of the upsampling alone not even the tokens' gradient.

@@ -23,6 +23,18 @@ RAGGED = Config((4, 8, 6), (3, 4), n=2, channel_head=(2, 1, 3), spatial_head=(1,
 WHOLE = Config((4, 8), (3, 4), spatial_head=(2, 4), sizes=((9, 8), (3, 4)), batch=1)
 CONFIGS = {"ragged": RAGGED, "tiled": TILED, "whole": WHOLE}
 
+# Windows that are all alike and powers of two wide: the kernels have programs for rows of them.
+ROWS = {
+    "powers_of_two": Config((4, 12, 8), (4, 6), sizes=((16, 48), (8, 12), (4, 6)), batch=2),
+    "any_height": Config((4, 8), (5, 3), sizes=((15, 12), (5, 24)), batch=2),
+    "a_full_tile": Config((4, 8), (2, 16), sizes=((6, 64), (4, 16)), batch=1),
+    "one_row": Config((4, 8), (1, 3), sizes=((3, 6), (1, 12)), batch=1),
+    "one_column": Config((4, 8), (3, 1), sizes=((6, 4), (3, 1)), batch=1),
+}
+each_kind_of_windows = pytest.mark.parametrize(
+    "config", [RAGGED, ROWS["powers_of_two"]], ids=["ragged", "powers_of_two"]
+)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -73,9 +85,11 @@ class Given:
         return Given(*[[t.to(dtype) for t in tensors] for tensors, dtype in lists])
 
 
-def draws(stage: Stage, backend: str, dtype: torch.dtype, train: bool = False) -> list[list[Results]]:
+def draws(
+    stage: Stage, backend: str, dtype: torch.dtype, train: bool = False, config: Config = RAGGED
+) -> list[list[Results]]:
     """As many `runs` as the stage has."""
-    return [runs(stage, backend, RAGGED, dtype, train, seed) for seed in range(stage.draws)]
+    return [runs(stage, backend, config, dtype, train, seed) for seed in range(stage.draws)]
 
 
 def runs(stage: Stage, backend: str, config: Config, dtype: torch.dtype, train: bool, seed: int = 0) -> list[Results]:
@@ -183,11 +197,13 @@ Evaluated = tuple[Sequence[Tensor], Sequence[Tensor], Any, Any]  # results, inpu
 
 def _embed(stage: Stage, given: Given, its: Contract) -> Evaluated:
     """The kernels add the gradient that came past the attention in the same pass: here that is zero."""
-    from dca_kernels.triton_backend import map_gradient, patch_embed, upsample
+    from dca_kernels.triton_backend import layout, map_gradient, patch_embed, upsample
 
     tokens, _ = patch_embed.patch_embed(given.maps, its)
     zeros = tokens.empty(2, tokens.shape.total).zero_()
-    past = upsample.Saved(tokens, z=torch.zeros_like(tokens.plain), transposed=None, used=zeros.double())
+    by_rows = layout.taken_by_rows(given.maps, its.grid)
+    past = upsample.Saved.empty(tokens, None, by_rows, its)._replace(used=zeros.double())
+    past.forms.zero_()
     douts, wanted = [torch.zeros_like(x) for x in given.maps], [True] * len(given.maps)
     dtokens = torch.cat(given.upstream, 2)
     dmaps, gradients = map_gradient.map_gradients(past, given.maps, zeros, dtokens, douts, its, wanted)

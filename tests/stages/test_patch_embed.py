@@ -15,9 +15,9 @@ from tests.oracle import (
     each_backend,
     needs_triton,
 )
-from tests.stages.stage import CONFIGS, PATCH_EMBED, draws, each_dtype, runs
+from tests.stages.stage import CONFIGS, PATCH_EMBED, ROWS, draws, each_dtype, each_kind_of_windows, runs
 
-SHAPES = CONFIGS | {"fewer_pixels_than_windows": Config((4, 8), (5, 3), sizes=((2, 7), (1, 1)))}
+SHAPES = CONFIGS | ROWS | {"fewer_pixels_than_windows": Config((4, 8), (5, 3), sizes=((2, 7), (1, 1)))}
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -29,17 +29,72 @@ def test_patch_embed_is_the_references(config: Config, train: bool, backend: str
     assert_same(ours, theirs)
 
 
+@each_kind_of_windows
 @both_modes
 @each_dtype
 @each_backend
-def test_patch_embed_is_within_the_budget(train: bool, dtype: torch.dtype, backend: str) -> None:
-    assert_all_within_budget(draws(PATCH_EMBED, backend, dtype, train), dtype)
+def test_patch_embed_is_within_the_budget(config: Config, train: bool, dtype: torch.dtype, backend: str) -> None:
+    assert_all_within_budget(draws(PATCH_EMBED, backend, dtype, train, config), dtype)
 
 
 def interpolation(high: int, low: int) -> Tensor:
     """The matrix U (high, low), align_corners=True, in float64."""
-    position = torch.arange(high).double() * (low - 1) / (high - 1)
+    position = torch.arange(high).double() * (low - 1) / max(high - 1, 1)
     return (1 - (position[:, None] - torch.arange(low)).abs()).clamp(min=0)
+
+
+def transposed_interpolation(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Of a map (B, C, H, W), over the pixels of a token, in float64: (B, P_h, P_w, C)."""
+    (height, width), (rows, columns) = x.shape[2:], grid
+    transposed = torch.einsum(
+        "hp,bchw,wq->bpqc", interpolation(height, rows), x.cpu().double(), interpolation(width, columns)
+    )
+    return transposed * (rows * columns / (height * width))
+
+
+def three_pixels(x: Tensor) -> list[Tensor]:
+    """Of each image and channel of a map, (B, C, 1, 1): the kernels take their median off."""
+    height, width = x.shape[2:]
+    places = (0, 0), (height // 2, width // 2), (height - 1, width - 1)
+    return [x[..., h : h + 1, w : w + 1] for h, w in places]
+
+
+@needs_triton
+@pytest.mark.parametrize("by_rows", [True, False], ids=["by_rows", "any_windows"])
+@pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
+def test_moments_are_those_of_the_maps(config: Config, by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both kernels, where the faster one takes the maps: one has its first pixel far off."""
+    from dca_kernels.triton_backend import patch_embed
+
+    if not by_rows:
+        monkeypatch.setattr(patch_embed, "taken_by_rows", lambda *its: False)
+    dca = build("triton", **config.arguments).to(device_of("triton"), torch.float64).train()
+    torch.manual_seed(0)
+    maps = [
+        torch.randn(config.batch, c, *size).to(device_of("triton"), torch.float64)
+        for c, size in zip(config.features, config.sizes, strict=True)
+    ]
+    maps[0][..., 0, 0] = 100
+    if not by_rows:
+        maps[-1] = maps[-1].contiguous(memory_format=torch.channels_last)
+    its = contract.read(dca, [head[0] for head in dca.bn_relu], torch.float64, [torch.float64] * len(maps))
+    _, (_, moments, block) = patch_embed.patch_embed(maps, its)
+    parts = moments.transposed.cpu().unflatten(2, config.patch).split(config.features, -1)
+    blocks = moments.blocks.cpu().split(config.features, -1)
+    assert len(parts[0][0]) == (3 if by_rows else 1) and (block == (1, config.patch[1]) or not by_rows)
+    for x, found, its_blocks in zip(maps, parts, blocks, strict=True):
+        apart = x.cpu() - torch.stack(three_pixels(x.cpu())).median(0).values
+        whole = found[:, 0].clone()
+        if by_rows and x.shape[2] != config.patch[0]:
+            whole[:, 1:] += found[:, 1, :-1]
+            whole[:, :-1] += found[:, 2, 1:]
+        torch.testing.assert_close(whole, transposed_interpolation(apart, config.patch), rtol=1e-12, atol=1e-12)
+        if by_rows:
+            rows = apart.unflatten(2, (config.patch[0], -1))
+            mean = rows.mean((3, 4))
+            squares = (rows - mean[..., None, None]).square().sum((3, 4))
+            expected = torch.stack((mean.mT, squares.mT), 2)
+            torch.testing.assert_close(its_blocks, expected, rtol=1e-12, atol=1e-12)
 
 
 @needs_triton
@@ -56,14 +111,12 @@ def test_the_transposed_interpolation_is_rounded_once(dtype: torch.dtype) -> Non
         for c, size in zip(config.features, config.sizes, strict=True)
     ]
     for x in maps:
-        x[..., 0, 0] = 0  # what is taken off
+        for pixel in three_pixels(x):
+            pixel.zero_()  # what is taken off
     its = contract.read(dca, [head[0] for head in dca.bn_relu], dtype, [dtype] * len(maps))
     _, embedded = patch_embed.patch_embed(maps, its)
-    transposed = embedded.moments.transposed.unflatten(1, config.patch).split(config.features, -1)
+    transposed = embedded.moments.transposed.squeeze(1).unflatten(1, config.patch).split(config.features, -1)
     for x, found in zip(maps, transposed, strict=True):
-        (height, width), (rows, columns) = x.shape[2:], config.patch
-        exact = torch.einsum(
-            "hp,bchw,wq->bpqc", interpolation(height, rows), x.cpu().double(), interpolation(width, columns)
-        ) * (rows * columns / (height * width))
+        exact = transposed_interpolation(x, config.patch)
         ulp = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
         assert ((found.cpu().double() - exact).abs() / ulp).max() < 0.51

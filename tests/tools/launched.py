@@ -75,7 +75,7 @@ def meant(kernel: str, argument: str, call: Call, of_channels: bool) -> list[Ten
     embedding = [one.proj.depthwise for one in call.module.avg_map]
     convolutions = [upconv.conv.conv for upconv in call.module.upconvs]
     if argument == "weights":
-        return [module.weight for module in (embedding if kernel == "map_gradient" else convolutions)]
+        return [module.weight for module in (embedding if kernel == "map_gradient_rows" else convolutions)]
     if argument == "biases":
         return [module.bias for module in convolutions]
     layer_norms = block.channel_norm if of_channels else block.spatial_norm

@@ -179,7 +179,7 @@ def test_what_make_gpu_compiles_fits_into_its_first_step() -> None:
     done = without_interpreter("-m", "benchmarks", "compile", "--target", "sm_90", "--count", "--processes", "16")
     assert done.returncode == 0, done.stderr
     count, seconds = (int(word) for word in done.stdout.split() if word.isdigit() and word != "16")
-    assert 200 <= count <= 280 and seconds <= 60, done.stdout
+    assert 200 <= count <= 300 and seconds <= 60, done.stdout
     assert seconds < gpu.STEPS["smoke"].seconds
 
 

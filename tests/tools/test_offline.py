@@ -18,7 +18,8 @@ OFFLINE = ROOT / "benchmarks" / "results" / "offline"
 CODE = json.loads((OFFLINE / "machine_code.json").read_text())
 TRAFFIC = json.loads((OFFLINE / "traffic.json").read_text())
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
-MEMORY_BOUND = ("patch_embed", "upsample", "upsample_backward", "map_gradient")
+OF_ROWS = ("patch_embed_rows", "upsample_rows", "upsample_backward_rows", "map_gradient_rows")
+MEMORY_BOUND = ("patch_embed", "upsample", "upsample_backward", "map_gradient", *OF_ROWS)
 FORWARD_PRODUCTS = ("covariance", "mix", "spatial_attention", "conv")
 BACKWARD_PRODUCTS = ("upsample_backward", "conv_gradient", "mixing_gradient", "mix_backward")
 PRODUCTS = (*FORWARD_PRODUCTS, *BACKWARD_PRODUCTS, "spatial_attention_backward")
@@ -61,7 +62,11 @@ def test_there_are_no_float_atomics() -> None:
 
 @pytest.mark.parametrize("kernel", MEMORY_BOUND)
 def test_memory_bound_kernels_move_16_bytes_at_a_time(kernel: str) -> None:
-    assert [name(r) for r in rows(*NVIDIA, kernel=kernel) if not (r["loads_128"] and r["stores_128"])] == []
+    its = rows(*NVIDIA, kernel=kernel)
+    assert [name(r) for r in its if not r["loads_128"]] == []
+    # tokens of windows that are 10 wide are stored 8 bytes at a time
+    narrow = {("patch_embed", "train, any windows")}
+    assert [name(r) for r in its if not r["stores_128"] and (kernel, r["case"]) not in narrow] == []
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
@@ -171,7 +176,7 @@ for shapes, patch in (
         launches = launches_of(module, [torch.empty(2, *shape, dtype=dtype) for shape in shapes], train, "sm_90")
         with stand_in.standing_in("sm_90"):
             for one in launches:
-                if one.name in ("patch_embed", "batch_statistics", "map_gradient"):
+                if one.name.removesuffix("_rows") in ("patch_embed", "batch_statistics", "map_gradient"):
                     assert "s16x2" not in one.compile().asm["ptx"], (one.name, shapes, dtype)
 """
 

@@ -56,7 +56,7 @@ def test_an_element_that_is_not_written_is_found(tmp_path: Path, spoiled: Callab
     def forget(config: dict[str, int], tokens: torch.Tensor, **arguments: Any) -> None:
         tokens.copy_(torch.empty_like(tokens))
 
-    spoiled("patch_embed", forget)
+    spoiled("patch_embed_rows", forget)
     assert not any(entry["well"] for case, entry in smoked(tmp_path)[1].items() if case.startswith("parity"))
 
 
@@ -68,7 +68,7 @@ def test_what_was_right_is_not_checked_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_was_wrong_is_checked_again(tmp_path: Path, spoiled: Callable[..., None]) -> None:
-    spoiled("patch_embed", lambda config, **arguments: arguments["tokens"].fill_(0))
+    spoiled("patch_embed_rows", lambda config, **arguments: arguments["tokens"].fill_(0))
     assert smoked(tmp_path)[0] == 1
     spoiled("no", lambda config, **arguments: None)
     status, found = smoked(tmp_path)

@@ -190,15 +190,15 @@ def test_forward_reads_maps_twice_and_writes_them_once(train: bool) -> None:
     maps = [torch.randn(1, 8, 16, 16).bfloat16(), torch.randn(1, 16, 8, 8).bfloat16()]
     kernels = traffic.count_kernels(lambda: cases.step(module, maps, None))
     names = [kernel.kernel for kernel in kernels]
-    assert names[0] == "patch_embed" and names[-1] == "upsample"
+    assert names[0] == ("patch_embed_rows" if train else "patch_embed") and names[-1] == "upsample_rows"
     map_bytes = (8 * 16 * 16 + 16 * 8 * 8) * 2
-    first_pixels = (8 + 16) * 32 if train else 0  # batch_statistics needs one of each channel, and gets a sector
-    assert sum(kernel.loaded["maps"] for kernel in kernels) == 2 * map_bytes + first_pixels
+    pixels = 3 * (8 + 16) * 32 if train else 0  # batch_statistics needs three of each channel, and gets sectors
+    assert sum(kernel.loaded["maps"] for kernel in kernels) == 2 * map_bytes + pixels
     assert sum(kernel.stored["maps"] for kernel in kernels) == map_bytes
     assert kernels[0].handed_on >= 16 * 24 * 2  # the tokens at least
     assert kernels[-1].handed_on == 0
     parameters = {kernel.kernel: kernel.loaded["parameters"] for kernel in kernels}
-    assert parameters["patch_embed"] == 4 * 32  # a sector for each of two weights and two biases
+    assert parameters[names[0]] == 4 * 32  # a sector for each of two weights and two biases
     assert parameters["conv"] == (8 * 8 + 16 * 16) * 2
     buffers = 2 * 3 * 32 if train else 0  # a sector for each mean, variance and counter
     assert sum(kernel.stored["parameters"] for kernel in kernels) == buffers
@@ -211,7 +211,7 @@ def test_gradients_of_maps_are_maps() -> None:
     kernels = traffic.count_kernels(lambda: cases.step(module, maps, gradients))
     assert sum(kernel.stored["maps"] for kernel in kernels) == 2 * maps[0].nbytes  # the output's and the gradient's
     *_, last, of_parameters = kernels
-    assert (last.kernel, of_parameters.kernel) == ("map_gradient", "patch_embed_gradients")
+    assert (last.kernel, of_parameters.kernel) == ("map_gradient_rows", "patch_embed_gradients")
     assert last.loaded["maps"] == 2 * maps[0].nbytes  # the map's and the upstream gradient's
 
 
@@ -321,12 +321,14 @@ def test_a_step_is_a_forward_and_a_backward(two_maps: list[torch.Tensor]) -> Non
     ours, theirs = traffic._count(2, "step", "float32", "H200")
     kernels = ours["kernels"]
     names = [kernel["kernel"] for kernel in kernels]
-    assert names[0] == "patch_embed" and names[9:11] == ["upsample", "upsample_backward"] and "map_gradient" in names
+    assert names[0] == "patch_embed_rows" and "map_gradient_rows" in names
+    assert names[9:12] == ["combine_images", "upsample_rows", "upsample_backward_rows"]
     assert ours["launches"] == len(kernels) < theirs["launches"]  # no operator of plain PyTorch between them
     map_bytes = sum(x.nbytes for x in two_maps)
-    # The channels' first pixels, for batch_statistics and for grid_gradient: two of the second map share a sector.
-    first_pixels = 2 * (4 + 8 // 2) * 32
-    assert ours["maps_bytes"] == 8 * map_bytes + first_pixels
+    # Three pixels a channel, for batch_statistics and for grid_gradient: of the first map two share a sector, of the
+    # second those of two channels.
+    pixels = 2 * (2 * 4 + 8 // 2) * 32
+    assert ours["maps_bytes"] == 8 * map_bytes + pixels
     assert ours["bound_bytes"] == 1.25 * (8 * map_bytes + 2 * sum(kernel["handed_on"] for kernel in kernels))
     with FlopCounterMode(display=False) as counter:
         reference_forward(two_maps)()
