@@ -201,6 +201,8 @@ def compile_all(launches: Sequence[Launch]) -> None:
     """
     if not all(isinstance(one.kernel, JITFunction) for one in launches):  # interpreted
         return
+    for one in launches:
+        one.kernel.cache_key  # noqa: B018  # parses, once: not while the threads do
     threads = len(os.sched_getaffinity(0))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         compiled = [
