@@ -19,9 +19,14 @@ COMMANDS = {
     "calibrate": "measures the machine's rates of copies and of products",
     "compile": "compiles the kernels ahead, without a GPU",
     "offline": "reads the kernels' machine code and counts their bytes, without a GPU",
+    "model": "estimates the time of every kernel, and says why, without a GPU",
     "host": "times what a call costs the host, without a GPU",
 }
-MODULES = {"compile": "offline.compile", "offline": "offline.machine_code"}  # of commands that are not called as theirs
+MODULES = {
+    "compile": "offline.compile",
+    "offline": "offline.machine_code",
+    "model": "offline.model",
+}  # of commands that are not called as theirs
 
 
 def main(arguments: Sequence[str]) -> int:

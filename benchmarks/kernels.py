@@ -1,7 +1,8 @@
 """`python -m benchmarks kernels`: the time of every kernel of a forward and of a training step, beside its floor.
 
 The floor of a kernel is what it must move and multiply (counted in the interpreter: results/offline/traffic.json) at
-the rates of a large copy and of a large product here. The estimate is of estimates.json, for an H100.
+the rates of a large copy and of a large product here. The estimate is the model's (`python -m benchmarks model`:
+results/offline/model.json), for an H100.
 """
 
 import itertools
@@ -19,11 +20,11 @@ from benchmarks import calibrate, cases, command, journal, measure, providers, r
 from benchmarks.cases import Problem
 from benchmarks.environment import describe, environment
 from benchmarks.group import Call, call_of
-from benchmarks.offline.compile import ESTIMATES
 from benchmarks.rows import RESULTS
 from dca_kernels.triton_backend import launch
 
 TRAFFIC = RESULTS / "offline" / "traffic.json"
+MODEL = RESULTS / "offline" / "model.json"
 REPLAYS = 5
 OTHER = "PyTorch's own"
 # How much longer than a bfloat16 product's another product of as many operations takes on tensor cores.
@@ -92,18 +93,13 @@ def floors(problem: Problem, rates: calibrate.Rates) -> Times:
     return dict(found)
 
 
-def estimated(kernel: str, problem: Problem) -> float | None:
-    """Microseconds that were estimated before anything ran on a GPU, of bfloat16 at the paper's sizes."""
+def estimates(problem: Problem) -> Times:
+    """Microseconds of each kernel by the model: of bfloat16 at the paper's sizes, at the batches that were modelled."""
     if problem.size != cases.SIZES["paper"] or problem.dtype != torch.bfloat16:
-        return None
-    kernel = kernel.removesuffix("_rows")  # programs with rows of windows: they came later
-    phases = ("train", "eval") if problem.training else ("eval",)
-    known = next((ESTIMATES["kernels"][p][kernel] for p in phases if kernel in ESTIMATES["kernels"][p]), None)
-    if known is None:
-        return None
-    if problem.batch == 1:
-        return known["batch_1_us"]
-    return known["call_us"] if "call_us" in known else known["image_us"] * problem.batch
+        return {}
+    call = ("train" if problem.training else "eval", problem.batch)
+    rows = json.loads(MODEL.read_text())
+    return {row["kernel"]: row["model_us"] for row in rows if (row["phase"], row["batch"]) == call}
 
 
 def measured(problem: Problem, rates: calibrate.Rates) -> list[journal.Entry]:
@@ -112,9 +108,9 @@ def measured(problem: Problem, rates: calibrate.Rates) -> list[journal.Entry]:
     subject = providers.build(providers.PROVIDERS["triton"], problem, *inputs)
     mode, gpu = "full" if problem.training else "forward", torch.cuda.is_available()
     times = replayed(call_of(providers.Graphed(subject), mode)) if gpu else interpreted(call_of(subject, mode))
-    least = floors(problem, rates)
+    least, expected = floors(problem, rates), estimates(problem)
     lines = [
-        {"kernel": name, "us": us, "floor_us": least.get(name), "estimated_us": estimated(name, problem)}
+        {"kernel": name, "us": us, "floor_us": least.get(name), "estimated_us": expected.get(name)}
         for name, us in sorted(times.items(), key=lambda item: -item[1])
     ]
     columns = ("us", "floor_us", "estimated_us")
@@ -132,8 +128,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = command.parser(
         "kernels",
         "Measures the rates of a copy and of products, then the time of every kernel of a forward and of a training "
-        "step, from replays of a CUDA graph by the profiler, beside its floor and beside what was estimated. Needs a "
-        "GPU.",
+        "step, from replays of a CUDA graph by the profiler, beside its floor and beside the model's. Needs a GPU.",
         "",
         "--batch 1 --dtype float32",
     )

@@ -277,7 +277,7 @@ def checks(entries: Sequence[journal.Entry]) -> str:
 
 
 def kernels(entries: Sequence[journal.Entry]) -> str:
-    """One line a kernel and case: its time beside its floor, and beside what was estimated before anything ran."""
+    """One line a kernel and case: its time beside its floor, and beside what the model says."""
     lines = [
         [
             f"{entry['phase']}, batch {entry['batch']}, {entry['dtype']}",
@@ -288,7 +288,7 @@ def kernels(entries: Sequence[journal.Entry]) -> str:
         for entry in journal.latest(entries, "step", "size", "phase", "batch", "dtype", "kernel")
         if entry["step"] == "kernels"
     ]
-    return console.table(lines, ["case", "kernel", "us", "floor, us", "estimated, us", "of floor"])
+    return console.table(lines, ["case", "kernel", "us", "floor, us", "model, us", "of floor"])
 
 
 def block(name: str, results: Path, document: Path, figures: bool = True) -> str:

@@ -181,6 +181,15 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def disassembled(compiled: Any) -> str:
+    """NVIDIA's machine code with the lines of the source that it comes from."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [_tool("nvdisasm"), "-g", "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _amd_resources(compiled: Any) -> dict[str, int]:
     code = compiled.asm["amdgcn"]
     count = functools.partial(_count, code)

@@ -12,22 +12,25 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import cases
-from benchmarks.offline import traffic_tables
+from benchmarks.offline import flow, traffic_tables
+from benchmarks.offline.flow import Executions, Programs
 from benchmarks.offline.traffic_tables import GROUPS
 from dca_kernels.backends import use_backend
 
@@ -53,6 +56,7 @@ class KernelTraffic:
         handed_on: of `stored["tokens"]`, what a later launch loads; what two launches store counts for the second.
         products: floating-point operations of `tl.dot`, padding included, for each kind of arithmetic: bf16, fp16, fp64
             or, of float32, tf32, tf32x3 (which is three on the hardware) or ieee.
+        ways: its programs, by the way that they go.
     """
 
     kernel: str
@@ -63,6 +67,7 @@ class KernelTraffic:
     stored: dict[str, int]
     handed_on: int
     products: dict[str, int]
+    ways: list[Programs]
 
     @property
     def unique(self) -> int:
@@ -89,13 +94,22 @@ class OperatorTraffic:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Estimates: bytes a second of a copy, and operations a second of large products, of each kind of arithmetic."""
+    """Bytes a second of a copy, and operations a second of large products, of each kind of arithmetic.
+
+    Those of a copy and of bfloat16 were measured (benchmarks/results/NOTES.md), the others are estimates.
+    """
 
     bandwidth: float
     rates: dict[str, float]
+    multiprocessors: int = 132
+    clock: float = 1.75e9  # cycles a second
 
 
-GPUS = {"H200": Gpu(4.3e12, {"bf16": 790e12, "fp16": 790e12, "tf32": 395e12, "tf32x3": 395e12 / 3, "ieee": 53e12})}
+GPUS = {
+    "H100": Gpu(2.85e12, {"bf16": 766e12, "fp16": 766e12, "tf32": 383e12, "tf32x3": 383e12 / 3, "ieee": 53e12}),
+    "H200": Gpu(4.14e12, {"bf16": 789e12, "fp16": 789e12, "tf32": 395e12, "tf32x3": 395e12 / 3, "ieee": 53e12}),
+}
+TARGET = "sm_90"  # whose configurations the counted kernels have
 
 
 # Triton kernels
@@ -182,6 +196,8 @@ class _Launch:
         self.patched: set[int] = set()  # modules whose functions see the interpreter's language
         self.loaded = self.stored = 0
         self.products: Counter[str] = Counter()
+        self._program: list[tuple[flow.Place, Executions]] = []  # what the one at work came to
+        self._ways: dict[tuple[tuple[str, int], ...], Programs] = {}
         self.buffers: dict[int, _Buffer] = {}
         for tensor in tree_leaves(list(arguments.values())):
             if isinstance(tensor, Tensor):
@@ -217,6 +233,30 @@ class _Launch:
         name = a.dtype.scalar.name
         self.products[precision.name.lower() if name == "fp32" else name] += 2 * a.data.size * b.data.shape[-1]
 
+    def come(self, frame: FrameType, what: Executions) -> None:
+        """The program at work has come, in this frame, to a `for` or an `if`."""
+        place = flow.place(frame.f_code.co_filename, frame.f_lineno)
+        if place is not None:
+            self._program.append((place, what))
+
+    def end_program(self) -> None:
+        """There is another one at work from now on, or none."""
+        turns: dict[str, list[int]] = {}
+        executions: dict[str, Executions] = {}
+        for place, one in self._program:
+            if place.unrolled:
+                turns.setdefault(place.name, []).append(one.ran)
+            executions[place.name] = executions.get(place.name, Executions()).plus(one)
+        key = tuple((name, ran.index(1)) for name, ran in turns.items() if sum(ran) == 1)
+        before = self._ways.get(key, Programs(0, dict(key), {}))
+        merged = {name: one.plus(before.executions.get(name, Executions())) for name, one in executions.items()}
+        self._ways[key] = Programs(before.count + 1, before.turns, before.executions | merged)
+        self._program = []
+
+    @property
+    def ways(self) -> list[Programs]:
+        return list(self._ways.values())
+
     def sectors(self, direction: str, groups: _Groups) -> dict[str, int]:
         """Bytes of the marked sectors of each group."""
         found = dict.fromkeys(GROUPS, 0)
@@ -228,8 +268,8 @@ class _Launch:
 def count_kernels(run: Callable[[], object], **known: object) -> list[KernelTraffic]:
     """What each launch that `run` makes in Triton's interpreter moves and computes, in order.
 
-    Values only matter where a kernel branches on them: in bfloat16 they are wrong unless the interpreter is corrected.
-    Nothing shares memory with anything else meanwhile.
+    Values only matter where a kernel branches on them: in bfloat16 they are wrong unless the interpreter is corrected
+    (`tests.interpreter`). Nothing shares memory with anything else meanwhile.
 
     Args:
         run: calls of a DCA, or of kernels.
@@ -255,6 +295,7 @@ def count_kernels(run: Callable[[], object], **known: object) -> list[KernelTraf
             stored=launch.sectors("stored", groups),
             handed_on=bytes_handed_on,
             products=dict(launch.products),
+            ways=launch.ways,
         )
         for launch, bytes_handed_on in zip(launches, handed_on, strict=True)
     ]
@@ -271,11 +312,18 @@ def _recorded(launches: list[_Launch]) -> Iterator[None]:
 
     def launch(method: Callable, executor: Any, *args: Any, **kwargs: Any) -> Any:
         launches.append(_Launch(executor.fn.__name__, dict(zip(executor.arg_names, args, strict=False)) | kwargs))
-        return method(executor, *args, **kwargs)
+        result = method(executor, *args, **kwargs)
+        launches[-1].end_program()
+        return result
 
     def grid(method: Callable, builder: Any, *sizes: int) -> Any:
         launches[-1].programs = int(np.prod(sizes))
         return method(builder, *sizes)
+
+    def program(method: Callable, builder: Any, *indices: int) -> Any:
+        if any(indices):
+            launches[-1].end_program()
+        return method(builder, *indices)
 
     def load(method: Callable, builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         launches[-1].load(pointers, mask)
@@ -294,6 +342,14 @@ def _recorded(launches: list[_Launch]) -> Iterator[None]:
         launches[-1].dot(a, b, precision)
         return method(builder, a, b, d, precision, *rest)
 
+    def set_attribute(method: Callable, scope: Any, owner: Any, name: str, value: Any) -> Any:
+        """The interpreter's meaning of `if` and of `tl.range`."""
+        if name == "__bool__":
+            value = _counted_branch(launches, value)
+        elif name == "range":
+            value = _counted_loop(launches, value)
+        return method(scope, owner, name, value)
+
     def patch_language(method: Callable, function: Any) -> Any:
         """Once for each module and launch, not for every call: a third of the time."""
         module = id(function.__globals__)
@@ -306,7 +362,9 @@ def _recorded(launches: list[_Launch]) -> Iterator[None]:
     wrappers = {
         (interpreter.GridExecutor, "__call__"): launch,
         (interpreter, "_patch_lang"): patch_language,
+        (interpreter._LangPatchScope, "set_attr"): set_attribute,
         (builder, "set_grid_dim"): grid,
+        (builder, "set_grid_idx"): program,
         (builder, "create_masked_load"): load,
         (builder, "create_masked_store"): store,
         (builder, "create_atomic_rmw"): atomic,
@@ -317,7 +375,33 @@ def _recorded(launches: list[_Launch]) -> Iterator[None]:
     with mock.patch.object(interpreter.interpreter_builder, "options", options), contextlib.ExitStack() as stack:
         for (owner, name), wrapper in wrappers.items():
             stack.enter_context(mock.patch.object(owner, name, _wrapped(getattr(owner, name), wrapper)))
+        for module in [m for name, m in sys.modules.items() if name.startswith("dca_kernels.triton_backend.")]:
+            stack.enter_context(mock.patch.object(module, "range", _counted_loop(launches, range), create=True))
         yield
+
+
+def _counted_branch(launches: Sequence[_Launch], truth: Callable) -> Callable:
+    def count(tensor: Any) -> bool:
+        found = truth(tensor)
+        launches[-1].come(sys._getframe(1), Executions(1, int(found), int(found)))
+        return found
+
+    return count
+
+
+def _counted_loop(launches: Sequence[_Launch], sequence: Callable) -> Callable:
+    """Of copies that the compiler makes of a loop's body one counts."""
+
+    def count(*bounds: Any, loop_unroll_factor: int = 1, **options: Any) -> Any:
+        values = sequence(*bounds, **options)
+        if launches:
+            step = abs(values.step) * max(1, int(loop_unroll_factor or 1))
+            extent = abs(values.stop - values.start) if len(values) else 0
+            ran = -(-extent // step)
+            launches[-1].come(sys._getframe(1), Executions(1, ran, ran, extent, step))
+        return values
+
+    return count
 
 
 def _wrapped(method: Callable, wrapper: Callable) -> Callable:
@@ -445,6 +529,31 @@ def main_table(
     return sorted(rows, key=lambda row: list(modes).index(row["mode"]))
 
 
+@contextlib.contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """The interpreter computes as a GPU does, in bfloat16 too, or a kernel's branches would go another way."""
+    from dca_kernels.triton_backend import launch
+    from tests import interpreter  # here: it needs triton
+
+    interpreter.install()
+    with use_backend("triton"), mock.patch.object(launch, "architecture", lambda device: TARGET):
+        yield
+
+
+def _step_of(module: nn.Module, maps: list[Tensor], mode: str) -> Callable[[], object]:
+    gradients = cases.upstream(maps) if mode == "step" else None
+    return functools.partial(cases.step, module.train(mode != "eval"), maps, gradients)
+
+
+def count_module(patch: int, mode: str, dtype: str, images: int) -> list[KernelTraffic]:
+    """As `count_kernels`, of a call of the module on as many tiles of the bundled image."""
+    cpu = torch.device("cpu")
+    maps = cases.skip_maps(cases.load_image(None), images, patch, cases.DTYPES[dtype], cpu, cases.FEATURES)
+    module = cases.modules(patch, cases.DTYPES[dtype], cpu, cases.FEATURES)["fused"]
+    with _as_on_a_gpu():
+        return count_kernels(_step_of(module, maps, mode))
+
+
 def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
@@ -454,14 +563,9 @@ def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
     cpu = torch.device("cpu")
     maps = cases.skip_maps(cases.load_image(None), 1, patch, DTYPES[dtype], cpu, cases.FEATURES)
     modules = cases.modules(patch, DTYPES[dtype], cpu, cases.FEATURES)
-    gradients = cases.upstream(maps) if mode == "step" else None
-    run = {
-        name: functools.partial(cases.step, module.train(mode != "eval"), maps, gradients)
-        for name, module in modules.items()
-    }
-    with use_backend("triton"):
-        with np.errstate(all="ignore"):  # bfloat16 overflows in an interpreter that is not corrected
-            kernels = count_kernels(run["fused"])
+    run = {name: _step_of(module, maps, mode) for name, module in modules.items()}
+    with _as_on_a_gpu():
+        kernels = count_kernels(run["fused"])
         with (
             mock.patch.object(launch, "run", lambda *args, **kwargs: None),
             mock.patch.object(triton_backend, "watched", lambda: False),  # or it would be one operator
@@ -488,7 +592,7 @@ def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
         "of_bound": total / limit,
         "gpu": gpu,
         "floor_us": floors[-1]["floor_us"],
-        "kernels": [asdict(k) | floor for k, floor in zip(kernels, floors[:-1], strict=True)],
+        "kernels": [_row(k) | floor for k, floor in zip(kernels, floors[:-1], strict=True)],
     }
     theirs = {
         "implementation": "reference",
@@ -497,6 +601,13 @@ def _count(patch: int, mode: str, dtype: str, gpu: str) -> list[dict[str, Any]]:
         "flops": counter.get_total_flops(),
     }
     return [case | ours, case | theirs]
+
+
+def _row(kernel: KernelTraffic) -> dict[str, Any]:
+    """All but the ways of its programs, which are `model`'s."""
+    values = asdict(replace(kernel, ways=[]))
+    del values["ways"]
+    return values
 
 
 def main() -> None:
