@@ -311,7 +311,8 @@ LEGEND = {
     "trips": "of the longest loop; in flight: loads of a thread that are under way in each",
     "MB, GFLOP": "that the kernel moves at least, and multiplies",
     "special": "millions of exponentials, reciprocals and roots; instructions: millions, of warps",
-    "floor, model, measured": "microseconds; the model's marked where it is more than 30 % off",
+    "floor, model, measured": "microseconds, measured of the kernels as they were then; the model's marked where it is "
+    "more than 30 % off",
 }
 
 

@@ -16,7 +16,6 @@ from dca_kernels.triton_backend.grid import (
     interpolation,
     interpolation_tables,
     load_grid,
-    load_origin,
     load_transposed,
     row_table,
     window_begin,
@@ -104,14 +103,14 @@ def _batch_statistics(
         stride_of_scale(LAYOUT, g, 3, height, width, scale),
     )
     x_ptrs = of_scale(maps, scale, SCALES) + b * strides[0] + offs_c * strides[1]
-    origin = load_origin(x_ptrs, mask_c, height, width, strides[2], strides[3], ACC).to(tl.float64)
+    origin = load_vector(moments.less_origin.origins + b * TOTAL, offs_all, mask_c, tl.float64)
     MOMENT_BLOCKS: tl.constexpr = triton.cdiv(GRID[0], MOMENT_BLOCK[0]) * triton.cdiv(GRID[1], MOMENT_BLOCK[1])
     x_mean, x_squares = _combine_blocks(
         moments=moments.blocks + b * MOMENT_BLOCKS * 2 * TOTAL, offs_all=offs_all, mask_c=mask_c, height=height,
         width=width, GRID=GRID, TOTAL=TOTAL, BLOCKS=MOMENT_BLOCKS, BLOCK=MOMENT_BLOCK, SUM=SUM, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     z_mean, z_squares, products = _interpolated_moments(
-        z=z + image, transposed=moments.transposed + image * PARTS,
+        z=z + image, transposed=moments.less_origin.transposed + image * PARTS,
         tables=tables + scale * (TABLES * (GRID[0] + GRID[1])), offs_all=offs_all, mask_c=mask_c, height=height,
         pixels=height * width, area=area_of(sizes, scale, height * width, LAYOUT, g, ACC), PARTS=PARTS, GRID=GRID,
         TOTAL=TOTAL, ACC=ACC, SUM=SUM, BLOCK_N=BLOCK_N,
@@ -186,7 +185,7 @@ def _interpolated_moments(
     """
     N: tl.constexpr = GRID[0] * GRID[1]
     mean = tl.zeros([BLOCK_N, offs_all.shape[0]], SUM)
-    for start in range(0, N, BLOCK_N):
+    for start in tl.range(0, N, BLOCK_N, loop_unroll_factor=min(triton.cdiv(N, BLOCK_N), 8)):
         offs_n = start + tl.arange(0, BLOCK_N)
         p, q = offs_n // GRID[1], offs_n % GRID[1]
         weight = row_table(tables, COLUMN_SUMS, p, GRID) * column_table(tables, COLUMN_SUMS, q, GRID)
@@ -384,7 +383,7 @@ def batch_statistics(tokens: Tokens, z: Tensor, used: Tensor, maps: Maps, contra
         tables=interpolation_tables(sizes, contract.grid, accumulation_dtype(z.dtype), launcher.device),
         counters=counters_of(contract), statistics=statistics, sizes=size_arguments(sizes, contract.grid),
         LAYOUT=grouped(layout_of(maps.maps, contract.grid), keys), MOMENT_BLOCK=maps.block,
-        PARTS=maps.moments.transposed.shape[1],
+        PARTS=maps.moments.less_origin.transposed.shape[1],
         GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
     )  # fmt: skip
     config = launcher.config("combine_images")

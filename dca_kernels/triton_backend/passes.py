@@ -106,12 +106,12 @@ def empty(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], Sav
             saved.append(spatial_attention.Saved.empty(tokens, heads_of(block.spatial_attention)))
     tokens = Tokens.beside(maps, contract)
     by_rows = taken_by_rows(maps, contract.grid)
-    transposed = patch_embed.empty_transposed(tokens, by_rows) if any(from_batch(contract)) else None
+    less_origin = patch_embed.LessOrigin.empty(tokens, by_rows) if any(from_batch(contract)) else None
     outs = [
         torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
         for x, dtype in zip(maps, contract.output_dtypes, strict=True)
     ]
-    return outs, Saved(tuple(saved), upsample.Saved.empty(tokens, transposed, by_rows, contract))
+    return outs, Saved(tuple(saved), upsample.Saved.empty(tokens, less_origin, by_rows, contract))
 
 
 def backward(

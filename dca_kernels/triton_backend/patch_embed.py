@@ -19,6 +19,7 @@ from dca_kernels.triton_backend.grid import (
     interpolation_matrix,
     load_origin,
     median,
+    of_pairs,
     weight_in_row,
     window_begin,
     window_end,
@@ -49,17 +50,35 @@ UNROLLED = tl.constexpr(4)
 PAIRS = tl.constexpr(128)
 
 
-class Moments(NamedTuple):
-    """What BatchNorm's statistics need of each map less its origin, `grid.load_origin` (docs/algebra.md, "Upsample").
+class LessOrigin(NamedTuple):
+    """What BatchNorm's statistics and their gradient need of each map less its origin.
 
     Attributes:
-        blocks: (B, blocks, 2, C), mean and centred squares of each block of pixels.
-        transposed: (B, parts, N, C), the transposed interpolation of the map, over the pixels of a token: see
+        origins: (B, C), see `grid.load_origin`.
+        transposed: (B, parts, N, C), the transposed interpolation of the rest, over the pixels of a token: see
             `grid.load_transposed`.
     """
 
-    blocks: Tensor
+    origins: Tensor
     transposed: Tensor
+
+    @classmethod
+    def empty(cls, tokens: Tokens, by_rows: bool) -> "LessOrigin":
+        """Fresh memory for those of the maps that these tokens are of."""
+        batch, count, channels = tokens.plain.shape
+        parts = ROW_PARTS.value if by_rows else 1
+        return cls(tokens.empty(batch, channels), tokens.plain.new_empty((batch, parts, count, channels)))
+
+
+class Moments(NamedTuple):
+    """What BatchNorm's statistics need of each map (docs/algebra.md, "Upsample").
+
+    Attributes:
+        blocks: (B, blocks, 2, C), mean and centred squares of each block of pixels less their origin.
+    """
+
+    blocks: Tensor
+    less_origin: LessOrigin
 
 
 class Maps(NamedTuple):
@@ -103,14 +122,17 @@ def _patch_embed_kernel(
             BAND: tl.constexpr = REACH.band
             strides = strides_of(STRIDE, height, width)
             x = maps[i] + b * strides[0]
+            offs_c = tl.arange(0, padded(CHANNELS))
+            mask_c = offs_c < CHANNELS
+            origin = None
+            if FROM_BATCH[i]:
+                origin = load_origin(x + offs_c * strides[1], mask_c, height, width, strides[2], strides[3], ACC)
             window_sums, lane_means, lane_squares = _sum_windows(
-                x=x, p_begin=p_begin, q_begin=q_begin, height=height, width=width, strides=strides, CHANNELS=CHANNELS,
-                WINDOWS=WINDOWS, LARGEST=LARGEST, GRID=GRID, FROM_BATCH=FROM_BATCH[i], ACC=ACC, BLOCK=BLOCK,
+                x=x, origin=origin, p_begin=p_begin, q_begin=q_begin, height=height, width=width, strides=strides,
+                CHANNELS=CHANNELS, WINDOWS=WINDOWS, LARGEST=LARGEST, GRID=GRID, ACC=ACC, BLOCK=BLOCK,
             )  # fmt: skip
             window = tl.arange(0, BLOCK[0] * BLOCK[1])
             offs_p, offs_q = p_begin + window // BLOCK[1], q_begin + window % BLOCK[1]
-            offs_c = tl.arange(0, padded(CHANNELS))
-            mask_c = offs_c < CHANNELS
             rows = _extent(offs_p, height, GRID[0], WINDOWS[0])
             columns = _extent(offs_q, width, GRID[1], WINDOWS[1])
             weight = load_vector(embedding.weight[i], offs_c, mask_c, ACC)
@@ -137,13 +159,16 @@ def _patch_embed_kernel(
                 moments_ptrs = moments.blocks + (b * BLOCKS + block) * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
                 tl.store(moments_ptrs, mean, mask=mask_c)
                 tl.store(moments_ptrs + SHAPE.total, squares, mask=mask_c)
+                origin_ptrs = moments.less_origin.origins + b * SHAPE.total + SHAPE.offsets[i] + offs_c
+                tl.store(origin_ptrs, origin, mask=mask_c & (block == 0))
                 if BAND is None:  # a lane is a pixel
-                    tl.store(moments.transposed + offs_tokens, tl.trans(lane_means), mask=mask)
+                    tl.store(moments.less_origin.transposed + offs_tokens, tl.trans(lane_means), mask=mask)
                 else:
                     row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
                     _interpolate_transposed(
-                        x=x, out=moments.transposed + image, p_begin=p_begin, q_begin=q_begin, height=height,
-                        width=width, row_step=row_step, column_step=column_step, strides=strides,
+                        x=x, origin=origin, out=moments.less_origin.transposed + image, p_begin=p_begin,
+                        q_begin=q_begin, height=height, width=width, row_step=row_step, column_step=column_step,
+                        strides=strides,
                         area=area_of(sizes, i, height * width, LAYOUT, i, ACC),  # of a map's size, whatever the stride
                         CHANNELS=CHANNELS, BAND=BAND, GRID=GRID, TOTAL=SHAPE.total, PRECISION=PRECISION, ACC=ACC,
                         BLOCK=BLOCK,
@@ -152,7 +177,7 @@ def _patch_embed_kernel(
 
 @triton.jit
 def _interpolate_transposed(
-    x, out, p_begin, q_begin, height, width, row_step, column_step, strides, area,
+    x, origin, out, p_begin, q_begin, height, width, row_step, column_step, strides, area,
     CHANNELS: tl.constexpr, BAND: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +194,7 @@ def _interpolate_transposed(
     mask = (offs_q < GRID[1])[:, None] & (offs_c < CHANNELS)[None, :]
     if HALF:
         strips = _products_weighted(
-            x=x, p_begin=p_begin, q_begin=q_begin, height=height, width=width, row_step=row_step,
+            x=x, origin=origin, p_begin=p_begin, q_begin=q_begin, height=height, width=width, row_step=row_step,
             column_step=column_step, strides=strides, CHANNELS=CHANNELS, BAND=BAND, GRID=GRID, ACC=ACC, BLOCK=BLOCK,
         )  # fmt: skip
         for k in tl.static_range(len(strips)):
@@ -181,8 +206,9 @@ def _interpolate_transposed(
         for k in tl.range(BLOCK[0]):
             p = p_begin + k
             transposed = _product_of_weighted(
-                x=x, p=p, q_begin=q_begin, height=height, width=width, row_step=row_step, column_step=column_step,
-                strides=strides, CHANNELS=CHANNELS, BAND=BAND, GRID=GRID, PRECISION=PRECISION, ACC=ACC, BLOCK=BLOCK,
+                x=x, origin=origin, p=p, q_begin=q_begin, height=height, width=width, row_step=row_step,
+                column_step=column_step, strides=strides, CHANNELS=CHANNELS, BAND=BAND, GRID=GRID, PRECISION=PRECISION,
+                ACC=ACC, BLOCK=BLOCK,
             )  # fmt: skip
             transposed /= area
             tl.store(out_ptrs + p * GRID[1] * TOTAL, tl.trans(transposed), mask=mask & (p < GRID[0]))
@@ -195,7 +221,7 @@ def _rows_at_once(channels):
 
 @triton.jit
 def _products_weighted(
-    x, p_begin, q_begin, height, width, row_step, column_step, strides,
+    x, origin, p_begin, q_begin, height, width, row_step, column_step, strides,
     CHANNELS: tl.constexpr, BAND: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For each of the block's rows of tokens, [pairs, 2 BLOCK[1]]: to be summed over the pairs' rows and both parts."""
@@ -207,8 +233,7 @@ def _products_weighted(
     mask = mask_c[:, None] & mask_w[None, :]
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
     columns = _in_two_parts(offs_w, mask_w, q_begin, column_step, x.dtype.element_ty, ACC, BLOCK[1])
-    origin = load_origin(x + offs_c * strides[1], mask_c, height, width, strides[2], strides[3], ACC)
-    origin = origin.to(x.dtype.element_ty)
+    origin = of_pairs(origin.to(x.dtype.element_ty), ROWS)
     # by the same product, such that nothing is left of a map that is its origin everywhere
     of_origin = tl.dot(tl.broadcast_to(origin[:, None], mask.shape), columns, out_dtype=ACC)
     strips = ()
@@ -250,7 +275,7 @@ def _in_two_parts(
 
 @triton.jit
 def _product_of_weighted(
-    x, p, q_begin, height, width, row_step, column_step, strides,
+    x, origin, p, q_begin, height, width, row_step, column_step, strides,
     CHANNELS: tl.constexpr, BAND: tl.constexpr, GRID: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +284,6 @@ def _product_of_weighted(
     offs_q = q_begin + tl.arange(0, BLOCK[1])
     offs_w, mask_w = _band_columns(q_begin, width, BAND, GRID[1], BLOCK[1])
     mask = (offs_c < CHANNELS)[:, None] & mask_w[None, :]
-    origin = load_origin(x + offs_c * strides[1], offs_c < CHANNELS, height, width, strides[2], strides[3], ACC)
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
     begin, end = band_begin(p, height, GRID[0]), band_end(p, height, GRID[0])
     strip = tl.zeros(mask.shape, ACC)
@@ -303,15 +327,15 @@ def _lanes(
 
 @triton.jit
 def _sum_windows(
-    x, p_begin, q_begin, height, width, strides,
+    x, origin, p_begin, q_begin, height, width, strides,
     CHANNELS: tl.constexpr, WINDOWS: tl.constexpr, LARGEST: tl.constexpr, GRID: tl.constexpr,
-    FROM_BATCH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over windows [C_i, windows]; for each lane, mean and centred squares over its rows [C_i, lanes].
 
     x is one image (C_i, H_i, W_i). Neighbouring windows may share a row (and a column): it belongs to the later window.
-    Means are those of the map less its origin: small where it varies little. For BatchNorm a lane's pixels are
-    summed less the median of three of them: one that is far off spoils no other.
+    Means are those of the map less its origin [C_i], where there is one: small where it varies little. A lane's pixels
+    are summed less the median of three of them: one that is far off spoils no other.
     """
     PADDED: tl.constexpr = LARGEST[1]
     offs_c = tl.arange(0, padded(CHANNELS))
@@ -321,7 +345,7 @@ def _sum_windows(
     next_begin = window_begin(p + 1, height, GRID[0], WINDOWS[0])
     x_ptrs = x + offs_c[:, None] * strides[1] + (begin * strides[2] + column * strides[3])[None, :]
     level = 0.0
-    if FROM_BATCH:
+    if origin is not None:
         first = tl.load(x_ptrs, mask=mask, other=0.0).to(ACC)
         middle = tl.load(x_ptrs + ((end - begin) // 2 * strides[2])[None, :], mask=mask, other=0.0).to(ACC)
         last = tl.load(x_ptrs + ((end - begin - 1) * strides[2])[None, :], mask=mask, other=0.0).to(ACC)
@@ -333,7 +357,7 @@ def _sum_windows(
         # where all windows are as high, each has all rows, and none of them belongs to a later window
         here = mask if WINDOWS[0] is not None else mask & (begin + r < end)[None, :]
         pixels = tl.load(x_ptrs + r * strides[2], mask=here, other=0.0).to(ACC)
-        if FROM_BATCH:
+        if origin is not None:
             pixels -= level
             if WINDOWS[0] is None:
                 pixels = tl.where(here, pixels, 0.0)
@@ -343,12 +367,11 @@ def _sum_windows(
                 squares += pixels * pixels
         sums += pixels
     means = sums
-    if FROM_BATCH:
+    if origin is not None:
         if WINDOWS[0] is not None:
             belonging = sums
         mean = belonging / tl.maximum(next_begin - begin, 1).to(ACC)[None, :]
         squares -= belonging * mean
-        origin = load_origin(x + offs_c * strides[1], offs_c < CHANNELS, height, width, strides[2], strides[3], ACC)
         means = level - origin[:, None] + mean
         sums += level * (end - begin).to(ACC)[None, :]
     return tl.sum(tl.reshape(sums, [padded(CHANNELS), BLOCK[0] * BLOCK[1], PADDED]), 2), means, squares
@@ -399,7 +422,7 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
         tokens = tokens._replace(statistics=statistics, sums=sums)
     moments = None
     if train:
-        moments = Moments(tokens.empty(batch, blocks, 2, shape.total), empty_transposed(tokens, by_rows))
+        moments = Moments(tokens.empty(batch, blocks, 2, shape.total), LessOrigin.empty(tokens, by_rows))
     arguments: dict[str, Any] = {
         "embedding": affines_of(contract.patch_embed),
         "tokens": tokens.plain,
@@ -418,12 +441,6 @@ def patch_embed(maps: Sequence[Tensor], contract: Contract) -> tuple[Tokens, Map
             LAYOUT=layout_of(maps, grid, reaches=[_reach(size, grid, block[1]) for size in sizes]),
         )  # fmt: skip
     return tokens, Maps(tuple(maps), moments, block)
-
-
-def empty_transposed(tokens: Tokens, by_rows: bool) -> Tensor:
-    """Fresh memory for `Moments.transposed`."""
-    batch, count, channels = tokens.plain.shape
-    return tokens.plain.new_empty((batch, ROW_PARTS.value if by_rows else 1, count, channels))
 
 
 def _config(

@@ -85,10 +85,15 @@ def _embed_row(
         transposed = _interpolate_transposed(sums, level, weights, COLUMN_STEP, GRID[1], WINDOW)
         for part in tl.static_range(len(transposed)):
             grid = b * ROW_PARTS + part
-            _store_row(moments.transposed, transposed[part] / AREA, grid, p, offs_c, mask_c, i, GRID, SHAPE)
+            _store_row(moments.less_origin.transposed, transposed[part] / AREA, grid, p, offs_c, mask_c, i, GRID, SHAPE)
         moments_ptrs = moments.blocks + (b * GRID[0] + p) * 2 * SHAPE.total + SHAPE.offsets[i] + offs_c
         tl.store(moments_ptrs, mean, mask=mask_c)
         tl.store(moments_ptrs + SHAPE.total, centred, mask=mask_c)
+        if p == 0:
+            origin_ptrs = moments.less_origin.origins + b * SHAPE.total + SHAPE.offsets[i] + offs_c
+            # Loaded again: every program would hold it in the store's layout, too.
+            origin = load_origin(image_ptrs, mask_c, HEIGHT, WIDTH, strides[2], strides[3], ACC)
+            tl.store(origin_ptrs, origin, mask=mask_c)
     else:
         window_sums = tl.zeros([offs_c.shape[0], offs_q.shape[0]], ACC)
         ROWS: tl.constexpr = WINDOW[0]

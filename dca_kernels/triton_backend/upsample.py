@@ -35,7 +35,7 @@ from dca_kernels.triton_backend.layout import (
     tiles_of,
 )
 from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, buffers_of
-from dca_kernels.triton_backend.patch_embed import Maps
+from dca_kernels.triton_backend.patch_embed import LessOrigin, Maps
 from dca_kernels.triton_backend.primitives import (
     divide,
     first_blocks,
@@ -159,14 +159,14 @@ class Saved(NamedTuple):
         tokens: (B, N, C).
         forms: (1 or 2, B, N, C), the convolution of the tokens, z: as it is, where there will be a backward or a
             BatchNorm takes the batch's statistics; and as the passes over the maps take it, (B, C, N) by rows.
-        transposed: of the maps, see `patch_embed.Moments`.
+        less_origin: of the maps whose BatchNorm takes the batch's statistics.
         used: (2, C) in float64, mean without the convolution's bias, and variance, that BatchNorm took; where there
             will be a backward or a BatchNorm takes the batch's.
     """
 
     tokens: Tokens
     forms: Tensor
-    transposed: Tensor | None
+    less_origin: LessOrigin | None
     used: Tensor | None
 
     @property
@@ -180,12 +180,12 @@ class Saved(NamedTuple):
         return self.forms.shape[0] == 2
 
     @classmethod
-    def empty(cls, tokens: Tokens, transposed: Tensor | None, by_rows: bool, contract: Contract) -> "Saved":
+    def empty(cls, tokens: Tokens, less_origin: LessOrigin | None, by_rows: bool, contract: Contract) -> "Saved":
         """These, and fresh memory for what else the forward saves."""
         twice = contract.backward or any(from_batch(contract))
         used = tokens.empty(2, tokens.shape.total, dtype=torch.float64) if twice else None
         forms = tokens.plain.new_empty((2 if twice and by_rows else 1, *tokens.plain.shape))
-        return cls(Tokens(tokens.plain, tokens.channels), forms, transposed, used)
+        return cls(Tokens(tokens.plain, tokens.channels), forms, less_origin, used)
 
 
 def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tensor], Saved]:
@@ -203,7 +203,7 @@ def upsample(tokens: Tokens, maps: Maps, contract: Contract) -> tuple[list[Tenso
     launcher, batch, shape = tokens.launcher, tokens.batch, tokens.shape
     moments = maps.moments
     by_rows = taken_by_rows(maps.maps, contract.grid)
-    saved = Saved.empty(tokens, None if moments is None else moments.transposed, by_rows, contract)
+    saved = Saved.empty(tokens, None if moments is None else moments.less_origin, by_rows, contract)
     config = launcher.config("conv", widest_scale(shape))
     column_blocks = sum([launch.blocks(c, config["block_c"]) for c in shape.channels])
     launcher(

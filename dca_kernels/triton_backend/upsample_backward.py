@@ -26,7 +26,6 @@ from dca_kernels.triton_backend.grid import (
     interpolation_tables,
     less_mean,
     load_map,
-    load_origin,
     load_transposed,
     of_channels,
     pairs,
@@ -47,7 +46,6 @@ from dca_kernels.triton_backend.layout import (
     split_tiles,
     steps_of,
     stretch_of,
-    stride_of_scale,
     strides_of,
     tiles_of,
 )
@@ -260,15 +258,15 @@ def _norm_gradients(
 
 @kernel
 def _grid_gradient_kernel(
-    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes,
+    z, less_origin, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, BY_ROWS: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of the tokens in one row of the grid, for BLOCK_C channels of one scale: (B, N, C).
 
     It is that of z, dz (B, N, C), through the transposed convolution, where it is wanted. Every block of channels needs
-    all of z's, BLOCK_K at a time, and writes those of its own channels. z (B, N, C), transposed (B, parts, N, C), used,
-    through_statistics (2, C), tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them or, BY_ROWS,
+    all of z's, BLOCK_K at a time, and writes those of its own channels. z (B, N, C), used, through_statistics (2, C),
+    tables (S, 3 (P_h + P_w)), strips as `_upsample_backward_kernel` wrote them or, BY_ROWS,
     `upsample_rows._upsample_backward_rows_kernel`.
     """
     CHANNELS: tl.constexpr = SHAPE.channels
@@ -279,7 +277,7 @@ def _grid_gradient_kernel(
     for g in tl.static_range(len(LAYOUT.groups)):
         if in_group(scale, LAYOUT, g):
             _grid_gradient(
-                maps=maps, z=z, transposed=transposed, used=used, tables=tables, strips=strips, affines=affines,
+                z=z, less_origin=less_origin, used=used, tables=tables, strips=strips, affines=affines,
                 through_statistics=through_statistics, weights=weights, dz=dz, dtokens=dtokens, sizes=sizes, b=b,
                 p=tile // ROW_BLOCKS, scale=scale, block=block, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, BY_ROWS=BY_ROWS,
                 OPERAND=OPERAND, PRECISION=PRECISION, ACC=ACC, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K,
@@ -288,8 +286,7 @@ def _grid_gradient_kernel(
 
 @triton.jit
 def _grid_gradient(
-    maps, z, transposed, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes, b, p, scale,
-    block,
+    z, less_origin, used, tables, strips, affines, through_statistics, weights, dz, dtokens, sizes, b, p, scale, block,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, BY_ROWS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -315,8 +312,7 @@ def _grid_gradient(
         offs_c = start + tl.arange(0, STEP)
         mask_c = offs_c < channels
         gradient = _gradient_of_z(
-            x=of_scale(maps, scale, SCALES), z=z, transposed=transposed, used=used, b=b,
-            tables=its_tables, strips=strips, affines=affines,
+            z=z, less_origin=less_origin, used=used, b=b, tables=its_tables, strips=strips, affines=affines,
             through_statistics=through_statistics, p=p, offs_q=offs_q, offs_c=offs_c, mask_c=mask_c, sizes=sizes,
             scale=scale, channels=channels, offset=offset, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, BY_ROWS=BY_ROWS, ACC=ACC,
         ).to(dz.dtype.element_ty)  # fmt: skip
@@ -345,7 +341,7 @@ def _tables_of(tables, p, offs_q, GRID: tl.constexpr):
 
 @triton.jit
 def _gradient_of_z(
-    x, z, transposed, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, scale,
+    z, less_origin, used, b, tables, strips, affines, through_statistics, p, offs_q, offs_c, mask_c, sizes, scale,
     channels, offset,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, BY_ROWS: tl.constexpr,
     ACC: tl.constexpr,
@@ -362,19 +358,14 @@ def _gradient_of_z(
     through = tl.zeros([offs_q.shape[0], offs_c.shape[0]], ACC)
     if (NORM is not None) and NORM.from_batch:
         ones, of_rows, of_columns = tables
-        image_stride = stride_of_scale(LAYOUT, g, 0, height.to(tl.int64), width, scale)
-        channel_stride = stride_of_scale(LAYOUT, g, 1, height, width, scale)
-        row_stride = stride_of_scale(LAYOUT, g, 2, height, width, scale)
-        column_stride = stride_of_scale(LAYOUT, g, 3, height, width, scale)
-        image_ptrs = x + b * image_stride + offs_c * channel_stride
-        origin = load_origin(image_ptrs, mask_c, height, width, row_stride, column_stride, ACC)
+        origin = load_vector(less_origin.origins + b * TOTAL, offs_all, mask_c, tl.float64)
         # Taken off z: as a mean is, it may be far larger than what varies.
         token = load_vector(z + image, offs_all, mask_c, ACC)
-        apart = (origin.to(tl.float64) + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
+        apart = (origin + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)
         constant = load_vector(through_statistics, offs_all, mask_c, ACC)
         multiple = load_vector(through_statistics + TOTAL, offs_all, mask_c, ACC)
         y = _interpolated_twice(z + image, token, of_rows, of_columns, p, offs_q, offs_all, mask_c, GRID, TOTAL, ACC)
-        transposed += image * PARTS
+        transposed = less_origin.transposed + image * PARTS
         of_map = load_transposed(transposed, p, offs_q, offs_all, mask_c, height, PARTS, GRID, TOTAL, ACC)
         y += of_map * area_of(sizes, scale, height * width, LAYOUT, g, ACC)
         through += (constant + multiple * apart)[None, :] * ones[:, None] + multiple[None, :] * y
@@ -568,7 +559,7 @@ def upsample_backward(
     launcher(
         _grid_gradient_kernel, config,
         batch * grid[0] * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
-        maps=tuple(maps), z=saved.z, transposed=saved.transposed, used=saved.used,
+        z=saved.z, less_origin=saved.less_origin, used=saved.used,
         tables=interpolation_tables(sizes, grid, accumulation_dtype(launcher.dtype), launcher.device), strips=strips,
         affines=affines, through_statistics=through_statistics, weights=affines_of(contract.upsample).weight, dz=dz,
         dtokens=dtokens, sizes=size_args, LAYOUT=layout, BY_ROWS=by_rows,

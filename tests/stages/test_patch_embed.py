@@ -79,11 +79,14 @@ def test_moments_are_those_of_the_maps(config: Config, by_rows: bool, monkeypatc
         maps[-1] = maps[-1].contiguous(memory_format=torch.channels_last)
     its = contract.read(dca, [head[0] for head in dca.bn_relu], torch.float64, [torch.float64] * len(maps))
     _, (_, moments, block) = patch_embed.patch_embed(maps, its)
-    parts = moments.transposed.cpu().unflatten(2, config.patch).split(config.features, -1)
+    parts = moments.less_origin.transposed.cpu().unflatten(2, config.patch).split(config.features, -1)
     blocks = moments.blocks.cpu().split(config.features, -1)
+    origins = moments.less_origin.origins.cpu().split(config.features, -1)
     assert len(parts[0][0]) == (3 if by_rows else 1) and (block == (1, config.patch[1]) or not by_rows)
-    for x, found, its_blocks in zip(maps, parts, blocks, strict=True):
-        apart = x.cpu() - torch.stack(three_pixels(x.cpu())).median(0).values
+    for x, found, its_blocks, origin in zip(maps, parts, blocks, origins, strict=True):
+        median = torch.stack(three_pixels(x.cpu())).median(0).values
+        assert torch.equal(origin, median[..., 0, 0])
+        apart = x.cpu() - median
         whole = found[:, 0].clone()
         if by_rows and x.shape[2] != config.patch[0]:
             whole[:, 1:] += found[:, 1, :-1]
@@ -115,8 +118,8 @@ def test_the_transposed_interpolation_is_rounded_once(dtype: torch.dtype) -> Non
             pixel.zero_()  # what is taken off
     its = contract.read(dca, [head[0] for head in dca.bn_relu], dtype, [dtype] * len(maps))
     _, embedded = patch_embed.patch_embed(maps, its)
-    transposed = embedded.moments.transposed.squeeze(1).unflatten(1, config.patch).split(config.features, -1)
-    for x, found in zip(maps, transposed, strict=True):
+    transposed = embedded.moments.less_origin.transposed.squeeze(1).unflatten(1, config.patch)
+    for x, found in zip(maps, transposed.split(config.features, -1), strict=True):
         exact = transposed_interpolation(x, config.patch)
         ulp = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
         assert ((found.cpu().double() - exact).abs() / ulp).max() < 0.51
