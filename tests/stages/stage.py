@@ -30,6 +30,7 @@ ROWS = {
     "a_full_tile": Config((4, 8), (2, 16), sizes=((6, 64), (4, 16)), batch=1),
     "one_row": Config((4, 8), (1, 3), sizes=((3, 6), (1, 12)), batch=1),
     "one_column": Config((4, 8), (3, 1), sizes=((6, 4), (3, 1)), batch=1),
+    "one_token": Config((4, 8), (1, 1), sizes=((4, 2), (2, 2)), batch=2),
 }
 each_kind_of_windows = pytest.mark.parametrize(
     "config", [RAGGED, ROWS["powers_of_two"]], ids=["ragged", "powers_of_two"]
