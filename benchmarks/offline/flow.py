@@ -39,7 +39,7 @@ class Place(NamedTuple):
     """A statement of a kernel's source.
 
     Attributes:
-        name: file, function, "for" or "if", and the how manieth of its kind it is in the function.
+        name: file, function, "for" or "if", and its number among those of the function.
         unrolled: an `if` in a loop that the compiler unrolls: each turn has machine code of its own.
     """
 

@@ -31,7 +31,6 @@ from benchmarks.offline.flow import Counts, Part
 from benchmarks.offline.traffic import KernelTraffic
 from benchmarks.rows import RESULTS
 
-TARGET = "sm_90"
 MEASURED = {"H100": RESULTS / "h100" / "sixth.ndjson"}  # the newest times of every kernel
 # Images that are counted for a larger batch: more than any condition of configurations.json asks for.
 IMAGES = 3
@@ -154,11 +153,11 @@ def fit(groups: Iterable[tuple[Sequence[Terms], float]]) -> Constants:
 @functools.cache
 def _launches(phase: str, batch: int, dtype: str) -> list[machine_code.Launch]:
     case = machine_code.Case("model", cases.DTYPES[dtype], batch=batch, train=phase == "train")
-    return machine_code.record(case, TARGET)
+    return machine_code.record(case, traffic.TARGET)
 
 
 def _compiled(phase: str, batch: int, dtype: str, i: int) -> tuple[dict[str, int], list[Part]]:
-    with stand_in.standing_in(TARGET):
+    with stand_in.standing_in(traffic.TARGET):
         kernel = _launches(phase, batch, dtype)[i].compile()
     return machine_code.resources(kernel), flow.parts(machine_code.disassembled(kernel))
 
@@ -181,7 +180,7 @@ def works(phases: Sequence[str], batches: Sequence[int], dtype: str, workers: in
     digests: dict[tuple[str, int], list[str]] = {}
     for phase, batch in calls:
         for i, one in enumerate(_launches(phase, batch, dtype)):
-            with stand_in.standing_in(TARGET):
+            with stand_in.standing_in(traffic.TARGET):
                 digests.setdefault((phase, batch), []).append(machine_code.digest(one))
             jobs.setdefault(digests[phase, batch][-1], (phase, batch, dtype, i))
     compiled = dict(zip(jobs, _spread(_compiled, list(jobs.values()), workers, "compiling"), strict=True))
@@ -235,15 +234,16 @@ def _spread(function: Any, jobs: Sequence[tuple[Any, ...]], workers: int, said: 
 
 
 Row = dict[str, Any]
+Times = dict[tuple[str, int, str], float]  # microseconds by phase, batch and kernel
 
 
-def measured(path: Path | None, dtype: str) -> dict[tuple[str, int, str], float]:
-    """Microseconds of every kernel of a call, by phase, batch and kernel: of `python -m benchmarks kernels`."""
+def measured(path: Path | None, dtype: str) -> Times:
+    """What a journal of `python -m benchmarks kernels` says of every kernel."""
     entries = [e for e in journal.read(path) if e["step"] == "kernels" and (e["size"], e["dtype"]) == ("paper", dtype)]
     return {(e["phase"], e["batch"], e["kernel"]): round(e["us"], 2) for e in entries}
 
 
-def rows(found: dict[tuple[str, int], list[Work]], gpu: traffic.Gpu, constants: Constants, known: Any) -> list[Row]:
+def rows(found: dict[tuple[str, int], list[Work]], gpu: traffic.Gpu, constants: Constants, known: Times) -> list[Row]:
     """One a kernel and call, the longest first, then the sum of a call.
 
     What several launches of a kernel do is summed; what is not a sum is the first one's.
@@ -272,7 +272,6 @@ def rows(found: dict[tuple[str, int], list[Work]], gpu: traffic.Gpu, constants: 
                     "gflop": round(sum(sum(work.products.values()) for work in of_kernel) / 1e9, 3),
                     "special_m": round(sum(w.executed("special") * threads / 1e6 for w in of_kernel), 3),
                     "instructions_m": round(sum(w.executed("instructions") * w.warps / 1e6 for w in of_kernel), 3),
-                    "narrow_loads": one.counts.mean.get("narrow_loads", 0) > 0,
                     "floor_us": round(sum(max(t.memory, t.products) for t in each), 2),
                     "model_us": round(sum(microseconds(t, constants) for t in each), 2),
                     "measured_us": known.get((phase, batch, kernel)),
@@ -308,9 +307,11 @@ LEGEND = {
     "waves": "programs over those that the GPU holds at a time",
     "warps": "that a multiprocessor holds",
     "spilled": "bytes a thread",
-    "trips": "of the longest loop; in flight: loads of a thread that are under way in each",
+    "trips": "of the longest loop",
+    "in flight": "loads of a thread that are under way in each trip",
     "MB, GFLOP": "that the kernel moves at least, and multiplies",
-    "special": "millions of exponentials, reciprocals and roots; instructions: millions, of warps",
+    "special": "millions of exponentials, reciprocals and roots",
+    "instructions": "millions, of warps",
     "floor, model, measured": "microseconds, measured of the kernels as they were then; the model's marked where it is "
     "more than 30 % off",
 }
@@ -378,7 +379,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def fitted(found: dict[tuple[str, int], list[Work]], gpu: traffic.Gpu, known: Any) -> Constants:
+def fitted(found: dict[tuple[str, int], list[Work]], gpu: traffic.Gpu, known: Times) -> Constants:
     """To every kernel that was measured."""
     groups: dict[tuple[str, int, str], list[Terms]] = {}
     for (phase, batch), launches in found.items():

@@ -105,6 +105,7 @@ NUMBERS = {
     "compile": ["--batch", "--processes"],
     "tune": ["--batch", "--most", "--seconds", "--processes"],
     "determinism": ["--repeats", "--batch"],
+    "model": ["--batch", "--processes"],
     "host": ["--batch"],
 }
 

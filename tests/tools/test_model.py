@@ -235,6 +235,14 @@ KERNELS = [row for row in ROWS if row["kernel"] != "all"]
 REDUCERS = ("norm_gradients", "patch_embed_gradients", "spatial_gradients", "channel_gradients")
 
 
+def test_no_configuration_is_of_more_images_than_are_counted() -> None:
+    table = json.loads((ROOT / "dca_kernels" / "triton_backend" / "configurations.json").read_text())
+    conditions = [(entry["size"], row.get("if", {})) for entry in table.values() for row in entry["rows"]]
+    named = [its["max_images"] for _, its in conditions if "max_images" in its]
+    named += [its["max_size"] for size, its in conditions if size == "images" and "max_size" in its]
+    assert named and max(named) < model.IMAGES
+
+
 def test_the_rows_are_those_of_every_call() -> None:
     calls = {(row["phase"], row["batch"], row["launches"]) for row in ROWS if row["kernel"] == "all"}
     assert {call for call in calls if call[0] == "eval"} == {("eval", batch, 9) for batch in (1, 8, 32)}
