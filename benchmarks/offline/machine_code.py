@@ -285,8 +285,8 @@ def main(arguments: Sequence[str]) -> int:
         "offline",
         "Compiles every kernel for GPUs that need not be there and reads registers, spills, shared memory and "
         "instructions from the machine code; then counts launches, bytes and operations of a forward and of a training "
-        "step in Triton's interpreter. Nothing is timed. What is in the table already and has not changed is not "
-        "compiled again; all of it takes about half an hour on two cores.",
+        "step in Triton's interpreter, and models each kernel's time by that. Nothing is timed. What is in the table "
+        "already and has not changed is not compiled again; all of it takes about half an hour on two cores.",
         "",
         "--target sm_90 --out build/offline",
     )
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str]) -> int:
         type=Path,
         default=OFFLINE,
         metavar="FOLDER",
-        help="folder that machine_code.json and traffic.json are written to",
+        help="folder that machine_code.json, traffic.json and model.json are written to",
     )
     chosen = parser.parse_args(arguments)
     reason = stand_in.why_not_compiled()
@@ -326,4 +326,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"\nMachine code by triton {triton.__version__}; the worst of each kernel's cases:\n\n{table(rows)}\n")
 
     traffic = [sys.executable, "-m", "benchmarks.offline.traffic", "--json", str(chosen.out / "traffic.json")]
-    return subprocess.run(traffic, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+    model = [sys.executable, "-m", "benchmarks", "model", "--json", str(chosen.out / "model.json")]
+    counting = subprocess.run(traffic, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+    return counting or subprocess.run(model).returncode

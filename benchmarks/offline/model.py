@@ -338,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
         "machine code, by what it moves and computes, and by a few constants that were fitted to measured times, which "
         "stand beside. Takes some minutes: the kernels are compiled, and gone through in Triton's interpreter.",
         "",
-        "--batch 1 8 32 --json build/model.json",
+        "--json build/model.json",
         "--phase train --batch 8   # how much a change of a kernel gains",
     )
     parser.add_argument("--gpu", choices=traffic.GPUS, default="H100", help="whose rates are taken")
@@ -346,7 +346,7 @@ def parser() -> argparse.ArgumentParser:
         "--phase", nargs="+", choices=cases.MODES, default=list(cases.MODES), help=command.listed(command.PHASES)
     )
     parser.add_argument(
-        "--batch", nargs="+", type=command.positive_integer, default=[8], metavar="B", help=command.BATCH
+        "--batch", nargs="+", type=command.positive_integer, default=[1, 8, 32], metavar="B", help=command.BATCH
     )
     parser.add_argument("--dtype", choices=traffic.DTYPES, default="bfloat16", help="dtype of maps and weights")
     parser.add_argument(

@@ -251,6 +251,26 @@ def test_the_rows_are_those_of_every_call() -> None:
     }
 
 
+@pytest.mark.parametrize(("phase", "mode"), [("eval", "eval"), ("train", "step")])
+def test_bytes_are_those_of_the_table_of_traffic(phase: str, mode: str) -> None:
+    """What makes a table anew makes both."""
+    counted = json.loads((ROOT / "benchmarks" / "results" / "offline" / "traffic.json").read_text())
+    known = {(run["implementation"], run["mode"], run["dtype"]): run for run in counted}
+    moved: dict[str, float] = {}
+    for one in known["triton", mode, "bfloat16"]["kernels"]:
+        its = sum(one["loaded"].values()) + sum(one["stored"].values())
+        moved[one["kernel"]] = moved.get(one["kernel"], 0) + its / 1e6
+    found = {row["kernel"]: row["mb"] for row in KERNELS if (row["phase"], row["batch"]) == (phase, 1)}
+    assert found == {kernel: round(megabytes, 2) for kernel, megabytes in moved.items()}
+
+
+def test_registers_are_those_of_the_table_of_machine_code() -> None:
+    code = json.loads((ROOT / "benchmarks" / "results" / "offline" / "machine_code.json").read_text())
+    its = [row for row in code["rows"] if (row["target"], row["dtype"]) == (traffic.TARGET, "bfloat16")]
+    known = {(row["kernel"], row["registers"], row["spilled"]) for row in its}
+    assert {(row["kernel"], row["registers"], row["spilled"]) for row in KERNELS} <= known
+
+
 def test_sums_over_images_fill_the_gpu_or_end_soon() -> None:
     its = [row for row in KERNELS if row["kernel"] in REDUCERS and row["batch"] == 32]
     assert len(its) == 4
