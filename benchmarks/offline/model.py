@@ -173,7 +173,7 @@ Call = tuple[str, int, str, int]  # phase, batch, dtype, and which of its launch
 def works(phases: Sequence[str], batches: Sequence[int], dtype: str, workers: int) -> dict[tuple[str, int], list[Work]]:
     """Every launch of these calls of the paper's module."""
     calls = list(itertools.product(phases, batches))
-    counted = sorted({(phase, min(batch, IMAGES), dtype) for phase, batch in calls}, key=lambda c: (c[0], -c[1]))[::-1]
+    counted = sorted({(phase, min(batch, IMAGES), dtype) for phase, batch in calls}, reverse=True)  # the longest first
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1"):
         traffics = dict(zip(counted, _spread(_counted, counted, workers, "counting"), strict=True))
     jobs: dict[str, Call] = {}

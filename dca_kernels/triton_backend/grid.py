@@ -89,9 +89,9 @@ def window_offset(position, window, step, ACC: tl.constexpr):
 
 
 @triton.jit
-def window_offsets(window, first, step, WINDOW: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
-    """`window_offset` of COUNT positions, from `first` on, in each of some windows of one size: [windows, COUNT]."""
-    position = window[:, None] * WINDOW + (first + tl.arange(0, COUNT))[None, :]
+def window_offsets(window, step, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """`window_offset` of all positions of some windows of one size: [windows, WINDOW]."""
+    position = window[:, None] * WINDOW + tl.arange(0, WINDOW)[None, :]
     return window_offset(position, window[:, None], step, ACC)
 
 
@@ -286,13 +286,16 @@ def load_map(ptr, b, pair_c, pair_h, offs_w, mask, strides, ACC: tl.constexpr):
 
 
 @triton.jit
-def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """x + up - mean: [pairs, columns] twice, and [channels] in float64.
-
-    What is lost when the mean is rounded is the same everywhere, and taken off as well.
-    """
+def in_two_parts(mean, ACC: tl.constexpr):
+    """Means in float64 as ACC has them, and what that rounding takes off everywhere: [channels] each."""
     rounded = mean.to(ACC)
-    lost = (mean - rounded.to(tl.float64)).to(ACC)
+    return rounded, (mean - rounded.to(tl.float64)).to(ACC)
+
+
+@triton.jit
+def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """x + up - mean: [pairs, columns] twice, and [channels] in float64."""
+    rounded, lost = in_two_parts(mean, ACC)
     return x - of_pairs(rounded, ROWS)[:, None] + up - of_pairs(lost, ROWS)[:, None]
 
 

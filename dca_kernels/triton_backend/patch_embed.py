@@ -232,7 +232,7 @@ def _products_weighted(
     mask_c = offs_c < CHANNELS
     mask = mask_c[:, None] & mask_w[None, :]
     x_ptrs = x + offs_c[:, None] * strides[1] + offs_w[None, :] * strides[3]
-    columns = _in_two_parts(offs_w, mask_w, q_begin, column_step, x.dtype.element_ty, ACC, BLOCK[1])
+    columns = _weights_in_two_parts(offs_w, mask_w, q_begin, column_step, x.dtype.element_ty, ACC, BLOCK[1])
     origin = of_pairs(origin.to(x.dtype.element_ty), ROWS)
     # by the same product, such that nothing is left of a map that is its origin everywhere
     of_origin = tl.dot(tl.broadcast_to(origin[:, None], mask.shape), columns, out_dtype=ACC)
@@ -262,7 +262,7 @@ def _band_columns(q_begin, width, BAND: tl.constexpr, GRID_WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def _in_two_parts(
+def _weights_in_two_parts(
     offs_w, mask_w, q_begin, step, OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
     """The interpolation's weights as they are rounded, and beside them what that takes off: [columns, 2 BLOCK_Q]."""

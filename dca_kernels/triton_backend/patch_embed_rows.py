@@ -145,7 +145,7 @@ def _sum_windows(
     zeros = tl.zeros(level.shape, ACC)
     sums = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
     squares, to_below, to_above = zeros, tl.zeros([], ACC), tl.zeros([], ACC)
-    to_right, to_left = window_offsets(tl.arange(0, TOKENS), 0, column_step, WIDTH, WIDTH, ACC)
+    to_right, to_left = window_offsets(tl.arange(0, TOKENS), column_step, WIDTH, ACC)
     for r in tl.range(0, ROWS, loop_unroll_factor=_unrolled(ROWS)):
         pixels = _load_row(x_ptrs + r * strides[2], mask_c, strides[3], WIDTH, GRID_WIDTH, ACC) - level[:, :, None]
         squares += tl.sum(pixels * pixels, 2)
@@ -199,7 +199,7 @@ def _interpolate_transposed(sums, level, weights, column_step, GRID_WIDTH: tl.co
 def _along_columns(plain, right, left, level, column_step, GRID_WIDTH: tl.constexpr, WINDOW: tl.constexpr):
     """Each window's sums, and the level in each of its columns, to its token and to both beside it."""
     if WINDOW > 1:
-        to_right, to_left = window_offsets(tl.arange(0, plain.shape[1]), 0, column_step, WINDOW, WINDOW, plain.dtype)
+        to_right, to_left = window_offsets(tl.arange(0, plain.shape[1]), column_step, WINDOW, plain.dtype)
         right += level * tl.sum(to_right, 1)[None, :]
         left += level * tl.sum(to_left, 1)[None, :]
     return transposed_columns((plain + WINDOW * level, right, left), GRID_WIDTH, WINDOW)

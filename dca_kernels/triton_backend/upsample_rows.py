@@ -16,7 +16,7 @@ import triton.language as tl
 from dca_kernels.backends import power_of_two
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.batch_norm import load_affine, load_mean, take_norm, through_relu
-from dca_kernels.triton_backend.grid import ROW_PARTS, transposed_columns, window_offset, window_offsets
+from dca_kernels.triton_backend.grid import ROW_PARTS, in_two_parts, transposed_columns, window_offset, window_offsets
 from dca_kernels.triton_backend.layout import (
     Tile,
     Tiles,
@@ -158,7 +158,7 @@ def place_of(tile, sizes, counts, i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: 
     mask = (c_begin + tl.arange(0, TILE.channels) < SHAPE.channels[i])[:, None]
     mask &= (tl.arange(0, TILE.columns) < width)[None, :]
     row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
-    horizontal = window_offsets(tl.arange(0, TILE.tokens), 0, column_step, WINDOW, WINDOW, ACC)
+    horizontal = window_offsets(tl.arange(0, TILE.tokens), column_step, WINDOW, ACC)
     return c_begin, row * TILE.rows, mask, row_step, horizontal
 
 
@@ -183,13 +183,6 @@ def load_rows(ptrs, step, mask, first: tl.constexpr, END: tl.constexpr):
     for r in tl.static_range(first, END):
         rows += (tl.load(ptrs + r * step, mask=mask, other=0.0),)  # type: ignore[assignment]
     return rows
-
-
-@triton.jit
-def in_two_parts(mean, ACC: tl.constexpr):
-    """Means in float64 as ACC has them, and what that rounding takes off: [channels] each."""
-    rounded = mean.to(ACC)
-    return rounded, (mean - rounded.to(tl.float64)).to(ACC)
 
 
 # Forward
