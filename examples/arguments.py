@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 from examples.data import Data, as_instances, find, paired
-from examples.network import ATTENTIONS
+from examples.network import ATTENTIONS, CLASSES, SIDE
 from reference import unets
 
 LAYOUTS = "GlaS, MoNuSeg, CVC-ClinicDB, Kvasir-SEG, TransUNet's Synapse, or any folder with images/ and masks/"
-CLASSES = 256  # at most, with background: predicted masks are files of 8 bits
 EXAMPLES = """\
 examples:
   python -m examples.train
@@ -188,6 +187,10 @@ def _check(chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         value = getattr(chosen, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected an integer of at least 1, got {value}")
+    for name in ("patch", "resize", "crop"):
+        value = getattr(chosen, name)
+        if value is not None and value > SIDE:
+            parser.error(f"--{name}: expected at most {SIDE}, got {value}")
     if chosen.crop % 16:
         parser.error(f"--crop: expected a multiple of 16, which the networks halve four times, got {chosen.crop}")
     if chosen.resize is not None and chosen.resize < chosen.crop:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.files import IMAGES, JPEG, OUTLINES, DataError, Sample, Values, ending, slices_in
+from examples.files import IMAGES, JPEG, OUTLINES, DataError, Sample, Values, ending, reading, require_text, slices_in
 
 ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "original", "tissue images")
@@ -279,7 +279,7 @@ def _synapse(root: Path, folder: Path) -> Data:
     if not slices:
         raise DataError(f"{folder}: expected slices, caseNNNN_sliceNNN.npz, found none")
     lists = [path for path in (root / "train.txt", *sorted(root.glob("lists*/**/train.txt"))) if path.is_file()]
-    names = lists[0].read_text(errors="replace").split() if lists else list(slices)
+    names = _listed(lists[0]) if lists else list(slices)
     if not names:
         raise DataError(f"{lists[0]}: expected names of slices, caseNNNN_sliceNNN, found none")
     for name in names:
@@ -300,6 +300,12 @@ def _synapse(root: Path, folder: Path) -> Data:
         for i in range(slices_in(path))
     ]
     return replace(data, tests={"test_vol_h5": tests})
+
+
+def _listed(path: Path) -> list[str]:
+    with reading(path, "names of slices, caseNNNN_sliceNNN"):
+        require_text(path)
+        return path.read_text(errors="replace").split()
 
 
 def _matched(
@@ -344,18 +350,22 @@ def _distinct(names: dict[Path, str]) -> dict[str, Path]:
 
 
 def _require_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise DataError(f"{root}: expected a folder with data, " + ("got a file" if root.exists() else "found none"))
+    with reading(root, "a folder with data"):
+        if not root.is_dir():
+            found = "got a file" if root.exists() else "found none"
+            raise DataError(f"{root}: expected a folder with data, {found}")
 
 
 def _files(folder: Path, suffixes: set[str]) -> list[Path]:
     """In natural order: 2 before 10."""
-    paths = [p for p in folder.iterdir() if ending(p) in suffixes and p.is_file() and not p.name.startswith(".")]
-    return sorted(paths, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])
+    with reading(folder, "a folder that can be read"):
+        paths = [p for p in folder.iterdir() if ending(p) in suffixes and p.is_file() and not p.name.startswith(".")]
+    return sorted(paths, key=lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", p.name)])
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    with reading(root, "a folder that can be read"):
+        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _by_name(root: Path) -> dict[str, Path]:

@@ -1,13 +1,20 @@
 """Files to arrays: reads images and masks, and says in one line why one cannot be read.
 
+A file takes bounded memory and time, whatever it claims to hold, and nothing in it is run: see the bounds below.
+
 Images are .bmp, .jpg, .png and .tif of 8 or 16 bits, slices in .npz, volumes in .h5. Masks are images, polygons in
 .xml, or lie in the .npz or .h5 beside the image. What the pixels of a mask image mean is said by its sample (`Values`).
 """
 
+import math
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,10 +28,37 @@ OUTLINES = {".xml"}
 IMAGES = {".bmp", ".png", ".tif", ".tiff"} | JPEG
 ONE_CHANNEL = ("1", "F", "I", "I;16", "I;16B", "L", "P")
 DEEP = ("F", "I", "I;16", "I;16B")  # more than 8 bits a channel
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # Pillow knows more, and starts Ghostscript for one of them
+
+COLOURS = 2**8  # of a mask, that are counted
+
+PIXELS = 2**26  # of an image or a slice, at most: 8192 x 8192
+SLICES = 2**12  # of a volume
+VOXELS = 2**29  # of a volume
+TEXT = 2**25  # bytes of a file of polygons, or of a list
+CROSSINGS = 2**27  # of the polygons in a file: each has its vertices times its rows of pixels
+STORED_BYTES = 3 * 8 * PIXELS  # of an array in an .npz: three colours of 64 bits
+FARTHEST = 2**24  # of a polygon's vertex from the image's corner
+SAID = 200  # letters of a library's error
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of more pixels than PIXELS
 
 
 class DataError(ValueError):
     """The data are not what was expected; the message names the file."""
+
+
+@contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Of a damaged file the libraries raise all kinds of errors: each becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {lines[0][:SAID]}"
+        raise DataError(f"{path}: expected {expected}, got {said}") from error
 
 
 class LowValuesError(DataError):
@@ -146,32 +180,63 @@ def size_of(array: np.ndarray) -> str:
     return f"{array.shape[0]} x {array.shape[1]}"
 
 
+def require_text(path: Path) -> None:
+    """Raise DataError if the file is longer than a text that is read as a whole."""
+    size = path.stat().st_size
+    if size > TEXT:
+        raise DataError(f"{path}: expected at most {TEXT} bytes, got {size}")
+
+
 def slices_in(path: Path) -> int:
     """The number of slices of a volume, a .h5 with `image` and `label` (slices, H, W); h5py must be there."""
     import h5py
 
-    try:
-        with h5py.File(path) as file:
-            shapes = [file[name].shape for name in ("image", "label")]
-    except (OSError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: expected a volume with `image` and `label`, got {_said(error)}") from error
-    if len(shapes[0]) != 3 or shapes[0] != shapes[1]:
-        raise DataError(f"{path}: expected image and label (slices, H, W), got {shapes[0]}, {shapes[1]}")
+    with reading(path, "a volume with `image` and `label`"), h5py.File(path) as file:
+        shapes = [_volume(path, file, name).shape for name in ("image", "label")]
+    if shapes[0] != shapes[1]:
+        raise DataError(f"{path}: expected image and label of one shape, got {shapes[0]}, {shapes[1]}")
     return shapes[0][0]
 
 
+def _volume(path: Path, file: Any, name: str) -> Any:
+    """A volume's dataset (slices, H, W), which h5py reads slice by slice."""
+    volume = file[name]
+    if volume.file.filename != file.filename or volume.external or volume.is_virtual:
+        raise DataError(f"{path}: expected `{name}` in this file, got a link to another one")
+    shape = volume.shape
+    if shape is None or len(shape) != 3 or 0 in shape:
+        raise DataError(f"{path}: expected {name} (slices, H, W) of at least one pixel, got {shape}")
+    if shape[0] > SLICES or math.prod(shape) > VOXELS or math.prod(shape[1:]) > PIXELS:
+        raise DataError(
+            f"{path}: expected {name} of at most {SLICES} slices, {PIXELS} pixels in each and {VOXELS} in all, "
+            f"got {shape}"
+        )
+    if math.prod(volume.chunks or ()) > PIXELS:
+        raise DataError(f"{path}: expected {name} in chunks of at most {PIXELS} pixels, got {volume.chunks}")
+    _require_numbers(path, name, volume.dtype)
+    return volume
+
+
+def _require_numbers(path: Path, name: str, dtype: np.dtype) -> None:
+    if dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected numbers in `{name}`, got {dtype}")
+
+
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a photograph and its preview
+    with reading(path, "an image that can be read"):
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise DataError(f"{path}: expected an image, got another file, or a damaged one") from error
+        with image:
+            if image.width * image.height > PIXELS:
+                size = f"{image.height} x {image.width}"
+                raise DataError(f"{path}: expected an image of at most {PIXELS} pixels, got {size}")
+            several = image.format != "MPO" and getattr(image, "is_animated", False)  # a photograph and its preview
             cut = image.mode not in DEEP and any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: expected an image, got another file, or a damaged one") from error
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: expected an image that can be read, got {_said(error)}") from error
-    if count > 1:
-        raise DataError(f"{path}: expected one image, got {count} in one file")
+    if several:
+        raise DataError(f"{path}: expected one image, got several in one file")
     if cut:
         raise DataError(f"{path}: expected 8 bits a colour, got 16, of which Pillow keeps 8: save it with 8")
     return image
@@ -182,13 +247,14 @@ def _image(path: Path) -> np.ndarray:
     if image.mode not in DEEP:
         return np.asarray(image.convert("RGB"), np.float32) / 255
     grey = np.asarray(image, np.float32)  # a camera of more than 8 bits uses some of them
-    white = np.percentile(grey, 99.8)
-    if not (np.isfinite(grey).all() and grey.min() >= 0 and white > 0):
+    least, largest = grey.min(), grey.max()  # NaN if any is
+    white = np.percentile(grey, 99.8) if least >= 0 and largest < np.inf else 0
+    if not white > 0:
         raise DataError(
-            f"{path}: expected values from 0, at least 0.2% of them above, got {grey.min():g} .. {grey.max():g}: "
+            f"{path}: expected values from 0, at least 0.2% of them above, got {least:g} .. {largest:g}: "
             "scale what has other units, such as Hounsfield's, to 8 bits first"
         )
-    return np.repeat(np.clip(grey / white, 0, 1, dtype=np.float32)[..., None], 3, axis=2)
+    return np.repeat((np.minimum(grey, white) / white)[..., None], 3, axis=2)
 
 
 def _mask_image(path: Path, meaning: Values, columns: slice) -> Mask:
@@ -207,10 +273,14 @@ def _mask_image(path: Path, meaning: Values, columns: slice) -> Mask:
 def _require_one_colour(path: Path, image: Image.Image) -> None:
     if image.mode in ONE_CHANNEL:
         return
-    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    rgb = image.convert("RGB")
+    pixels = np.asarray(rgb).reshape(-1, 3)
     if (pixels == pixels[:, :1]).all():
         return
-    colours = np.unique(pixels[pixels.any(axis=1)], axis=0)
+    found = rgb.getcolors(COLOURS)
+    if found is None:
+        raise DataError(f"{path}: expected one colour over black, got more than {COLOURS}")
+    colours = [colour for _, colour in found if any(colour)]
     if len(colours) > 1:
         raise DataError(
             f"{path}: expected one colour over black, got {len(colours)}: if each is a class, save class indices "
@@ -249,35 +319,48 @@ def _foreground(path: Path, levels: np.ndarray, whole: np.ndarray) -> Mask:
 
 
 def _polygons(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        regions = list(ElementTree.parse(path).iter("Region"))
-        outlines = [[(float(v.attrib["X"]), float(v.attrib["Y"])) for v in region.iter("Vertex")] for region in regions]
-    except (ElementTree.ParseError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: expected XML with Region and Vertex X, Y, got {_said(error)}") from error
-    if not any(outlines):
+    with reading(path, "XML with Region and Vertex X, Y"):
+        require_text(path)
+        root = ElementTree.parse(path).getroot()
+        regions = [region.findall("Vertices/Vertex") for region in root.iter("Region")]
+        outlines = [np.array([(v.attrib["X"], v.attrib["Y"]) for v in region], np.float64) for region in regions]
+    if not any(map(len, outlines)):
         raise DataError(f"{path}: expected Region elements with Vertex elements, found none")
+    _require_drawable(path, outlines, shape)
     mask = Image.new("1", (shape[1], shape[0]))
     for outline in outlines:
         if len(outline) > 2:  # MoNuSeg has a few slips of the pen
-            ImageDraw.Draw(mask).polygon(outline, fill=1)
+            ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
     return np.asarray(mask, np.int64)
+
+
+def _require_drawable(path: Path, outlines: list[np.ndarray], shape: tuple[int, int]) -> None:
+    """Raise DataError if Pillow would take too long for polygons (vertices, X and Y), or could not draw one."""
+    crossings = 0
+    for outline in filter(len, outlines):
+        wrong = outline[~(np.abs(outline) < FARTHEST)]  # NaN is wrong
+        if wrong.size:
+            raise DataError(f"{path}: expected Vertex X, Y within {FARTHEST} pixels, got {wrong[0]:g}")
+        top, bottom = outline[:, 1].clip(0, shape[0]).min(), outline[:, 1].clip(0, shape[0]).max()
+        crossings += len(outline) * math.ceil(bottom - top)
+    if crossings > CROSSINGS:
+        raise DataError(f"{path}: expected at most {CROSSINGS} vertices times rows of its outlines, got {crossings}")
 
 
 def _stored(path: Path, name: str, index: int | None) -> np.ndarray:
     """An array of an .npz, or a slice of one of a .h5."""
-    try:
+    with reading(path, "arrays `image` and `label`"):
         if ending(path) == ".h5":
             import h5py
 
             with h5py.File(path) as file:
-                array = file[name][index]
-        else:
-            with open(path, "rb") as file, np.load(file) as arrays:
-                array = arrays[name]
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: expected arrays `image` and `label`, got {_said(error)}") from error
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{path}: expected numbers in `{name}`, got {array.dtype}")
+                return _volume(path, file, name)[index]
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            size = archive.getinfo(f"{name}.npy").file_size
+            if size > STORED_BYTES:
+                raise DataError(f"{path}: expected at most {STORED_BYTES} bytes of `{name}`, got {size}")
+            array = np.lib.format.read_array(member, allow_pickle=False)
+    _require_numbers(path, name, array.dtype)
     return array
 
 
@@ -285,6 +368,8 @@ def _stored_image(sample: Sample) -> np.ndarray:
     path, image = sample.image, _stored(sample.image, "image", sample.slice)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or image.size == 0:
         raise DataError(f"{path}: expected image (H, W) or (H, W, 3) of at least one pixel, got {image.shape}")
+    if math.prod(image.shape[:2]) > PIXELS:
+        raise DataError(f"{path}: expected image of at most {PIXELS} pixels, got {image.shape}")
     if image.dtype == np.uint8:
         image = image / np.float32(255)
     if not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):  # NaN is neither
@@ -302,11 +387,8 @@ def _stored_labels(sample: Sample) -> np.ndarray:
 
 def _whole(path: Path, values: np.ndarray) -> np.ndarray:
     """The same values as int64."""
-    whole = (values >= 0) & (values < 2**31) & (np.floor(values) == values)  # NaN is none of it
+    largest = np.float64(2**31)  # which no float16 is
+    whole = (values >= 0) & (values < largest) & (np.floor(values) == values)  # NaN is none of it
     if not whole.all():
         raise DataError(f"{path}: expected whole numbers from 0 in a mask, got {values[~whole][0]}")
     return values.astype(np.int64)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-import pickle
+import reprlib
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 import dca_kernels
 import reference
-from examples.files import DataError
+from examples.files import DataError, reading
 from reference import unets
 
 ATTENTIONS: dict[str, Any] = {"none": False, "reference": reference.DCA, "fused": dca_kernels.DCA}
+CLASSES = 256  # at most, with background: predicted masks are files of 8 bits
+SIDE = 2**12  # of crops, token grids and resized images, at most
 OVERLAP = 0.25  # of two neighbouring tiles, as a share of their side
 
 
@@ -62,18 +65,51 @@ def read_network(path: Path) -> tuple[Plan, nn.Module]:
         DataError: it is another file.
     """
     state = load_checkpoint(path, ("plan", "weights"))
-    plan = state["plan"]
-    if set(plan) != {f.name for f in fields(Plan)} or plan["host"] not in unets.HOSTS or plan["dca"] not in ATTENTIONS:
-        raise DataError(
-            f"{path}: expected the plan of a network, {', '.join(f.name for f in fields(Plan))}, got {plan}"
-        )
-    plan = Plan(**{**plan, "classes": tuple(plan["classes"])})
+    if not _is_plan(state["plan"]):
+        names, short = ", ".join(f.name for f in fields(Plan)), reprlib.Repr()
+        short.maxdict = len(fields(Plan))
+        raise DataError(f"{path}: expected the plan of a network, {names}, got {short.repr(state['plan'])}")
+    plan = Plan(**{**state["plan"], "classes": tuple(state["plan"]["classes"])})
     network = build(plan)
-    try:
-        network.load_state_dict(state["weights"])
-    except RuntimeError as error:
-        raise DataError(f"{path}: expected weights of {plan.host}, which these are not") from error
+    if not alike(state["weights"], network.state_dict()):
+        raise DataError(f"{path}: expected weights of {plan.host}, which these are not")
+    for name, weight in state["weights"].items():
+        if not weight.isfinite().all():  # all that it predicts would be background
+            raise DataError(f"{path}: expected finite weights, got others in {name}")
+    network.load_state_dict(state["weights"])
     return plan, network
+
+
+def _is_plan(plan: Any) -> bool:
+    """Whether a value of any file is the dict of a `Plan` that can be built."""
+    if not isinstance(plan, dict) or set(plan) != {f.name for f in fields(Plan)}:
+        return False
+    classes, sides = plan["classes"], [plan["patch"], plan["crop"]]
+    if plan["resize"] is not None:
+        sides.append(plan["resize"])
+    return (
+        plan["host"] in unets.HOSTS
+        and plan["dca"] in tuple(ATTENTIONS)
+        and all(type(side) is int and 0 < side <= SIDE for side in sides)
+        and plan["crop"] % 16 == 0
+        and isinstance(classes, list | tuple)
+        and 0 < len(classes) < CLASSES
+        and all(isinstance(name, str) for name in classes)
+    )
+
+
+def alike(state: Any, expected: Any) -> bool:
+    """Whether a state of any file has the keys and types of another one, and tensors of its shapes and dtypes."""
+    if isinstance(expected, dict):
+        same = isinstance(state, dict) and state.keys() == expected.keys()
+        return same and all(alike(state[key], value) for key, value in expected.items())
+    if isinstance(expected, list | tuple):
+        same = type(state) is type(expected) and len(state) == len(expected)
+        return same and all(map(alike, state, expected))
+    if isinstance(expected, Tensor):
+        same = isinstance(state, Tensor) and not state.is_meta and state.layout == expected.layout
+        return same and state.shape == expected.shape and state.dtype == expected.dtype
+    return type(state) is type(expected)
 
 
 def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -82,12 +118,21 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read, or has no such keys.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: expected a file of examples.train, found {'a folder' if path.is_dir() else 'none'}")
+    expected = "a file of examples.train"
+    with reading(path, expected):
+        if not path.is_file():
+            raise DataError(f"{path}: expected {expected}, found {'a folder' if path.is_dir() else 'none'}")
+        size = path.stat().st_size
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > size:
+            raise DataError(f"{path}: expected {expected}, which is not compressed, got {unpacked} bytes in {size}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: expected a file of examples.train, got another one, or a part of one") from error
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file torch raises all kinds, and advises to unpickle anything
+        raise DataError(f"{path}: expected {expected}, got another one, or a part of one") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise DataError(

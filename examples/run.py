@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from examples.files import DataError
-from examples.network import Plan, load_checkpoint, save_network, write, write_json
+from examples.network import Plan, alike, load_checkpoint, save_network, write, write_json
 from examples.processes import Process, together
 from examples.scores import Row
 
@@ -40,6 +40,8 @@ class Run:
         if not self.last.exists():
             return None
         state = load_checkpoint(self.last, ("arguments", "history", "model", "optimizer"))
+        if not _is_run(state):
+            raise DataError(f"{self.last}: expected the arguments and the history of a run, got other values")
         for name, value in self.arguments.items():
             if value != state["arguments"].get(name):
                 raise DataError(
@@ -60,14 +62,24 @@ class Run:
                 self.last.unlink(missing_ok=True)
         if self.state is None:
             return
-        states = {"model_state_dict": self.state["model"], "optim_state_dict": self.state["optimizer"]}
-        set_state_dict(network, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+        state, expected = (self.state["model"], self.state["optimizer"]), self._states(network, optimizer)
+        together(self.process, lambda: self._require_alike(state, expected))
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(network, optimizer, model_state_dict=state[0], optim_state_dict=state[1], options=options)
         self.history, self.state = self.state["history"], None
+
+    def _states(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The whole states of both, in the first process; every process takes part."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_state_dict(network, optimizer, options=options)
+
+    def _require_alike(self, state: Any, expected: Any) -> None:
+        if self.process.first and not alike(state, expected):
+            raise DataError(f"{self.last}: expected the states of this network and its optimizer, got other ones")
 
     def save(self, network: nn.Module, optimizer: torch.optim.Optimizer, row: Row, plan: Plan) -> None:
         """Write the state at the end of an epoch; every process takes part, the first writes."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer_state = get_state_dict(network, optimizer, options=options)
+        model, optimizer_state = self._states(network, optimizer)
         self.history.append(row)
         if not self.process.first:
             return
@@ -76,6 +88,25 @@ class Run:
         state = {"arguments": self.arguments, "history": self.history, "model": model, "optimizer": optimizer_state}
         write(self.last, lambda path: torch.save(state, path))
         write_json(self.folder / "history.json", self.history)
+
+
+def _is_run(state: dict[str, Any]) -> bool:
+    """Whether the arguments and the history in a file are as `Run` has them."""
+    arguments, history = state["arguments"], state["history"]
+    return (
+        isinstance(arguments, dict)
+        and all(isinstance(value, str) for value in arguments.values())
+        and isinstance(history, list)
+        and all(isinstance(row, dict) and _is_row(row) for row in history)
+    )
+
+
+def _is_row(row: Row) -> bool:
+    scores = [row.get(name) for name in ("loss", "rate", "dice", "iou")]
+    for name in ("dice of", "iou of"):
+        of_classes = row.get(name)
+        scores += of_classes.values() if isinstance(of_classes, dict) else [None]
+    return isinstance(row.get("epoch"), int) and all(isinstance(score, float) for score in scores)
 
 
 def require_writable(folder: Path) -> None:

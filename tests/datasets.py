@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -194,6 +195,25 @@ def overwrite(name: str, content: bytes | str) -> Callable[[Path], None]:
 
 def truncate(name: str) -> Callable[[Path], None]:
     return lambda root: os.truncate(root / name, (root / name).stat().st_size // 2)
+
+
+class MakesFolder:
+    """What a pickle of this runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def compressed(path: Path) -> None:
+    """Replace a zip by one that is smaller than what it holds."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
 
 
 def remove(name: str) -> Callable[[Path], None]:

@@ -1,5 +1,7 @@
 """The folders that the training example reads, what it makes of them, and what it refuses."""
 
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from PIL import Image
 
 from examples import check, data, files
 from tests.datasets import (
+    MakesFolder,
     arrays_of,
     clinic,
     glas,
@@ -19,6 +22,7 @@ from tests.datasets import (
     one_folder,
     overwrite,
     picture,
+    polygons,
     remove,
     rename,
     split,
@@ -112,6 +116,32 @@ def no_foreground(root: Path) -> None:
 SMALL, GREY = np.zeros((20, 30), np.uint8), np.zeros((40, 48), np.float32)
 SLICE = "train_npz/case0005_slice001.npz"
 
+XML = "Annotations/TCGA-21-01.xml"
+OUTLINE = polygons((4, 6, 20, 30))
+BOMB = "".join(f'<!ENTITY {b} "{10 * f"&{a};"}">' for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+def npz_of(header: str) -> bytes:
+    """An .npz whose `image` has this header, and no data."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        line = header.encode() + b"\n"
+        archive.writestr("image.npy", b"\x93NUMPY\x01\x00" + len(line).to_bytes(2, "little") + line)
+    return content.getvalue()
+
+
+def damaged_npz(root: Path) -> None:
+    np.savez_compressed(root / SLICE, image=GREY, label=GREY)
+    content = bytearray((root / SLICE).read_bytes())
+    content[60:80] = bytes(20)
+    (root / SLICE).write_bytes(content)
+
+
+def large_image(root: Path) -> None:
+    (root / "images" / "cju0c.jpg").unlink()
+    Image.new("1", (8192, 8193)).save(root / "images" / "cju0c.png")
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
     # the data set, what happens to it, what is said of it
     "glas without a mask": (glas, remove("train_2_anno.bmp"), r"train_2\.bmp: expected a mask of this name in"),
@@ -133,6 +163,31 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         r"TCGA-21-01\.xml: expected Region elements with Vertex elements, found none",
     ),
     "monuseg broken": (monuseg, truncate("Annotations/TCGA-21-01.xml"), r"TCGA-21-01\.xml: expected XML with Region"),
+    "monuseg of another encoding": (
+        monuseg,
+        overwrite(XML, "<?xml version='1.0' encoding='x-none'?><a/>"),
+        r"TCGA-21-01\.xml: expected XML with Region and Vertex X, Y, got LookupError",
+    ),
+    "monuseg with an entity bomb": (
+        monuseg,
+        overwrite(XML, f'<!DOCTYPE a [<!ENTITY a "{10 * "lol"}">{BOMB}]><a>&i;</a>'),
+        r"TCGA-21-01\.xml: expected XML with Region and Vertex X, Y, got ParseError: limit on input amplification",
+    ),
+    "monuseg with another file": (
+        monuseg,
+        overwrite(XML, '<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/passwd">]><a>&a;</a>'),
+        r"TCGA-21-01\.xml: expected XML with Region and Vertex X, Y, got ParseError: undefined entity",
+    ),
+    "monuseg at infinity": (
+        monuseg,
+        overwrite(XML, OUTLINE.replace('"30.0"', '"inf"')),
+        r"TCGA-21-01\.xml: expected Vertex X, Y within 16777216 pixels, got inf",
+    ),
+    "monuseg not a number": (
+        monuseg,
+        overwrite(XML, OUTLINE.replace('"30.0"', '"nan"')),
+        r"TCGA-21-01\.xml: expected Vertex X, Y within 16777216 pixels, got nan",
+    ),
     "monuseg without a mask": (monuseg, remove("Annotations/TCGA-21-01.xml"), r"TCGA-21-01\.tif: expected a mask"),
     "monuseg unreadable": (monuseg_test, truncate("TCGA-21-01.tif"), r"TCGA-21-01\.tif: expected an image that can be"),
     "kvasir without masks/": (
@@ -156,6 +211,24 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         kvasir,
         overwrite("masks/cju0c.jpg", b""),
         r"cju0c\.jpg: expected an image, got another file",
+    ),
+    "kvasir for Ghostscript": (
+        kvasir,
+        overwrite("images/cju0c.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+        r"cju0c\.jpg: expected an image, got another file",
+    ),
+    "kvasir large": (
+        kvasir,
+        large_image,
+        r"cju0c\.png: expected an image of at most 67108864 pixels, got 8193 x 8192",
+    ),
+    "kvasir infinite": (
+        kvasir,
+        lambda root: (
+            (root / "images/cju0c.jpg").unlink()
+            or Image.fromarray(np.full((42, 48), np.inf, np.float32)).save(root / "images/cju0c.tif")
+        ),
+        r"cju0c\.tif: expected values from 0, .*Hounsfield",
     ),
     "kvasir negative": (
         kvasir,
@@ -181,6 +254,47 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         synapse,
         truncate(SLICE),
         r"case0005_slice001\.npz: expected arrays `image` and `label`, got BadZip",
+    ),
+    "synapse empty file": (synapse, overwrite(SLICE, b""), r"expected arrays `image` and `label`, got BadZipFile"),
+    "synapse damaged": (
+        synapse,
+        damaged_npz,
+        r"slice001\.npz: expected arrays `image` and `label`, got error: Error -3",
+    ),
+    "synapse of an empty array": (
+        synapse,
+        lambda root: zipfile.ZipFile(root / SLICE, "w").writestr("image.npy", b""),
+        r"slice001\.npz: expected arrays `image` and `label`, got ",
+    ),
+    "synapse of 160 GB": (
+        synapse,
+        overwrite(SLICE, npz_of("{'descr': '<f4', 'fortran_order': False, 'shape': (200000, 200000)}")),
+        r"slice001\.npz: expected arrays `image` and `label`, got (MemoryError|ValueError)",
+    ),
+    "synapse of too many pixels to count": (
+        synapse,
+        overwrite(SLICE, npz_of(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**70}, 1)}}")),
+        r"slice001\.npz: expected arrays `image` and `label`, got OverflowError",
+    ),
+    "synapse with a header that does not end": (
+        synapse,
+        overwrite(SLICE, npz_of("(" * 3000)),
+        r"slice001\.npz: expected arrays `image` and `label`, got ",
+    ),
+    "synapse of text": (
+        synapse,
+        arrays_of(SLICE, image=np.full((40, 48), "x"), label=GREY),
+        r"slice001\.npz: expected numbers in `image`, got <U1",
+    ),
+    "synapse complex": (
+        synapse,
+        arrays_of(SLICE, image=GREY + 0j, label=GREY),
+        r"slice001\.npz: expected numbers in `image`, got complex",
+    ),
+    "synapse of objects": (
+        synapse,
+        lambda root: arrays_of(SLICE, image=np.array([MakesFolder(root / "unpickled")]), label=GREY)(root),
+        r"slice001\.npz: expected arrays `image` and `label`, got ValueError: Object arrays",
     ),
     "synapse without labels": (
         synapse,
@@ -235,6 +349,43 @@ def test_faults_are_named(name: str, tmp_path: Path) -> None:
         found = find(tmp_path)
         check.check(found, side=32)
     assert str(tmp_path) in str(raised.value)
+    assert not (tmp_path / "unpickled").exists()
+
+
+BOUNDS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("TEXT", monuseg, r"TCGA-18-01\.xml: expected at most 9 bytes, got "),
+    ("TEXT", synapse, r"train\.txt: expected at most 9 bytes, got "),
+    ("CROSSINGS", monuseg, r"TCGA-18-01\.xml: expected at most 9 vertices times rows of its outlines, got 88"),
+    ("STORED_BYTES", synapse, r"slice000\.npz: expected at most 9 bytes of `image`, got "),
+    ("PIXELS", synapse, r"slice000\.npz: expected image of at most 9 pixels, got \(40, 48\)"),
+    ("PIXELS", kvasir, r"cju0a\.jpg: expected an image of at most 9 pixels, got 40 x 48"),
+    ("PIXELS", with_volumes, r"\.h5: expected image of at most 4096 slices, 9 pixels in each and .* \(3, 40, 48\)"),
+    ("VOXELS", with_volumes, r"\.h5: expected image of at most 4096 slices, .* and 9 in all, got \(3, 40, 48\)"),
+]
+
+
+@pytest.mark.parametrize("name, make, message", BOUNDS)
+def test_bounds(name: str, make: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(files, name, 9)
+    with pytest.raises(files.DataError, match=message):
+        check.check(find(tmp_path))
+
+
+def test_a_region_inside_of_another_has_its_own_outline(tmp_path: Path) -> None:
+    inner = polygons((30, 30, 35, 44)).replace("Annotations>", "a>")
+    monuseg(tmp_path)
+    (tmp_path / XML).write_text(OUTLINE.replace("</Region>", f"{inner}</Region>", 1))
+    expected = np.zeros((40, 48))
+    expected[4:21, 6:31] = expected[30:36, 30:45] = 1
+    np.testing.assert_array_equal(files.load(data.find(tmp_path).train[1])[1], expected)
+
+
+def test_digits_that_are_no_numbers(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        for name in ("²1", "²10", "²9"):
+            write_image(tmp_path / folder / f"{name}.png", picture(0)[1] * np.uint8(255))
+    assert [sample.name for sample in data.find(tmp_path).train] == ["²1", "²9", "²10"]
 
 
 def test_every_bad_file_is_named_at_once(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import h5py
 import pytest
 from PIL import Image
 
@@ -185,6 +187,35 @@ def test_a_test_set_is_checked_before_training(run, tmp_path: Path, capsys: pyte
     assert "test/masks/cju0b.jpg: expected an image that can be read" in capsys.readouterr().err
 
 
+VOLUME = "test_vol_h5/case0001.npy.h5"
+
+
+def volume_of(create: Callable[[Any, str], None]) -> Callable[[Path], None]:
+    """Replaces a volume by what `create` makes of a file and a name, once for each of its two arrays."""
+
+    def damage(root: Path) -> None:
+        with h5py.File(root / VOLUME, "w") as file:
+            for name in ("image", "label"):
+                create(file, name)
+
+    return damage
+
+
+def linked(file: Any, name: str) -> None:
+    file[name] = h5py.ExternalLink("case0008.npy.h5", name)
+
+
+def external(file: Any, name: str) -> None:
+    """In bytes of a file that is no volume."""
+    file.create_dataset(name, (3, 4, 4), "u1", external=[("../lists/lists_Synapse/train.txt", 0, 48)])
+
+
+def virtual(file: Any, name: str) -> None:
+    layout = h5py.VirtualLayout((3, 40, 48), "f4")
+    layout[:] = h5py.VirtualSource("case0008.npy.h5", name, (3, 40, 48))
+    file.create_virtual_dataset(name, layout)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -192,7 +223,26 @@ def test_a_test_set_is_checked_before_training(run, tmp_path: Path, capsys: pyte
             truncate("test_vol_h5/case0008.npy.h5"),
             "case0008.npy.h5: expected a volume with `image` and `label`",
         ),
-        (overwrite("test_vol_h5/case0001.npy.h5", "x"), "case0001.npy.h5: expected a volume with `image` and `label`"),
+        (overwrite(VOLUME, "x"), "case0001.npy.h5: expected a volume with `image` and `label`"),
+        (volume_of(lambda file, name: file.create_group(name)), "expected a volume with `image` and `label`, got "),
+        (volume_of(lambda file, name: file.create_dataset(name, data=1.0)), "of at least one pixel, got ()"),
+        (volume_of(lambda file, name: file.create_dataset(name, data=h5py.Empty("f4"))), "one pixel, got None"),
+        (volume_of(lambda file, name: file.create_dataset(name, (3, 0, 4), "f4")), "one pixel, got (3, 0, 4)"),
+        (
+            volume_of(lambda file, name: file.create_dataset(name, (5000, 4, 4), "f4")),
+            "expected image of at most 4096 slices, 67108864 pixels in each and 536870912 in all, got (5000, 4, 4)",
+        ),
+        (
+            volume_of(lambda file, name: file.create_dataset(name, (300, 500, 500), "u1", chunks=(300, 500, 500))),
+            "expected image in chunks of at most 67108864 pixels, got (300, 500, 500)",
+        ),
+        (
+            volume_of(lambda file, name: file.create_dataset(name, (3, 4, 4), h5py.string_dtype())),
+            "expected numbers in `image`, got object",
+        ),
+        (volume_of(linked), "expected `image` in this file, got a link to another one"),
+        (volume_of(external), "expected `image` in this file, got a link to another one"),
+        (volume_of(virtual), "expected `image` in this file, got a link to another one"),
     ],
 )
 def test_volumes_that_cannot_be_read(damage, message: str, run, tmp_path: Path, capsys) -> None:

@@ -194,6 +194,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         ["--classes", 3],
         "0.png: expected class indices in one channel or in a palette, got RGB",
     ),
+    "many colours": (
+        lambda root: masked(root, lambda i: picture(0)[0]),
+        [],
+        "0.png: expected one colour over black, got more than 256\n",
+    ),
     "JPEG": (kvasir, ["--classes", 3], "cju0a.jpg: expected class indices 0 .. 2 for 3 classes, got a JPEG, whose val"),
     "JPEG of objects": (
         kvasir,
@@ -203,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
     "two pages": (
         lambda root: masked(root, white) or two_pages(root / "masks" / "1.png", root / "masks" / "1.tif"),
         [],
-        "1.tif: expected one image, got 2 in one file\n",
+        "1.tif: expected one image, got several in one file\n",
     ),
     "two pages, cut off": (
         lambda root: [
@@ -212,12 +217,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
             truncate("masks/1.tif")(root),
         ],
         [],
-        "1.tif: expected an image that can be read, got ",
+        "1.tif: expected one image, got several in one file\n",
     ),
     "animated": (
         lambda root: masked(root, white) or two_pages(root / "images" / "2.png", root / "images" / "2.png"),
         [],
-        "2.png: expected one image, got 2 in one file\n",
+        "2.png: expected one image, got several in one file\n",
     ),
     "no foreground but in the test set": (
         lambda root: [masked(root / "train", lambda i: i * np.uint8(0)), masked(root / "test", white)],
@@ -246,6 +251,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[object], str]] = {
         f"0.tif: {WHOLE}, got nan",
     ),
     "label 1.7": (labelled("case0005_slice001", FLAT + 1.7), [], f"001.npz: {WHOLE}, got 1.7"),
+    "label 1.7 of 16 bits": (
+        labelled("case0005_slice001", (FLAT + 1.7).astype(np.float16)),
+        [],
+        f"001.npz: {WHOLE}, got 1.7",
+    ),
     "label NaN": (labelled("case0005_slice001", FLAT * np.nan), [], f"001.npz: {WHOLE}, got nan"),
     "label -1": (labelled("case0005_slice001", FLAT - 1), [], f"001.npz: {WHOLE}, got -1.0"),
     "label of text": (

@@ -15,6 +15,7 @@ from examples import picture as pictures
 from tests.datasets import (
     SHORT,
     Bright,
+    MakesFolder,
     glas,
     isic,
     kvasir,
@@ -202,6 +203,17 @@ def test_prediction_for_two_folders(run, best, tmp_path: Path, capsys: pytest.Ca
     assert "| ISIC_0003 |" in capsys.readouterr().out
 
 
+def doubled(times: int) -> list:
+    """A small value that is endless to print."""
+    value: list = []
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+PLANS = {"host": doubled(60), "dca": {}, "patch": 0, "crop": 10**9, "resize": "all", "classes": ()}
+
+
 def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = best()
     image = tmp_path / "new" / "images" / "a.png"
@@ -215,6 +227,17 @@ def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.Captu
     state = torch.load(weights)
     torch.save(state | {"plan": state["plan"] | {"dca": "none"}}, tmp_path / "other.pt")
     torch.save(state | {"plan": {"host": "UNet"}}, tmp_path / "part.pt")
+    for name, value in PLANS.items():
+        torch.save(state | {"plan": state["plan"] | {name: value}}, tmp_path / f"{name}.pt")
+    first, tensor = next(iter(state["weights"].items()))
+    for name, changed in {
+        "nan": tensor * torch.nan,
+        "complex": tensor + 0j,
+        "wide": tensor.expand(9, *tensor.shape),
+    }.items():
+        torch.save(state | {"weights": state["weights"] | {first: changed}}, tmp_path / f"{name}.pt")
+    torch.save(state | {"weights": [1]}, tmp_path / "list.pt")
+    torch.save(state | {"weights": MakesFolder(tmp_path / "unpickled")}, tmp_path / "program.pt")
     (tmp_path / "picture.pt").write_bytes(image.read_bytes())
     for name in ("masks", "overlays"):
         write_image(tmp_path / name / "a.png", picture(0)[0])
@@ -228,6 +251,16 @@ def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.Captu
         ),
         ([tmp_path / "other.pt", tmp_path / "new"], "other.pt: expected weights of UNet"),
         ([tmp_path / "part.pt", tmp_path / "new"], "part.pt: expected the plan of a network"),
+        *(
+            ([tmp_path / f"{name}.pt", tmp_path / "new"], f"{name}.pt: expected the plan of a network")
+            for name in PLANS
+        ),
+        ([tmp_path / "nan.pt", tmp_path / "new"], f"nan.pt: expected finite weights, got others in {first}"),
+        ([tmp_path / "complex.pt", tmp_path / "new"], "complex.pt: expected weights of UNet"),
+        ([tmp_path / "wide.pt", tmp_path / "new"], "wide.pt: expected weights of UNet"),
+        ([tmp_path / "list.pt", tmp_path / "new"], "list.pt: expected weights of UNet"),
+        ([tmp_path / "program.pt", tmp_path / "new"], "program.pt: expected a file of examples.train, got another one"),
+        ([tmp_path / (300 * "x"), tmp_path / "new"], "x: expected a file of examples.train, got OSError: "),
         ([weights, tmp_path / "none"], "none: expected a folder with data, found none"),
         ([weights, tmp_path / "empty"], "empty: expected NAME.bmp"),
         ([weights, tmp_path / "scans"], "found 1.dcm"),
@@ -238,8 +271,9 @@ def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.Captu
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
         assert run(*given) == 2, message
         said = capsys.readouterr()
-        assert message in said.err and said.err.count("\n") == 1
+        assert message in said.err and said.err.count("\n") == 1 and len(said.err) < 1000
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "unpickled").exists()
 
 
 @pytest.mark.parametrize(

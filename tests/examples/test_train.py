@@ -27,6 +27,7 @@ from tests.datasets import (
     SHORT,
     TINY,
     Bright,
+    compressed,
     history,
     kvasir,
     read_json,
@@ -59,6 +60,8 @@ def test_nothing_is_written_when_the_data_are_bad(run, tmp_path: Path, capsys: p
     assert not (tmp_path / "run").exists()
     assert run("--data", tmp_path / "none", "--out", tmp_path / "run", *TINY) == 2
     assert "none: expected a folder with data, found none" in capsys.readouterr().err
+    assert run("--data", tmp_path / (300 * "x"), "--out", tmp_path / "run", *TINY) == 2
+    assert "x: expected a folder with data, got OSError: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_nothing_is_written_when_the_data_are_bad(run, tmp_path: Path, capsys: p
         (["--crop", "40"], "--crop: expected a multiple of 16"),
         (["--crop", "64", "--resize", "48"], "--resize: expected at least --crop 64, got 48"),
         (["--batch", "0"], "--batch: expected an integer of at least 1, got 0"),
+        (["--crop", "8192"], "--crop: expected at most 4096, got 8192"),
         (["--val", "1"], "--val: expected a share between 0 and 1, got 1.0"),
         (["--lr", "-1"], "--lr: expected a positive number"),
         (["--lr", "nan"], "--lr: expected a positive number, got nan"),
@@ -230,16 +234,25 @@ def test_restart(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "run" / "last.pt").exists()  # lost only where another run begins
 
 
-def other_run(folder: Path) -> None:
-    torch.save({"arguments": {"data": "other"}, "history": [], "model": {}, "optimizer": {}}, folder / "last.pt")
+def run_of(**changes: object) -> Callable[[Path], None]:
+    state = {"arguments": {"data": "other"}, "history": [], "model": {}, "optimizer": {}} | changes
+    return lambda folder: torch.save(state, folder / "last.pt")
 
 
 @pytest.mark.parametrize(
     "prepare, out, message",
     [
-        (other_run, ".", "last.pt: expected a run with data "),
+        (run_of(), ".", "last.pt: expected a run with data "),
         (lambda folder: (folder / "last.pt").write_bytes(b"PK"), ".", "last.pt: expected a file of examples.train"),
         (lambda folder: torch.save([1], folder / "last.pt"), ".", "last.pt: expected a file of examples.train"),
+        (run_of(arguments=[1]), ".", "last.pt: expected the arguments and the history of a run, got other values"),
+        (run_of(history=[1]), ".", "last.pt: expected the arguments and the history of a run, got other values"),
+        (run_of(history=[{"epoch": 1}]), ".", "last.pt: expected the arguments and the history of a run, got other"),
+        (
+            lambda folder: run_of(model={"a": torch.zeros(9999)})(folder) or compressed(folder / "last.pt"),
+            ".",
+            "last.pt: expected a file of examples.train, which is not compressed, got ",
+        ),
         (lambda folder: (folder / "file").touch(), "file", "--out {}/file: expected a folder, got a file"),
         (lambda folder: (folder / "file").touch(), "file/run", "--out {}/file/run: expected a folder, got a file, {}/"),
         (lambda folder: None, "/proc/run", "--out /proc/run: expected a folder that can be written to, got "),
@@ -257,6 +270,49 @@ def test_out_is_checked_before_the_data(
     assert said.err.startswith("error: ") and message.replace("{}", str(tmp_path)) in said.err
     assert said.err.count("\n") == 1 and "checking" not in said.err and "data:" not in said.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_resumed_with_its_own_states(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kvasir(tmp_path / "data")
+    given = ["--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT]
+    assert run(*given) == 0
+    state = torch.load(tmp_path / "run" / "last.pt")
+    model, optimizer = state["model"], state["optimizer"]
+    first, moments = next(iter(model)), next(iter(optimizer["state"]))
+    for changes in (
+        {"model": model | {first: model[first][:1]}},
+        {"optimizer": optimizer | {"state": optimizer["state"] | {moments: {}}}},
+    ):
+        torch.save(state | changes, tmp_path / "run" / "last.pt")
+        capsys.readouterr()
+        assert run(*given, "--epochs", 2) == 2, changes.keys()
+        said = "last.pt: expected the states of this network and its optimizer, got other ones\n"
+        assert capsys.readouterr().err.endswith(said)
+
+
+STATE = {"weight": torch.ones(2, 3), "groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"another": torch.ones(1)},
+        {"weight": torch.ones(1, 3)},
+        {"weight": torch.ones(1, 1).expand(2, 3).double()},
+        {"weight": torch.ones(2, 3, device="meta")},
+        {"weight": torch.ones(2, 3).to_sparse()},
+        {"weight": 1.0},
+        {"groups": []},
+        {"groups": {}},
+        {"groups": [{"lr": 0.1}]},
+        {"groups": [{"lr": torch.ones(()), "betas": (0.9, 0.999)}]},
+        {"groups": [{"lr": 0.1, "betas": [0.9, 0.999]}]},
+    ],
+)
+def test_states_that_are_not_alike(changes: dict) -> None:
+    assert network.alike(STATE | {"weight": torch.zeros(2, 3)}, STATE)
+    assert not network.alike(STATE | changes, STATE)
+    assert not network.alike([STATE], STATE) and not network.alike({}, STATE)
 
 
 SEVERAL = """
