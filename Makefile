@@ -1,10 +1,14 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+TRITON := triton==3.6.0
+NEWEST := triton==3.9.0
+# For its microscope image alone.
+IMAGE := stardist==0.9.2
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check slow newest regression lint package train gpu clean
+.PHONY: help bench test check slow newest regression lint package lock train gpu clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -44,17 +48,39 @@ lint: .venv/test  ## Check style, format and types
 
 package: .venv/test  ## Build the source archive, of it the wheel, and check what they hold
 	rm -rf build dist
-	$(BIN)/python -m build --outdir dist > /dev/null
+	$(BIN)/python -m build --no-isolation --outdir dist > /dev/null
 	tar -tzf dist/*.tar.gz | sed -e 's|^[^/]*/||' | sort > dist/files
 	git ls-files | grep -vE '^(\.ci/|\.gitignore)' | sort | comm -23 - dist/files | sed -e 's|^|not in the archive: |' | tee dist/missing
 	! test -s dist/missing
 	$(BIN)/python -m zipfile --list dist/*.whl
 	! $(BIN)/python -m zipfile --list dist/*.whl | tail -n +2 | grep -vE '^dca_kernels(-[0-9.]+\.dist-info)?/'
 
+lock: .venv/third-party  ## Write the hashes of what continuous integration installs, and the table of licences
+	$(BIN)/python lock/write.py --triton $(TRITON) --newest $(NEWEST) --image $(IMAGE)
+
 clean:  ## Remove what the other commands made
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# One stamp file for each extra that is installed.
+# One stamp file for each extra that is installed. Continuous integration installs the same by hash.
+ifeq ($(CI),true)
+LOCKED = $(BIN)/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: --requirement lock/$(@F).txt
+
+.venv/bench: pyproject.toml lock/bench.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(LOCKED)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/train .venv/test: .venv/bench
+.venv/third-party: .venv/test
+.venv/train .venv/test .venv/third-party: .venv/%: lock/%.txt
+	$(LOCKED)
+	touch $@
+
+.venv/newest: .venv/test lock/newest.txt
+	$(LOCKED) --target $@
+
+else
 .venv/bench: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
@@ -62,19 +88,21 @@ clean:  ## Remove what the other commands made
 
 .venv/train: .venv/bench
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]"
-	$(BIN)/python -m pip install --quiet --no-deps stardist==0.9.2  # for its microscope image alone
+	$(BIN)/python -m pip install --quiet --no-deps $(IMAGE)
 	touch $@
 
 # A GPU build of torch has brought the triton that belongs to it; beside any other one, the tests' own is installed.
 .venv/test: .venv/bench
-	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install --quiet triton==3.6.0
+	$(BIN)/python -c "import triton" 2> /dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	$(BIN)/python -m pip install --quiet --no-deps stardist==0.9.2  # for its microscope image alone
+	$(BIN)/python -m pip install --quiet --no-deps $(IMAGE)
 	touch $@
 
 .venv/newest: .venv/test
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.9.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(NEWEST)
 
 .venv/third-party: .venv/test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[third-party]"
 	touch $@
+
+endif
