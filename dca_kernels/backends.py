@@ -1,8 +1,9 @@
 """Which implementation runs, and why.
 
 The first of these that is not "auto" names the backend: the module's `backend` argument, `use_backend(...)`, the
-environment variable DCA_BACKEND. A backend that is asked for by name either runs or raises. Where all are "auto",
-`automatic` chooses. Where something needs the submodules called, no backend runs: see `dca_kernels.plain`.
+environment variable DCA_BACKEND (an empty one is as none). A backend that is asked for by name either runs or raises.
+Where all are "auto", `automatic` chooses. Where something needs the submodules called, no backend runs: see
+`dca_kernels.plain`.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def check_name(name: str, source: str) -> str:
     """`name`, or a ValueError that says where an unknown one came from."""
-    if name not in ("auto", *NAMES):
+    if not isinstance(name, str) or name not in ("auto", *NAMES):
         raise ValueError(f"{source}: expected one of 'auto', 'torch', 'triton', got {name!r}")
     return name
 
@@ -128,13 +129,12 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str |
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
-        ValueError: DCA_BACKEND holds an unknown name.
+        ValueError: the first of these names that is not "auto" is unknown.
     """
     in_context = _latest if torch.compiler.is_compiling() else _in_context.get()
-    requests = [("backend", argument), ("use_backend", in_context)]
-    requests.append(("DCA_BACKEND", check_name(os.environ.get("DCA_BACKEND", "auto"), "DCA_BACKEND")))
-    for source, name in requests:
-        if name != "auto":
+    in_environment = os.environ.get("DCA_BACKEND") or "auto"
+    for source, name in (("backend", argument), ("use_backend", in_context), ("DCA_BACKEND", in_environment)):
+        if check_name(name, source) != "auto":
             reason = why_not(name, device)
             if reason is not None:
                 raise RuntimeError(f"{source}: {name!r} cannot run on {device}: {reason}")
