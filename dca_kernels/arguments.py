@@ -122,4 +122,6 @@ def check_tensor(name: str, x: object, shape: Sequence[int], device: torch.devic
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected device {device}, as the other parameters, got {x.device}")
+    if x.is_neg():
+        raise ValueError(f"{name}: expected a tensor of the values in its memory, got a negated view of it")
     check_memory(name, x)

@@ -1,7 +1,7 @@
 """Whatever is bad is refused by a check of the library, before anything changes.
 
 An error of a check is raised in the package's own files, not in its backends or in PyTorch, and begins with the name of
-what was bad. What `torch.nn` takes for the same is taken here, too (`RIGHT`). Decided as PyTorch's users would expect:
+what was bad. What `torch.nn` takes for the same is taken here, too. Decided as PyTorch's users would expect:
 
 - Integers and flags are Python's or NumPy's, integers tensors' too. A bool is no integer, and 1 is no flag.
 - Lists of integers are sequences. A generator, a set, a dictionary and text are none.
@@ -25,7 +25,18 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import dca_kernels
 from dca_kernels import DCA, add_dca, inspect, replace_dca, restore_dca, use_backend, warm_up
-from tests.oracle import Config, assert_identical, build, each_backend, needs_triton, of_pytorch, random_maps
+from tests.oracle import (
+    Config,
+    assert_identical,
+    assert_same,
+    build,
+    each_backend,
+    evaluate,
+    needs_triton,
+    of_pytorch,
+    pair,
+    random_maps,
+)
 from tests.swap.models import host
 
 CONFIG = Config((4, 8), 2, spatial_head=(2, 2), sizes=((3, 4), (2, 2)))
@@ -647,3 +658,106 @@ def test_transforms(call: Callable[[nn.Module, list[Tensor]], object], backend: 
     before = Before(module)
     assert_refused(lambda: call(module, maps), PATH)
     before.assert_kept(module)
+
+
+# What is right
+
+
+def test_numbers_and_flags_of_numpy_are_taken() -> None:
+    lists = {"strides": np.array([2, 1]), "channel_head": np.array([1, 2]), "spatial_head": torch.tensor([2, 4])}
+    module = DCA(np.array([4, 8]), patch=np.array([2, 3]), n=np.int64(2), channel_att=np.bool_(True), **lists)
+    expected = DCA([4, 8], patch=(2, 3), n=2, channel_head=[1, 2], spatial_head=[2, 4])
+    assert module.load_state_dict(expected.state_dict()) and module.grid == (2, 3)
+    module([torch.randn(2, 4, 3, 4), torch.randn(2, 8, 2, 2)])
+    assert not hasattr(DCA([4], spatial_att=np.bool_(False)).attention[0], "s_attention")
+    assert hooks_of(replace_dca(host(), verify=np.bool_(False), check_calls=np.int64(1)).DCA) == 1
+    warm_up(seen("torch")[0], [np.array(MAP), (2, 8, 2, 2)], backward=np.bool_(False))
+
+
+def hooks_of(module: nn.Module) -> int:
+    return len(module._forward_pre_hooks)
+
+
+ODD_CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "same": {"padding": "same"},
+    "valid": {"padding": "valid"},
+    "dilation": {"dilation": 3},
+    "circular": {"padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("other", ODD_CONVOLUTIONS.values(), ids=ODD_CONVOLUTIONS)
+def test_convolutions_that_compute_the_same(other: dict[str, Any]) -> None:
+    module, maps = seen("torch")
+    expected = copy.deepcopy(module)(maps)
+    convolution = nn.Conv2d(8, 8, 1, **other)
+    convolution.load_state_dict(module.upconvs[1].conv.conv.state_dict())
+    module.upconvs[1].conv.conv = convolution
+    assert all(map(torch.equal, module(maps), expected))
+
+
+@each_backend
+def test_negated_views(backend: str) -> None:
+    module, maps = seen(backend)
+    module.eval()
+    strided = torch.complex(torch.zeros_like(maps[1]), maps[1]).imag
+    negated = torch.complex(torch.zeros_like(maps[1]), -maps[1]).conj().imag
+    assert negated.is_neg() and negated.stride() == strided.stride()
+    expected = module([maps[0], strided])  # a call of this kind is known by now, but for the sign
+    for _ in range(2):
+        assert all(map(torch.equal, module([maps[0], negated]), expected))
+
+
+@each_backend
+def test_maps_that_are_freed_behind_a_prepared_call(backend: str) -> None:
+    module, maps = seen(backend)
+    module(maps)
+    before = Before(module)
+    assert_refused(lambda: module([maps[0], shrunk(maps[1], 0)]), r"maps\[1\]")
+    before.assert_kept(module)
+
+
+def attributes(**values: object) -> Callable[[nn.BatchNorm2d], None]:
+    return lambda norm: vars(norm).update(values)
+
+
+def buffers(**values: Any) -> Callable[[nn.BatchNorm2d], None]:
+    return lambda norm: norm._buffers.update(copy.deepcopy(values))
+
+
+def no_affine(norm: nn.BatchNorm2d) -> None:
+    norm.weight = norm.bias = None
+
+
+def cumulative_without_counter(norm: nn.BatchNorm2d) -> None:
+    norm.momentum = norm.num_batches_tracked = None
+
+
+NORMS: dict[str, list[Callable[[nn.BatchNorm2d], None]]] = {
+    "momentum": [
+        *(attributes(momentum=m) for m in (-1.0, 0, 0.0, 1, True, None, NAN, 2.5)),
+        *(attributes(momentum=m) for m in (np.float32(0.25), np.float64(0.3), np.int64(1))),
+    ],
+    "others": [
+        *(attributes(eps=eps) for eps in (1, np.float32(0.25), np.float64(1e-3))),
+        *(attributes(track_running_stats=False), buffers(num_batches_tracked=None), cumulative_without_counter),
+        *(buffers(num_batches_tracked=torch.tensor(3, dtype=dtype)) for dtype in (torch.int32, torch.float64)),
+        *(no_affine, lambda norm: norm.train(not norm.training)),
+        buffers(running_mean=None, running_var=None, num_batches_tracked=None),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "train"), [("momentum", True), ("others", True), ("others", False)])
+@each_backend
+def test_buffers_are_those_of_batch_norm(name: str, train: bool, backend: str) -> None:
+    """One scale for each change."""
+    changes = NORMS[name]
+    config = Config((2,) * len(changes), 1, spatial_head=(1,) * len(changes), sizes=((1, 3),) * len(changes))
+    modules = pair(config, backend, train=train)
+    for module in modules:
+        for change, head in zip(changes, module.bn_relu, strict=True):
+            change(head[0])
+    maps = random_maps(config, backend=backend)
+    for _ in range(2):  # the second call was prepared
+        assert_same(*(evaluate(module, maps, backward=False) for module in modules))
