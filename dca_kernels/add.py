@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from dca_kernels.arguments import check_model
 from dca_kernels.graph import CHILD, NoSkips, class_of, recipe_of
-from dca_kernels.module import DCA, check_model
+from dca_kernels.module import DCA
 from dca_kernels.skips import Search, Traced
 from dca_kernels.trace import Untraceable, attributes_of, in_mode, put_back
 
@@ -77,9 +78,12 @@ def add_dca(
             raise TypeError(f"{name}: expected to be read off the model, got {arguments[name]!r}")
     if not isinstance(example, Tensor | None):
         raise TypeError(f"example: expected a tensor (B, C, H, W) or None, got {type(example).__name__}")
-    if skips is not None and (isinstance(skips, str) or not skips or len(set(skips)) < len(skips)):
-        raise ValueError(f"skips: expected a list of different names, got {skips!r}")
-    if start not in STARTS:
+    if skips is not None:
+        if not isinstance(skips, list | tuple) or not all(isinstance(name, str) for name in skips):
+            raise TypeError(f"skips: expected a list of names, got {skips!r}")
+        if not skips or len(set(skips)) < len(skips):
+            raise ValueError(f"skips: expected a list of different names, got {skips!r}")
+    if not isinstance(start, str) or start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     _check_unwrapped(model)
     image = _image(model) if example is None else example

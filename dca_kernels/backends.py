@@ -1,22 +1,23 @@
 """Which implementation runs, and why.
 
 The first of these that is not "auto" names the backend: the module's `backend` argument, `use_backend(...)`, the
-environment variable DCA_BACKEND. A backend that is asked for by name either runs or raises. Where all are "auto",
-`automatic` chooses. Where something needs the submodules called, no backend runs: see `dca_kernels.plain`.
+environment variable DCA_BACKEND (an empty one is as none). A backend that is asked for by name either runs or raises.
+Where all are "auto", `automatic` chooses. Where something needs the submodules called, no backend runs: see
+`dca_kernels.plain`.
 """
 
-import contextlib
 import contextvars
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._contextlib import _DecoratorContextManager
 
 from dca_kernels import torch_backend
 
@@ -38,7 +39,20 @@ MOST_COLUMNS = 1024  # of a map, in training
 MOST_IN_A_ROW = 4096  # channels of a scale, at least 16, times columns of a window, each a power of two; in training
 
 _logger = logging.getLogger("dca_kernels")
-_in_context: contextvars.ContextVar[str] = contextvars.ContextVar("dca_backend", default="auto")
+
+
+class _Block:
+    """One `with use_backend(...)`, and the one that it was entered in."""
+
+    def __init__(self, name: str, outer: "_Block | None") -> None:
+        self.name, self.outer, self.left = name, outer, False
+
+    def is_within(self, other: "_Block") -> bool:
+        return self.outer is other or (self.outer is not None and self.outer.is_within(other))
+
+
+_OUTERMOST = _Block("auto", None)
+_in_context = contextvars.ContextVar("dca_backend", default=_OUTERMOST)
 _latest = "auto"  # what `_in_context` was set to last, in any thread: torch.compile sees when a global changes
 
 
@@ -64,29 +78,60 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(_DecoratorContextManager):  # named as torch.no_grad is
     """Run every DCA inside the `with` block on the named backend, where the DCA's `backend` is "auto".
 
     The block counts for the thread or task that entered it. A compiled module is the exception: it goes by the block
     that any thread entered or left last, and is compiled again when that names another backend.
 
+    As a decorator it counts while the function runs; a generator function's runs end at each `yield`. A generator that
+    yields inside a `with` block has not left it, and it counts for the caller as well, as that of torch.no_grad does.
+
     Raises:
         ValueError: `name` is not "auto", "torch" or "triton".
+        RuntimeError: the block is left, and one that was entered within it is not, as that of a suspended generator.
     """
+
+    def __init__(self, name: str) -> None:
+        self._name = check_name(name, "use_backend")
+        self._blocks: list[_Block] = []
+
+    def clone(self) -> "use_backend":
+        return use_backend(self._name)
+
+    def __enter__(self) -> None:
+        self._blocks.append(_Block(self._name, _innermost()))
+        _enter(self._blocks[-1])
+
+    def __exit__(self, *_: object) -> None:
+        block = self._blocks.pop()
+        block.left = True
+        inner = _innermost()
+        _enter(inner)
+        if inner.is_within(block):
+            raise RuntimeError(
+                f"use_backend: expected to leave the block of {inner.name!r}, entered within that of {block.name!r}, "
+                "first: decorate a generator function instead of yielding within a block"
+            )
+
+
+def _innermost() -> _Block:
+    """The block that was entered last of those that are not left, which a generator may do in any order."""
+    block = _in_context.get()
+    while block.left and block.outer is not None:
+        block = block.outer
+    return block
+
+
+def _enter(block: _Block) -> None:
     global _latest
-    token = _in_context.set(check_name(name, "use_backend"))
-    _latest = name
-    try:
-        yield
-    finally:
-        _in_context.reset(token)
-        _latest = _in_context.get()
+    _in_context.set(block)
+    _latest = block.name
 
 
 def check_name(name: str, source: str) -> str:
     """`name`, or a ValueError that says where an unknown one came from."""
-    if name not in ("auto", *NAMES):
+    if not isinstance(name, str) or name not in ("auto", *NAMES):
         raise ValueError(f"{source}: expected one of 'auto', 'torch', 'triton', got {name!r}")
     return name
 
@@ -128,13 +173,12 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str |
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot run; the message says why.
-        ValueError: DCA_BACKEND holds an unknown name.
+        ValueError: the first of these names that is not "auto" is unknown.
     """
-    in_context = _latest if torch.compiler.is_compiling() else _in_context.get()
-    requests = [("backend", argument), ("use_backend", in_context)]
-    requests.append(("DCA_BACKEND", check_name(os.environ.get("DCA_BACKEND", "auto"), "DCA_BACKEND")))
-    for source, name in requests:
-        if name != "auto":
+    in_context = _latest if torch.compiler.is_compiling() else _innermost().name
+    in_environment = os.environ.get("DCA_BACKEND") or "auto"
+    for source, name in (("backend", argument), ("use_backend", in_context), ("DCA_BACKEND", in_environment)):
+        if check_name(name, source) != "auto":
             reason = why_not(name, device)
             if reason is not None:
                 raise RuntimeError(f"{source}: {name!r} cannot run on {device}: {reason}")
@@ -147,7 +191,7 @@ def choose(argument: str, device: torch.device, dtype: torch.dtype, large: str |
 
 def requested() -> tuple[str, str | None]:
     """What `choose` goes by beside its arguments."""
-    return _in_context.get(), os.environ.get("DCA_BACKEND")
+    return _innermost().name, os.environ.get("DCA_BACKEND")
 
 
 def automatic(device: torch.device, dtype: torch.dtype, large: str | None = None) -> tuple[str, str]:

@@ -194,7 +194,9 @@ def _affine(module: nn.Conv2d | nn.LayerNorm, get: Get) -> Affine:
 def _batch_norm(norm: nn.BatchNorm2d, get: Get) -> BatchNorm:
     updates = norm.training and norm.track_running_stats and norm.running_mean is not None
     affine = get(norm, "weight"), get(norm, "bias")
-    return BatchNorm(*affine, norm.eps, norm.momentum, uses_batch_statistics(norm), updates)
+    cumulative = norm.momentum is None and norm.num_batches_tracked is not None
+    momentum = None if cumulative else float(norm.momentum or 0.0)  # without a counter, as PyTorch
+    return BatchNorm(*affine, float(norm.eps), momentum, uses_batch_statistics(norm), updates)
 
 
 def _buffers(norm: nn.BatchNorm2d, get: Get) -> Buffers:

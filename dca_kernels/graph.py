@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
-from dca_kernels.plain import is_hooked
 from dca_kernels.skips import Search, Skip, Traced
+from dca_kernels.structure import is_hooked
 from dca_kernels.trace import Untraceable, expect, in_mode
 
 CHILD = "dca"  # the name of the DCA in its network

@@ -87,7 +87,7 @@ class Module:
         """Those that a contract would have now, in its order; None where more than tensors may have changed."""
         try:
             tensors = _looked_up(self._tensors) if self._is_unchanged(dca) else None
-        except KeyError:  # something is no longer there
+        except (KeyError, ValueError, RuntimeError):  # something is no longer there, or is an array now
             return None
         return None if tensors is None or type(None) in map(type, tensors) else tensors
 
@@ -125,7 +125,11 @@ class Known:
 
 def call(dca: "DCA", maps: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """The outputs of a call that was prepared; None of any other."""
-    known, kind = dca._known, _kind(maps)
+    known = dca._known
+    try:
+        kind = None if known is None else _kind(maps)
+    except RuntimeError:  # of nested tensors and what else has no sizes, strides or memory of its own
+        return None
     if known is None or kind is None:
         return None
     tensors = known.module.tensors_of(dca)
@@ -182,10 +186,11 @@ def _kind(maps: Sequence[Tensor]) -> Hashable | None:
     ):
         return None
     graded, device = torch.is_grad_enabled(), maps[0].device.type
-    if any([x.is_meta or x.layout is not torch.strided or (graded and x.is_inference()) for x in maps]):
+    if any([x.is_meta or x.layout is not torch.strided or x.is_neg() or (graded and x.is_inference()) for x in maps]):
         return None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    described = [(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, x.requires_grad) for x in maps]
+    # No memory begins at 0: what lies there was freed.
+    described = [(x.shape, x.stride(), x.dtype, x.device, (x.data_ptr() or -1) & 15, x.requires_grad) for x in maps]
     return backends.requested(), graded, autocast, tuple(described)
 
 

@@ -1,8 +1,7 @@
 """The submodules of a DCA, with the official module's names. A call of one does the official module's operations.
 
 A backend reads their parameters and calls none of them; `dca_kernels.plain` calls them all. PyTorch's modules hold the
-parameters. The parent of such a module has its size in `sizes`, by name: (in, out, groups) of a convolution, the
-normalized shape of a LayerNorm.
+parameters.
 
 Shapes: B batch, S scales, C_i channels of scale i, C = sum of C_i, H_i x W_i its size, P_h x P_w the token grid,
 N = P_h * P_w tokens, h heads.
@@ -20,7 +19,6 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.sizes = {"depthwise": (channels, channels, channels)}
         self.depthwise = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +85,6 @@ class LayerNorms(nn.ModuleList):
 
     def __init__(self, features: Sequence[int]) -> None:
         super().__init__(nn.LayerNorm(c, eps=1e-6) for c in features)
-        self.sizes = {str(i): (c,) for i, c in enumerate(features)}
 
 
 class Block(nn.Module):
@@ -127,7 +124,6 @@ class PointwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.sizes = {"conv": (channels, channels, 1)}
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,18 +1,16 @@
 """The swap-in module: parameters, buffers and checks. The stages hold the maths."""
 
-import contextlib
 import functools
 import logging
-import operator
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import SupportsIndex, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dca_kernels import backends, contract, known, plain
+from dca_kernels import arguments, backends, contract, known, plain, structure
 from dca_kernels.layers import Block, DepthwiseProjection, UpsampleConv
 
 _logger = logging.getLogger("dca_kernels")
@@ -55,22 +53,23 @@ class DCA(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.features = _positive_ints("features", features)
+        self.features = arguments.integers("features", features)
         scales = len(self.features)
-        if strides is not None and len(_positive_ints("strides", strides)) != scales:
+        if strides is not None and len(arguments.integers("strides", strides)) != scales:
             raise ValueError(f"strides: expected {scales} values, one for each of features, got {len(strides)}")
         self.patch = patch
-        self.grid = _grid(patch)
-        self.channel_att, self.spatial_att = channel_att, spatial_att
-        self.n = _positive_ints("n", [n])[0]
+        self.grid = arguments.grid("patch", patch)
+        self.channel_att = arguments.flag("channel_att", channel_att)
+        self.spatial_att = arguments.flag("spatial_att", spatial_att)
+        self.n = arguments.integer("n", n)
         self.channel_head = [1] * scales if channel_head is None else channel_head
         self.spatial_head = [4] * scales if spatial_head is None else spatial_head
-        if channel_att:
-            self.channel_head = _heads("channel_head", self.channel_head, self.features, channel_head is None)
-        if spatial_att:
-            self.spatial_head = _heads("spatial_head", self.spatial_head, self.features, spatial_head is None)
+        if self.channel_att:
+            self.channel_head = arguments.heads("channel_head", self.channel_head, self.features, channel_head is None)
+        if self.spatial_att:
+            self.spatial_head = arguments.heads("spatial_head", self.spatial_head, self.features, spatial_head is None)
         self.backend = backends.check_name(backend, "backend")
-        heads = self.channel_head if channel_att else [], self.spatial_head if spatial_att else []
+        heads = self.channel_head if self.channel_att else [], self.spatial_head if self.spatial_att else []
         self.avg_map = nn.ModuleList(DepthwiseProjection(c) for c in self.features)
         self.attention = nn.ModuleList(Block(self.features, *heads) for _ in range(self.n))
         self.upconvs = nn.ModuleList(UpsampleConv(c) for c in self.features)
@@ -100,29 +99,31 @@ class DCA(nn.Module):
             outs = known.call(self, maps)
             if outs is not None:
                 return outs
+            self._check_attributes()
         in_list: Sequence[object] = maps if isinstance(maps, list | tuple) else []
         proxies = [x for x in (maps, *in_list) if isinstance(x, fx.Proxy)]
         if proxies:
             return self._as_leaf(maps, cast(fx.Tracer, proxies[0].tracer))
+        self._check(maps)
         overriding = [x for x in in_list if _overrides(x)]
         if overriding:
-            computed = self.forward([x.as_subclass(Tensor) if _overrides(x) else x for x in maps])
+            computed = self.forward([_without_class(f"maps[{i}]", x) for i, x in enumerate(maps)])
             # Attention computes each output from all maps.
             return tuple(_computed_from(y, x, *overriding) for y, x in zip(computed, maps, strict=True))
-        self._check(maps)
+        reason = plain.hooked(self)
         if not torch.jit.is_tracing():  # which makes tensors of sizes
             self._check_sizes(maps)
-        reason = plain.hooked(self)
         if reason is None:  # otherwise, the hook may bring the parameters, and only when it is called
             dtypes = self._output_dtypes(maps)
             reason = plain.taken_apart(maps)
         if reason is not None:
             plain.say(reason)
             return plain.refine(self, maps)
+        maps = [x.resolve_neg() for x in maps]
         # A frozen encoder's maps may be inference tensors, which no backward can keep; a compiled graph says so itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             maps = [x.clone() if x.is_inference() else x for x in maps]
-        norms = [_plain_norm(head) for head in self.bn_relu]
+        norms = [structure.plain_norm(head) for head in self.bn_relu]
         for i, (norm, head) in enumerate(zip(norms, self.bn_relu, strict=True)):
             if norm is None and not torch.compiler.is_compiling():
                 _say_called(i, type(next(head.children(), head)).__name__)
@@ -145,7 +146,7 @@ class DCA(nn.Module):
         """One call of this module in the graph of `torch.fx.symbolic_trace`: checks and algebra are for tensors."""
         if tracer.root is self:
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
-        if plain.is_hooked(self):
+        if structure.is_hooked(self):
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy, which the DCA's hooks would see: hook later")
         # The proxy stands for the outputs.
         outputs = cast(Sequence[Tensor], tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {}))
@@ -159,6 +160,13 @@ class DCA(nn.Module):
         names = ("features", "patch", "channel_att", "spatial_att", "n", "channel_head", "spatial_head", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def _check_attributes(self) -> None:
+        """Raise where someone has put something in the place of an argument that a call goes by."""
+        arguments.integers("features", self.features)
+        arguments.grid("grid", self.grid)
+        arguments.flag("channel_att", self.channel_att)
+        arguments.flag("spatial_att", self.spatial_att)
+
     def _check(self, maps: Sequence[Tensor]) -> None:
         """Raise where `maps` is not a list of S tensors of floating dtypes."""
         if not isinstance(maps, (list, tuple)):
@@ -166,23 +174,23 @@ class DCA(nn.Module):
         if len(maps) != len(self.features):
             raise ValueError(f"maps: expected {len(self.features)} tensors, one for each of features, got {len(maps)}")
         for i, x in enumerate(maps):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"maps[{i}]: expected a tensor, got {type(x).__name__}")
-            if not x.is_floating_point():
-                raise TypeError(f"maps[{i}]: expected a floating dtype, got {x.dtype}")
+            arguments.check_dense(f"maps[{i}]", x)
 
-    def _check_sizes(self, maps: Sequence[Tensor]) -> None:
+    def _check_sizes(self, maps: Sequence[Tensor], name: str = "maps") -> None:
         """Raise for sizes that contradict `features` or each other, or that BatchNorm cannot train on."""
         for i, (x, channels) in enumerate(zip(maps, self.features, strict=True)):
             if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[1:]:
-                raise ValueError(f"maps[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
+                raise ValueError(f"{name}[{i}]: expected shape (B, {channels}, H, W), got {tuple(x.shape)}")
             if x.shape[0] != maps[0].shape[0]:
-                raise ValueError(f"maps[{i}]: expected batch size {maps[0].shape[0]}, as maps[0], got {x.shape[0]}")
+                raise ValueError(f"{name}[{i}]: expected batch size {maps[0].shape[0]}, as {name}[0], got {x.shape[0]}")
+            if not torch.compiler.is_compiling():
+                arguments.check_memory(f"{name}[{i}]", x)
         for i, (x, head) in enumerate(zip(maps, self.bn_relu, strict=True)):
             norm = next(iter(head._modules.values()), None)
             if isinstance(norm, nn.BatchNorm2d) and contract.uses_batch_statistics(norm) and x.numel() == x.shape[1]:
+                size = tuple(x.shape)
                 raise ValueError(
-                    f"maps[{i}]: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+                    f"{name}[{i}]: expected more than 1 value per channel when training, got input size {size}"
                 )
 
     def _output_dtypes(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
@@ -232,37 +240,26 @@ def warm_up(
     """
     if not isinstance(dca, DCA):
         raise TypeError(f"dca: expected a dca_kernels.DCA, got {type(dca).__name__}: pass the one within a network")
+    if not isinstance(shapes, Sequence) or len(shapes) != len(dca.features):
+        raise ValueError(f"shapes: expected {len(dca.features)} shapes, one for each of features, got {shapes!r}")
+    sizes = [arguments.integers(f"shapes[{i}]", shape, least=0) for i, shape in enumerate(shapes)]
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format: expected contiguous_format or channels_last of torch, got {memory_format!r}")
+    arguments.flag("backward", backward)
+    dca._check_attributes()
+    hooked = plain.hooked(dca)
     weight = cast(DepthwiseProjection, dca.avg_map[0]).convolution.weight
-    maps = [torch.empty(tuple(shape), dtype=dtype or weight.dtype, device=weight.device) for shape in shapes]
+    maps = [torch.empty(size, dtype=dtype or weight.dtype, device=weight.device) for size in sizes]
     dca._check(maps)
-    dca._check_sizes(maps)
+    dca._check_sizes(maps, "shapes")
     dtypes = dca._output_dtypes(maps)
-    maps = [x.contiguous(memory_format=memory_format).requires_grad_(backward) for x in maps]
-    if plain.hooked(dca) is None:
-        with torch.set_grad_enabled(backward):
-            backend, read = dca._backend(maps, [_plain_norm(head) for head in dca.bn_relu], dtypes)
+    maps = [x.contiguous(memory_format=memory_format).requires_grad_(bool(backward)) for x in maps]
+    if hooked is None:
+        with torch.set_grad_enabled(bool(backward)):
+            backend, read = dca._backend(maps, [structure.plain_norm(head) for head in dca.bn_relu], dtypes)
             backend.warm_up(maps, read())
-
-
-def _plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
-    """The BatchNorm of a `bn_relu` that is a plain BatchNorm2d and ReLU with nothing hooked in, else None.
-
-    A backend fuses only such a one; any other is called as it is.
-    """
-    if type(head) is not nn.Sequential or len(head) != 2:
-        return None
-    norm, relu = head
-    if type(norm) is not nn.BatchNorm2d or type(relu) is not nn.ReLU:
-        return None
-    if plain.has_global_hook() or any(plain.is_hooked(m) for m in (head, norm, relu)):
-        return None
-    return norm
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise a TypeError for what is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 @functools.cache  # one log line each
@@ -277,45 +274,17 @@ def _overrides(x: object) -> bool:
     return type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
+def _without_class(name: str, x: Tensor) -> Tensor:
+    if not _overrides(x):
+        return x
+    try:
+        return x.as_subclass(Tensor)
+    except (TypeError, RuntimeError) as error:  # MaskedTensor, which is more than its values
+        raise TypeError(f"{name}: expected a tensor that holds its values alone, got {type(x).__name__}") from error
+
+
 def _computed_from(y: Tensor, *sources: object) -> Tensor:
     """What the `__torch_function__` of its sources makes of a result."""
     if has_torch_function(sources):
         return handle_torch_function(_computed_from, sources, y, *sources)
     return y
-
-
-def _positive_ints(name: str, values: object) -> list[int]:
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a list of integers, got {values!r}")
-    try:
-        integers = [operator.index(v) for v in values]
-    except TypeError:
-        raise TypeError(f"{name}: expected integers, got {values!r}") from None
-    if not integers or min(integers) < 1:
-        raise ValueError(f"{name}: expected integers of at least 1, got {integers}")
-    return integers
-
-
-def _grid(patch: int | tuple[int, int]) -> tuple[int, int]:
-    sides: object = patch
-    if isinstance(patch, SupportsIndex):
-        with contextlib.suppress(TypeError):  # an array has the method for integers too, and raises
-            sides = [operator.index(patch)] * 2
-    if not isinstance(sides, Sized) or len(sides) != 2:
-        raise ValueError(f"patch: expected one integer or (P_h, P_w), got {patch!r}")
-    height, width = _positive_ints("patch", sides)
-    return height, width
-
-
-def _heads(name: str, heads: Sequence[int], features: Sequence[int], by_default: bool) -> list[int]:
-    heads, total = _positive_ints(name, heads), sum(features)
-    if len(heads) != len(features):
-        raise ValueError(f"{name}: expected {len(features)} values, one for each of features, got {len(heads)}")
-    for i, (h, channels) in enumerate(zip(heads, features, strict=True)):
-        if channels % h or total % h:
-            expected = f"{name}[{i}]: expected a divisor of features[{i}] = {channels} and of their sum {total}, got "
-            if not by_default:
-                raise ValueError(f"{expected}{h}")
-            fitting = [max(d for d in range(1, h + 1) if c % d == total % d == 0) for c in features]
-            raise ValueError(f"{expected}the default, {h}: pass {name}, {fitting} for one")
-    return heads

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dca_kernels import layers
 from dca_kernels.module import DCA
-from dca_kernels.plain import got_instead, size_of
+from dca_kernels.structure import got_instead, size_of
 
 # Names of the submodules that a fused module and its original share: all that hold tensors.
 SHARED = re.compile(r".+\.proj\.depthwise|attention\.\d+\.\w+_norm\.\d+(\.0)?|upconvs\.\d+\.conv\.conv|bn_relu\.\d+")

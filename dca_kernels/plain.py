@@ -8,40 +8,20 @@ operations run in the backend's place, with their N x N matrices, at their speed
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules import module as registries
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils.module_tracker import ModuleTracker
 
-from dca_kernels import layers
+from dca_kernels import structure
 
 if TYPE_CHECKING:
     from dca_kernels.module import DCA
 
-# Parents of the submodules that hold parameters.
-SIZED = frozenset({layers.DepthwiseConv, layers.PointwiseConv, layers.LayerNorms})
-PARENTS = frozenset(
-    {
-        *SIZED,
-        nn.ModuleList,
-        layers.DepthwiseProjection,
-        layers.ChannelAttention,
-        layers.SpatialAttention,
-        layers.Block,
-        layers.UpsampleConv,
-    }
-)
-UNPADDED = ((0, 0), "valid", "same")
 _logger = logging.getLogger("dca_kernels")
-COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)  # forward pre-hooks that compute a parameter
 
 
 def refine(dca: "DCA", maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -114,99 +94,15 @@ def hooked(dca: "DCA") -> str | None:
     """Which submodule has a hook or a forward put on it, of those that no backend calls; None where none has.
 
     Raises:
-        TypeError: the parameters of a submodule do not say all that calling it would do.
+        TypeError, ValueError: a submodule is not what the constructor put there, or has a tensor or number that cannot
+            be computed with. Where something is hooked, which may bring tensors, these are not looked at.
     """
-    modules: list[nn.Module | None] = [dca.avg_map, dca.attention, dca.upconvs]
-    watched = None
-    for parent in modules:
-        if parent is None or type(parent) not in PARENTS:
-            _refuse(dca, parent, _class_of(parent))
-        if watched is None and is_hooked(parent) and not isinstance(parent, nn.ModuleList):  # which is never called
-            watched = parent
-        if type(parent) not in SIZED:
-            modules += parent._modules.values()
-            continue
-        kind = nn.LayerNorm if type(parent) is layers.LayerNorms else nn.Conv2d
-        for name, size in vars(parent)["sizes"].items():
-            child = parent._modules[name]
-            got = got_instead(child, kind, size)
-            if got is not None:
-                _refuse(dca, child, got)
-            if watched is None and child is not None and is_hooked(child):
-                watched = child
-    if watched is not None:
-        return f"a hook on {_path(dca, watched)}"
-    return "a hook on every module" if has_global_hook() else None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something sees or changes a module's inputs, outputs or gradients."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    return "forward" in vars(module)
-
-
-def has_global_hook() -> bool:
-    """Whether a hook is called for every module; one that only notes names (`FlopCounterMode`'s) does not count."""
-    if not registries._has_any_global_hook():
-        return False
-    forward = registries._global_forward_hooks, registries._global_forward_pre_hooks
-    hooks = [*forward, registries._global_backward_hooks, registries._global_backward_pre_hooks]
-    callables = [hook for of_kind in hooks for hook in of_kind.values()]
-    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in callables)
-
-
-def got_instead(module: nn.Module | None, kind: type[nn.Module], size: tuple[object, ...]) -> str | None:
-    """What a submodule is, in words, where its parameters do not say all that calling it would do; None where they do.
-
-    Args:
-        module: the submodule.
-        kind: what it should be, `nn.Conv2d` or `nn.LayerNorm`, with a bias and with nothing that a subclass hides.
-        size: what `size_of` should be.
-    """
-    if module is None or (type(module) is not kind and not _inherits_all(type(module), kind)):
-        return _class_of(module)
-    if module._forward_pre_hooks:
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, COMPUTING):
-                return (
-                    f"one with a parameter that the forward pre-hook {type(hook).__name__} computes: use "
-                    "torch.nn.utils.parametrizations, or make it permanent (prune.remove)"
-                )
-    if size != size_of(module) or module._parameters.get("bias", module) is None:
-        return str(module)
-    if kind is nn.Conv2d and not (module.kernel_size == module.stride == (1, 1) and module.padding in UNPADDED):
-        return str(module)
+    found = structure.check(dca)
+    for path, module in found.items():
+        if structure.is_hooked(module) and not isinstance(module, nn.ModuleList):  # which is never called
+            return f"a hook on {path}"
+    if structure.has_global_hook():
+        return "a hook on every module"
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # which makes tensors of sizes
+        structure.check_tensors(dca, found)
     return None
-
-
-def size_of(module: nn.Module) -> tuple[object, ...]:
-    """The size of a convolution or a LayerNorm, as in `sizes` of `dca_kernels.layers`."""
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape
-    return module.in_channels, module.out_channels, module.groups
-
-
-def _inherits_all(kind: type, known: type) -> bool:
-    """Whether a module of a class is called as one of `known` is; true of parametrized modules."""
-    if not issubclass(kind, known) or any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
-        return False
-    called = ("__call__", "_call_impl", "forward", "_conv_forward")
-    return all(getattr(kind, name, None) is getattr(known, name, None) for name in called)
-
-
-def _class_of(module: nn.Module | None) -> str:
-    kind = type(module)
-    return f"a {kind.__module__}.{kind.__qualname__}"
-
-
-def _refuse(dca: nn.Module, module: nn.Module | None, got: str) -> NoReturn:
-    raise TypeError(
-        f"{_path(dca, module)}: expected the submodule that DCA made, whose parameters are read in place of a call, "
-        f"got {got} (shard or compile a DCA as a whole, fully_shard(dca); leave it out of quantization and LoRA)"
-    )
-
-
-def _path(dca: nn.Module, module: nn.Module | None) -> str:
-    children = ((name, *child) for name, parent in dca.named_modules() for child in parent._modules.items())
-    return next(f"{name}.{child}".removeprefix(".") for name, child, other in children if other is module)

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from dca_kernels.arguments import check_model, flag, integer
 from dca_kernels.backends import check_name
 from dca_kernels.check import Check, take_off
-from dca_kernels.module import DCA, check_model
+from dca_kernels.module import DCA
 from dca_kernels.official import Refused, fused_of, hooks_of, parents, refuse_hooks, refuse_wrapped, shared_names
 from dca_kernels.verify import verify as verify_maths
 
@@ -106,14 +107,13 @@ def replace_dca(model: nn.Module, backend: str = "auto", verify: bool = True, ch
         `model`; where `model` itself is an official DCA, the fused one.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module; `verify` or `check_calls` is not as above.
         ValueError: there is no DCA to replace; a DCA cannot be replaced (other maths, hooks on modules that would not
             be called, ...: the message says which DCA and why); `backend` or `check_calls` is not as above. The model
             is as it was.
     """
     check_name(backend, "backend")
-    if not isinstance(check_calls, int) or check_calls < 0:
-        raise ValueError(f"check_calls: expected a number of calls, at least 0, got {check_calls!r}")
+    verify, check_calls = flag("verify", verify), integer("check_calls", check_calls, least=0)
     originals: dict[nn.Module, str] = {}
     for name, dca in _dcas(model):
         if not isinstance(dca, DCA):

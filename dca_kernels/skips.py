@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
-from dca_kernels.plain import is_hooked
+from dca_kernels.structure import is_hooked
 from dca_kernels.trace import VALUE, Tracer, Untraceable, has_fixed_size, in_mode
 
 DEPTH = 32  # of modules in modules, at most

@@ -1,9 +1,11 @@
 """Which backend runs: argument, context, environment, automatic; and never another than the one named."""
 
+import asyncio
 import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,123 @@ def test_contexts_nest_and_end_with_an_exception() -> None:
             raise KeyError
         assert_refused("use_backend")
     assert backends.choose("auto", CPU, torch.float32) == "torch"
+
+
+def chosen() -> str:
+    """Of what a context names: here `triton` raises, so only its name is read."""
+    return backends.requested()[0]
+
+
+def test_a_decorated_generator_is_in_the_context_while_it_runs() -> None:
+    @use_backend("torch")
+    def values() -> Iterator[str]:
+        yield chosen()
+        with use_backend("triton"):
+            inner = chosen()
+        yield inner
+        yield chosen()
+
+    found, outside = [], []
+    for value in values():
+        found.append(value)
+        outside.append(chosen())
+    assert found == ["torch", "triton", "torch"] and outside == ["auto"] * 3
+
+    @use_backend("torch")
+    def once() -> str:
+        return chosen()
+
+    assert (once(), once(), chosen()) == ("torch", "torch", "auto")
+
+
+def test_a_suspended_generator_has_not_left_its_block() -> None:
+    def suspended() -> Iterator[None]:
+        with use_backend("torch"):
+            yield
+
+    generator = suspended()
+    next(generator)
+    assert chosen() == "torch"  # as torch.no_grad would be
+    generator.close()
+    assert chosen() == "auto"
+    message = r"^use_backend: expected to leave the block of 'torch', entered within that of 'triton', first: "
+    with pytest.raises(RuntimeError, match=message), use_backend("triton"):
+        generator = suspended()
+        next(generator)
+    assert chosen() == "torch"
+    generator.close()
+    assert chosen() == "auto"
+
+
+def test_a_block_may_be_left_in_another_thread() -> None:
+    context = use_backend("torch")
+    context.__enter__()
+    thread = threading.Thread(target=context.__exit__)
+    thread.start()
+    thread.join()
+    assert chosen() == "auto"
+
+
+def test_threads_and_tasks_have_contexts_of_their_own() -> None:
+    both = threading.Barrier(2)
+    of_threads: dict[str, list[str]] = {}
+
+    def run(name: str) -> None:
+        before = chosen()
+        with use_backend(name):
+            both.wait(60)  # the other thread is in its block, too
+            of_threads[name] = [before, chosen()]
+            both.wait(60)
+        of_threads[name].append(chosen())
+
+    with use_backend("triton"):
+        threads = [threading.Thread(target=run, args=(name,)) for name in ("torch", "auto")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert chosen() == "triton"
+    assert of_threads == {"torch": ["auto", "torch", "auto"], "auto": ["auto", "auto", "auto"]}
+
+    async def task(name: str) -> list[str]:
+        found = [chosen()]
+        with use_backend(name):
+            await asyncio.sleep(0)  # the other task runs
+            found.append(chosen())
+            await asyncio.sleep(0)
+        return [*found, chosen()]
+
+    async def tasks() -> list[list[str]]:
+        with use_backend("triton"):  # which its tasks begin with
+            return await asyncio.gather(task("torch"), task("auto"))
+
+    assert asyncio.run(tasks()) == [["triton", "torch", "triton"], ["triton", "auto", "triton"]]
+    assert chosen() == "auto"
+
+
+def test_compiled_code_goes_by_the_outer_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with use_backend("triton"):
+        with use_backend("torch"):
+            assert backends.choose("auto", CPU, torch.float32) == "torch"
+        assert_refused("use_backend")
+    assert backends.choose("auto", CPU, torch.float32) == "torch"
+
+
+@pytest.mark.parametrize("value", [None, "", "cuda", "Triton"])
+def test_the_first_that_is_not_auto_counts(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("DCA_BACKEND", value)
+    assert backends.choose("torch", CPU, torch.float32) == "torch"
+    with use_backend("torch"):
+        assert backends.choose("auto", CPU, torch.float32) == "torch"
+    if value:
+        with pytest.raises(
+            ValueError, match=f"^DCA_BACKEND: expected one of 'auto', 'torch', 'triton', got '{value}'$"
+        ):
+            backends.choose("auto", CPU, torch.float32)
+    else:
+        assert backends.choose("auto", CPU, torch.float32) == "torch"
 
 
 def test_auto_says_once_a_device_type_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ ARGUMENTS: dict[str, tuple[dict, type[Exception], str]] = {
     "no_features": ({"features": []}, ValueError, "features: expected integers of at least 1, got []"),
     "zero_features": ({"features": [8, 0]}, ValueError, "features: expected integers of at least 1, got [8, 0]"),
     "features_number": ({"features": 8}, TypeError, "features: expected a list of integers, got 8"),
-    "features_text": ({"features": "8"}, TypeError, "features: expected integers, got '8'"),
+    "features_text": ({"features": "8"}, TypeError, "features: expected a list of integers, got '8'"),
     "features_float": ({"features": [8.0]}, TypeError, "features: expected integers, got [8.0]"),
     "strides_number": ({"strides": 2}, TypeError, "strides: expected a list of integers, got 2"),
     "strides": ({"strides": [1]}, ValueError, "strides: expected 2 values, one for each of features, got 1"),
@@ -25,7 +25,7 @@ ARGUMENTS: dict[str, tuple[dict, type[Exception], str]] = {
     "patch_one_float": ({"patch": 4.5}, ValueError, "patch: expected one integer or (P_h, P_w), got 4.5"),
     "patch_none": ({"patch": None}, ValueError, "patch: expected one integer or (P_h, P_w), got None"),
     "patch_float": ({"patch": (4.0, 4)}, TypeError, "patch: expected integers, got (4.0, 4)"),
-    "n": ({"n": 0}, ValueError, "n: expected integers of at least 1, got [0]"),
+    "n": ({"n": 0}, ValueError, "n: expected an integer of at least 1, got 0"),
     "channel_head_number": ({"channel_head": 4}, TypeError, "channel_head: expected a list of integers, got 4"),
     "channel_head_count": (
         {"channel_head": [1]},
@@ -118,8 +118,16 @@ MAPS: dict[str, tuple[Callable[[list[Tensor]], object], type[Exception], str]] =
         ValueError,
         "maps[1]: expected shape (B, 16, H, W), got (2, 16, 0, 8)",
     ),
-    "integers": (_second(Tensor.long), TypeError, "maps[1]: expected a floating dtype, got torch.int64"),
-    "complex": (_second(lambda x: x + 0j), TypeError, "maps[1]: expected a floating dtype, got torch.complex64"),
+    "integers": (
+        _second(Tensor.long),
+        TypeError,
+        "maps[1]: expected a floating dtype of at least 16 bits, got torch.int64",
+    ),
+    "complex": (
+        _second(lambda x: x + 0j),
+        TypeError,
+        "maps[1]: expected a floating dtype of at least 16 bits, got torch.complex64",
+    ),
     "ragged_batch": (_second(lambda x: x[:1]), ValueError, "maps[1]: expected batch size 2, as maps[0], got 1"),
     "device": (
         _second(lambda x: x.to("meta")),

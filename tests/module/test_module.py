@@ -366,9 +366,9 @@ def test_warming_up_changes_nothing(backend: str, train: bool) -> None:
 
 def test_warming_up_refuses_what_a_call_does() -> None:
     module = dca_kernels.DCA((8, 16), patch=4)
-    with pytest.raises(ValueError, match=r"^maps: expected 2 tensors, one for each of features, got 1$"):
+    with pytest.raises(ValueError, match=r"^shapes: expected 2 shapes, one for each of features, got "):
         dca_kernels.warm_up(module, [(1, 8, 4, 4)])
-    with pytest.raises(ValueError, match=r"^maps\[1\]: expected shape \(B, 16, H, W\), got \(1, 8, 4\)$"):
+    with pytest.raises(ValueError, match=r"^shapes\[1\]: expected shape \(B, 16, H, W\), got \(1, 8, 4\)$"):
         dca_kernels.warm_up(module, [(1, 8, 4, 4), (1, 8, 4)])
     with pytest.raises(
         TypeError, match=r"^maps\[0\]: expected dtype torch.float32, as the parameters, got torch.float64"

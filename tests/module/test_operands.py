@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from dca_kernels import contract, torch_backend
-from dca_kernels.torch_backend import channel_attention, common, spatial_attention, upsample
+from dca_kernels.torch_backend import channel_attention, common, patch_embed, spatial_attention, spatial_tiles, upsample
 from tests.module.test_autocast import CONFIG as UNDER_AUTOCAST
 from tests.module.test_autocast import under
 from tests.module.test_compile import SMALL
@@ -327,3 +327,71 @@ def test_less_is_saved_than_by_flash_attention_in_float32(
     monkeypatch.setattr(torch_backend, "operand_dtype", lambda maps: torch.float32)
     monkeypatch.setattr(spatial_attention, "_attend", spatial_attention._attend_flash)
     assert ours < saved_bytes(other, maps)
+
+
+# Backwards of the backend's own
+
+
+def _upsampled(x: Tensor, z: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return upsample._upsample(x, z, gamma, beta, None, None, 1e-5, torch.float32)[0]
+
+
+BACKWARDS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "product": (lambda a, b: common.product(a, b, torch.bfloat16), [(2, 5, 7), (2, 7, 3)]),
+    "gram": (lambda x: channel_attention._Gram.apply(x, [3, 4], torch.float32), [(2, 5, 7)]),
+    "joint_product": (lambda t, c: spatial_attention._JointProduct.apply(t, c)[0], [(2, 5, 7), (2, 7, 3)]),
+    "tiles": (
+        lambda t, v, w, s: spatial_tiles.attend_tiles(t, v, w, s)[0],
+        [(2, 35, 6), (2, 35, 4), (6,), (2, 2, 35)],
+    ),
+    "tiles_out_of_range": (
+        lambda t, v, w, s: spatial_tiles.attend_tiles(12 * t.abs(), v, -w.abs(), s)[0],
+        [(2, 9, 6), (2, 9, 4), (6,), (2, 2, 9)],
+    ),
+    "pooling": (lambda x: patch_embed._AdaptiveAvgPool.apply(x, (3, 2), False)[0], [(2, 4, 7, 5)]),
+    "upsampling": (_upsampled, [(2, 4, 7, 5), (2, 4, 3, 2), (4,), (4,)]),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["once", "with_a_graph"])
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_gradients_are_the_same_under_autocast(name: str, graph: bool) -> None:
+    """Whatever autocast the forward had, which the backend leaves."""
+    compute, shapes = BACKWARDS[name]
+    inputs = [normal(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    gradients = []
+    for enabled in (False, True):
+        out = compute(*inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(out, inputs, normal(*out.shape, seed=9), create_graph=graph))
+    for plain, cast in zip(*gradients, strict=True):
+        assert cast.dtype == plain.dtype == torch.float32 and torch.equal(cast, plain)
+
+
+def test_zeros_and_the_smallest_numbers_stay_finite_in_float16() -> None:
+    """Gradients may be zero, or far below what float16 holds."""
+    for size in (0.0, 1e-44, 1e-38, 1e-20):
+        a, b = size * normal(1, 4, 3), normal(1, 3, 5, seed=1)
+        product = common.product(a, b, torch.float16)
+        torch.testing.assert_close(product, a @ b, rtol=1e-2, atol=max(2e-45, 1e-2 * size))
+
+
+@pytest.mark.parametrize("sign, size", [(-1, 8.75), (-1, 12.0), (1, 5.0)], ids=["subnormal", "zero", "infinite"])
+def test_attention_weights_that_leave_the_range_together(sign: int, size: float) -> None:
+    """Of scores that are hundreds below or above zero: a softmax has no such limit."""
+    tokens, values = (
+        normal(2, 9, 6, seed=6).double().abs().mul_(size).requires_grad_(),
+        normal(2, 9, 4).double().requires_grad_(),
+    )
+    weight, scores = sign * normal(6).double().abs(), normal(2, 2, 9, seed=3).double()
+    exact = spatial_tiles._attend_rows(slice(None), tokens, values, weight, scores)
+    low = [t.detach().float().requires_grad_() for t in (tokens, values)]
+    found = spatial_tiles.attend_tiles(*low, weight.float(), scores.float())[0]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4)
+    upstream = normal(*found.shape, seed=5)
+    for a, b in zip(
+        torch.autograd.grad(found, low, upstream),
+        torch.autograd.grad(exact, (tokens, values), upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)

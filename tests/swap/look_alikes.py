@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import reference
 from tests import vendored
+from tests.oracle import randomise
 from tests.swap.models import official
 
 Maker = Callable[[], nn.Module]
@@ -174,6 +176,10 @@ def low_sum(q, k, v, scale, training):
 def halves_of_two_bytes(q, k, v, scale, training):
     step = 1 + (q.element_size() == 2)
     return usual(q, k[..., ::step, :], v[..., ::step, :], scale)
+
+
+def nan_of_two_bytes(q, k, v, scale, training):
+    return usual(q, k, v, scale) + (math.nan if q.element_size() == 2 else 0.0)
 
 
 def without_small(q, k, v, scale, training):
@@ -394,6 +400,7 @@ ATTENTION = {
     "low_softmax": attending(low_softmax),
     "low_sum": attending(low_sum),
     "halves_of_two_bytes": attending(halves_of_two_bytes),
+    "nan_of_two_bytes": attending(nan_of_two_bytes),
     "without_small": attending(without_small),
     "clamped_keys": attending(clamped_keys),
     "frozen_weights": attending(frozen_weights),
@@ -421,6 +428,10 @@ OUTPUTS = {
     "clamped_at_6": returning(lambda y: y.clamp(max=6)),
     "clamped_at_100": returning(lambda y: y.clamp(max=100)),
     "without_nan": returning(lambda y: y.nan_to_num()),
+    "nan": returning(lambda y: y + math.nan),  # of the same gradients and buffers
+    "off_in_the_eighth_digit": returning(lambda y: y * (1 + 1e-8)),
+    "turned_grid": lambda: reference_of_a_turned_grid((3, 5)),
+    "turned_large_grid": lambda: reference_of_a_turned_grid((8, 9)),
     "without_gradients_mode": where(lambda self, raw: not torch.is_grad_enabled()),
     "loud_maps": where(lambda self, raw: bool(raw[0].abs().max() > 50)),
     "small_weights": lambda: _of_small_weights(),
@@ -467,6 +478,24 @@ RANDOM = {
     "clock": rarely(lambda: time.time_ns() % 1000 == 0),
 }
 LOOK_ALIKES: dict[str, Maker] = ATTENTION | SIZES | BATCHES | OUTPUTS | NORMS | GRADIENTS | CALLS | RANDOM
+
+
+class TurnedGrid(reference.DCA):
+    """Takes the sides of its grid for each other; where they are equal, it is a DCA."""
+
+    def forward(self, maps):
+        height, width = self.grid
+        self.grid = width, height
+        try:
+            return super().forward(maps)
+        finally:
+            self.grid = height, width
+
+
+def reference_of_a_turned_grid(patch: tuple[int, int]) -> nn.Module:
+    dca = TurnedGrid([8, 16], patch=patch)
+    randomise(dca, 0)
+    return dca
 
 
 def _of_a_fixed_grid(condition: Callable[[Sequence[Tensor]], bool]) -> nn.Module:

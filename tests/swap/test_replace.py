@@ -2,8 +2,11 @@
 
 import copy
 import logging
+import random
+import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +34,32 @@ from tests.swap.models import (
 )
 
 # What is replaced
+
+
+def test_other_threads_draw_on_meanwhile() -> None:
+    """Each of their numbers once, and all that a generator of their own would give."""
+    model, done, drawn = host(), threading.Event(), []
+
+    def draw() -> None:
+        while not done.wait(1e-4):
+            drawn.append((torch.rand(1).item(), random.random(), np.random.random()))
+
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        inspect(model)
+        replace_dca(model)
+    finally:
+        done.set()
+        thread.join()
+    draw_once = (torch.rand(1).item(), random.random(), np.random.random())
+    generators = torch.Generator().manual_seed(3), random.Random(3), np.random.RandomState(3)
+    expected = [
+        (torch.rand(1, generator=generators[0]).item(), generators[1].random(), generators[2].random())
+        for _ in range(len(drawn) + 1)
+    ]
+    assert [*drawn, draw_once] == expected and drawn
 
 
 @pytest.mark.parametrize("name", ["tiny_train", "tiny_heads", "tiny_two_blocks"])
