@@ -26,7 +26,7 @@ from dca_kernels.torch_backend.common import (
 )
 
 TILE_BYTES = 2**20  # scores in memory at a time: they stay in a cache, and threads seldom wait for each other
-MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser: see `_attend_tiles`
+MAX_EXPONENT = 40.0  # the largest power of two, up or down, of a normaliser and of a key weight: see `_attend_tiles`
 
 
 def _attend_tiles(
@@ -41,8 +41,9 @@ def _attend_tiles(
     The backward needs dS + dS^T only, the symmetric part of the scores' gradient, which is E times a product of
     matrices with few columns. docs/algebra.md derives both.
 
-    Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT. An image for which
-    one does not (rare: the tokens are normalised) is done again with a row-wise softmax.
+    Nothing over- or underflows while the normalisers stay within 2^-MAX_EXPONENT .. 2^MAX_EXPONENT and the weights w
+    of the keys above the first: the backward divides by a normaliser before it multiplies by w. An image for which one
+    does not (rare: the tokens are normalised) is done again with a row-wise softmax.
     """
     key_weights = _key_weights(key_scores)
     weighted = _weighted_values(values, key_weights)  # (B, h, dv + 1, N)
@@ -52,7 +53,7 @@ def _attend_tiles(
         total[b] = _symmetric_product(tokens[b], query_key_weight, weighted[b], tiles)
     normaliser = total[:, :, -1:].clone(memory_format=torch.contiguous_format)
     out = (total[:, :, :-1] / normaliser).flatten(1, 2).mT.contiguous()
-    for b in (b for b, in_range in enumerate(_in_range(normaliser)) if not in_range):
+    for b in (b for b, in_range in enumerate(_in_range(normaliser, key_scores)) if not in_range):
         for rows in _row_spans(key_scores):
             out[b, rows] = _attend_rows(rows, tokens[b], values[b], query_key_weight, key_scores[b])
     return out, normaliser
@@ -73,7 +74,7 @@ def _attend_tiles_backward(
     key_weights = _key_weights(key_scores)
     tiles = _Tiles(key_scores)
     with no_autocast(tokens):
-        for b, in_range in enumerate(_in_range(normaliser)):
+        for b, in_range in enumerate(_in_range(normaliser, key_scores)):
             if in_range:
                 of_image = out[b], key_weights[b], normaliser[b], dout[b], tiles, dtokens[b]
                 dvalues[b], of_weight, dkey_scores[b] = _symmetric_backward(
@@ -228,9 +229,10 @@ def _key_weights(key_scores: Tensor) -> Tensor:
     return torch.exp2(key_scores - key_scores.amax(2, keepdim=True))[:, :, None]
 
 
-def _in_range(normaliser: Tensor) -> list[bool]:
-    """For each image, whether all of its normalisers are."""
-    return (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1).tolist()
+def _in_range(normaliser: Tensor, key_scores: Tensor) -> list[bool]:
+    """For each image, whether all of its normalisers and key weights are."""
+    are = (normaliser.log2().abs() <= MAX_EXPONENT).flatten(1).all(1)
+    return (are & (key_scores.amax(2) - key_scores.amin(2) <= MAX_EXPONENT).all(1)).tolist()
 
 
 def _weighted_values(values: Tensor, key_weights: Tensor) -> Tensor:
