@@ -1,7 +1,8 @@
 """Corrections of Triton's CPU interpreter, which up to 3.9.0 truncates casts to bfloat16 and computes on its raw bits.
 
-Casts and `tl.dot` become right. Arithmetic on bfloat16 itself raises: kernels compute in float32. A mask into which a
-scalar's comparison went holds integers, which 3.9.0 no longer takes: it is made a mask again.
+Casts and `tl.dot` become right, and the latter sums in one order everywhere. Arithmetic on bfloat16 itself raises:
+kernels compute in float32. A mask into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it
+is made a mask again.
 
 And what took half of the time is done once: the language is prepared once a launch, not anew in each call of a function
 within a kernel, and types and shapes are kept.
@@ -27,7 +28,6 @@ ALLOWED = {
 
 _cast_others = InterpreterBuilder.cast_impl
 _convert_others = InterpreterBuilder.create_fp_to_fp
-_dot_others = InterpreterBuilder.create_dot
 _check_reduced = ReduceScanOpInterface.check_tensor
 _patch_always = interpreter._patch_lang
 _describe_block = tl.block_type.__init__
@@ -165,5 +165,13 @@ def _convert(self, src, dst_type, rounding_mode):
     return _convert_others(self, src, dst_type, rounding_mode)
 
 
-def _dot(self, a, b, *args):
-    return _dot_others(self, _widened(a), _widened(b), *args)
+@np.errstate(over="ignore", invalid="ignore")
+def _dot(self, a, b, d, *args):
+    """Each element's terms are summed in an order that only their number decides, as on a GPU: BLAS goes by all sizes,
+    and by the CPU.
+    """
+    a, b = _widened(a), _widened(b)
+    assert a.dtype.primitive_bitwidth > 8
+    columns = np.ascontiguousarray(b.data.T, d.data.dtype)
+    products = np.einsum("mk,nk->mn", np.ascontiguousarray(a.data, d.data.dtype), columns)
+    return TensorHandle(products + d.data, d.dtype.scalar)

@@ -30,14 +30,14 @@ def first_head(heads, i):
 
 @kernel
 def _spatial_attention_kernel(
-    tokens, normalised, level, projections, attended, projected, scores,
+    tokens, normalised, level, projections, attended, averaged, scores,
     SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one scale, against all keys.
 
-    tokens, normalised, attended (B, N, C), level (B, C). For a backward, projected (B, N, C) and scores
-    (B, heads, 2, N), see `Saved`; else None.
+    tokens, normalised, attended (B, N, C), level (B, C). For a backward, averaged (B, N, C) and scores
+    (B, heads, 3, N), see `Saved`; else None.
     """
     ALL_HEADS: tl.constexpr = first_head(HEADS, len(HEADS))
     BLOCKS: tl.constexpr = triton.cdiv(SHAPE.tokens, BLOCK_M)
@@ -49,7 +49,7 @@ def _spatial_attention_kernel(
         if (head >= 0) & (head < HEADS[i]):
             _attend(
                 tokens=tokens, normalised=normalised, level=level, projections=projections, attended=attended,
-                projected=projected, scores=scores, scores_offset=(b * ALL_HEADS + head_of_all) * 2 * SHAPE.tokens, b=b,
+                averaged=averaged, scores=scores, scores_offset=(b * ALL_HEADS + head_of_all) * 3 * SHAPE.tokens, b=b,
                 head=head, offs_m=offs_m, i=i, SHAPE=SHAPE, HEADS=HEADS, PRECISION=PRECISION, ACC=ACC, BLOCK_N=BLOCK_N,
                 BLOCK_NARROW=BLOCK_NARROW,
             )  # fmt: skip
@@ -57,7 +57,7 @@ def _spatial_attention_kernel(
 
 @triton.jit
 def _attend(
-    tokens, normalised, level, projections, attended, projected, scores, scores_offset, b, head, offs_m,
+    tokens, normalised, level, projections, attended, averaged, scores, scores_offset, b, head, offs_m,
     i: tl.constexpr, SHAPE: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_NARROW: tl.constexpr,
 ):  # fmt: skip
@@ -94,18 +94,19 @@ def _attend(
             N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC, BLOCK_N=AT_ONCE,
         )  # fmt: skip
 
-    p_weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
-    weight = p_weight * load_vector(projections.value_weight[i], offs_v, mask_v, ACC)
-    values = out / normaliser[:, None] * weight[None, :]
+    values = out / normaliser[:, None]
     offs = b * N * TOTAL + offs_m[:, None] * TOTAL + (OFFSET + offs_v)[None, :]
     mask = mask_m[:, None] & mask_v[None, :]
     if scores is not None:
-        tl.store(scores + scores_offset + N + offs_m, shift + tl.log2(normaliser), mask=mask_m)
-        tl.store(projected + offs, values, mask=mask)
+        tl.store(scores + scores_offset + N + offs_m, shift, mask=mask_m)
+        tl.store(scores + scores_offset + 2 * N + offs_m, tl.log2(normaliser), mask=mask_m)
+        tl.store(averaged + offs, values, mask=mask)
+    p_weight = load_vector(projections.output_weight[i], offs_v, mask_v, ACC)
+    weight = p_weight * load_vector(projections.value_weight[i], offs_v, mask_v, ACC)
     bias = p_weight * load_vector(projections.value_bias[i], offs_v, mask_v, ACC)
     bias += load_vector(projections.output_bias[i], offs_v, mask_v, ACC)
     bias += weight * load_vector(level + OFFSET, offs_v, mask_v, ACC)
-    values += bias[None, :]
+    values = values * weight[None, :] + bias[None, :]
     values += load_tokens(tokens, offs_m, OFFSET + offs_v, mask_m, mask_v, TOTAL).to(ACC)
     tl.store(attended + offs, values, mask=mask)
 
@@ -230,19 +231,19 @@ class Saved(NamedTuple):
 
     Attributes:
         tokens: with `statistics`, `normalised` and `level`.
-        projected: (B, N, C), what was added to the tokens, without its constant.
-        scores: (B, heads, 2, N), of each token as a key, the linear part of its scores; as a query, log2 of the sum of
-            its weights.
+        averaged: (B, N, C), each query's values, averaged by its weights, before their maps and less their level.
+        scores: (B, heads, 3, N), of each token as a key, the linear part of its scores; as a query, what is taken off
+            its scores, and log2 of the sum of its weights then. Their sum is a score's size, and so is its rounding.
     """
 
     tokens: Tokens
-    projected: Tensor
+    averaged: Tensor
     scores: Tensor
 
     @classmethod
     def empty(cls, tokens: Tokens, heads: tuple[int, ...]) -> "Saved":
         """These tokens, and fresh memory for what else the forward saves."""
-        scores = tokens.empty(tokens.batch, sum(heads), 2, tokens.shape.tokens)
+        scores = tokens.empty(tokens.batch, sum(heads), 3, tokens.shape.tokens)
         return cls(
             tokens._replace(sums=None, mean=None),
             torch.empty_like(tokens.plain),
@@ -274,7 +275,7 @@ def spatial_attention(tokens: Tokens, contract: Contract, block: int) -> tuple[T
         _spatial_attention_kernel, config,
         tokens.batch * sum(heads) * launch.blocks(launcher.shape.tokens, config["block_m"]),
         tokens=tokens.plain, normalised=tokens.normalised, level=tokens.level, projections=projections_of(attention),
-        attended=attended.plain, projected=None if saved is None else saved.projected,
+        attended=attended.plain, averaged=None if saved is None else saved.averaged,
         scores=None if saved is None else saved.scores, HEADS=heads, PRECISION=precision,
     )  # fmt: skip
     return attended, saved

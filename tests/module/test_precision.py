@@ -225,7 +225,7 @@ def test_budget_over_draws(factors: list[float], within: bool) -> None:
 # Over large windows, whose tokens' errors many pixels share.
 MISSED = "z keeps the mean of the tokens, and is rounded at its size: gradients of 3 times the reference's error"
 GRADIENT_CASES = [
-    *((case, 1.0) for case in ("random", "constant_channel", "hot_pixel", "zero_maps", "zero_gamma")),
+    *((case, 1.0) for case in ("random", "constant_channel", "hot_pixel", "zero_maps", "zero_gamma", "large_affine")),
     ("random", 1e20),
     pytest.param("large_mean", 1.0, marks=pytest.mark.xfail(full_size("triton"), reason=MISSED)),
 ]
@@ -243,6 +243,19 @@ def test_adversarial_gradients_of_the_kernels(case: str, magnitude: float) -> No
         for seed in SEEDS
     ]
     assert_all_within_budget(draws, torch.float32)
+
+
+SATURATED = Config((8,), 4, channel_att=False, sizes=((8, 4),), batch=1)  # of most queries, one weight is all but 1
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_of_scores_of_some_hundreds(dtype: torch.dtype) -> None:
+    draws = [
+        runs("triton", dtype, True, "large_affine", seed, backward=True, config=SATURATED)
+        for seed in MORE_SEEDS["large_affine"]
+    ]
+    assert_all_within_budget(draws, dtype)
 
 
 def test_zero_gamma_stops_the_gradient_of_the_maps() -> None:
