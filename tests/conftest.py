@@ -6,7 +6,8 @@ An element that is never written cannot pass for a value then.
 import os
 
 # Before NumPy is imported: shapes are small, and on busy cores threads that wait for each other take ten times as long.
-os.environ["OMP_NUM_THREADS"] = "1"
+# `python -m tests.capabilities` asks for more.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("DCA_TEST_THREADS", "1")
 
 import importlib.util
 import sys
@@ -21,7 +22,7 @@ from torch.utils._device import _device_constructors
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-torch.set_num_threads(1)  # where PyTorch was imported before
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # where PyTorch was imported before
 _device_constructors()  # keeps `torch.empty` as it is, before a test poisons it: `torch.device("meta")` goes by that
 torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is float32
 
@@ -43,9 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
     """`empty`, `empty_like` and `new_empty` give NaN where `dca_kernels` calls them."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        patch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

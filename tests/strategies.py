@@ -1,0 +1,286 @@
+"""Hypothesis strategies: any module, any call of it, and what its results are checked against."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from reference.budget import DOUBLE, Error, allowed, off_the_kink, used
+from tests.oracle import (
+    LAYOUTS,
+    Config,
+    Results,
+    assert_all_within_budget,
+    build,
+    device_of,
+    random_like,
+    random_maps,
+    randomise,
+    resized_blocks,
+)
+
+CONDITION = 1e3  # times what a rounding step of all inputs changes, float64 may be off
+FEWEST = 8  # values of which a BatchNorm takes the variance: of fewer, it takes away most of what it is given
+DRAWS = 16  # a ratio of two errors is luck with one draw: where the first is over its budget, so many decide
+LUCK = 2.0  # budgets: a result may be a few values, and hypothesis looks for what has bad luck
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How the BatchNorms were made, as `nn.BatchNorm2d` has it."""
+
+    affine: bool = True
+    track_running_stats: bool = True
+    momentum: float | None = 0.1
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module and one call of it, with its backward.
+
+    Attributes:
+        config: the module's arguments and the maps' sizes.
+        dtype: of parameters and maps.
+        train: the mode.
+        norms: of each scale.
+        inputs: a name of INPUTS.
+        layouts, upstream_layouts: of each map, and of each output's gradient; names of LAYOUTS, or "contiguous".
+        frozen: groups of leaves that no gradient is asked for, of GROUPS.
+        small_blocks: whether the kernels have the smallest blocks that there are.
+        seed: of weights and values.
+    """
+
+    config: Config
+    dtype: str = "float64"
+    train: bool = True
+    norms: Sequence[Norm] = ()
+    inputs: str = "random"
+    layouts: Sequence[str] = ()
+    upstream_layouts: Sequence[str] = ()
+    frozen: frozenset[str] = frozenset()
+    small_blocks: bool = False
+    seed: int = 0
+
+
+def _of_maps(change: Callable[[Tensor], object]) -> Callable[[nn.Module, list[Tensor]], None]:
+    def change_all(dca: nn.Module, maps: list[Tensor]) -> None:
+        for x in maps:
+            if x.numel():
+                change(x)
+
+    return change_all
+
+
+def _of_norms(kind: type[nn.Module], factor: float) -> Callable[[nn.Module, list[Tensor]], None]:
+    def scale_all(dca: nn.Module, maps: list[Tensor]) -> None:
+        for norm in (m for m in dca.modules() if isinstance(m, kind) and m.weight is not None):
+            norm.weight.mul_(factor)
+
+    return scale_all
+
+
+# What is done to weights and maps before a call.
+INPUTS: dict[str, Callable[[nn.Module, list[Tensor]], None]] = {
+    "random": _of_maps(lambda x: None),
+    "zero_maps": _of_maps(Tensor.zero_),
+    "large_mean": _of_maps(lambda x: x.add_(100)),
+    "constant_channel": _of_maps(lambda x: x[:, 0].fill_(3.14159)),
+    "hot_pixel": _of_maps(lambda x: x[0, 0, 0, 0].fill_(1e4)),
+    "quiet": _of_maps(lambda x: x.mul_(1e-3)),
+    "loud": _of_maps(lambda x: x.mul_(100)),
+    "zero_gamma": _of_norms(nn.BatchNorm2d, 0.0),
+    "large_affine": _of_norms(nn.LayerNorm, 8.0),
+}
+GROUPS = {"embedding": "avg_map.", "attention": "attention.", "upsampling": "upconvs.", "norms": "bn_relu."}
+PLAIN = "contiguous"
+LARGEST = {"torch": 24, "triton": 11}  # side of a map that a backend takes no longer than seconds for
+
+
+@st.composite
+def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
+    """Any call that a backend takes.
+
+    Args:
+        draw: hypothesis' own.
+        backend: the kernels' blocks may be small.
+        largest: side of a map.
+    """
+    scales = draw(st.integers(1, 3))
+    several = {"min_size": scales, "max_size": scales}
+    unit = draw(st.sampled_from([1, 2, 3, 4]))
+    heads = st.sampled_from([h for h in (1, 2, 3, 4) if unit % h == 0])
+    train, batch, side = draw(st.booleans()), draw(st.integers(0, 3)), st.integers(1, largest)
+    sizes = draw(st.lists(st.tuples(side, side), **several))
+    norms = st.builds(Norm, st.booleans(), st.booleans(), st.sampled_from([0.1, None, 0.0, 1.0, 0.7]))
+    norms = draw(st.lists(st.just(Norm()) | norms, **several))
+    for i, (height, width) in enumerate(sizes):
+        if 0 < batch * height * width < FEWEST and (train or not norms[i].track_running_stats):
+            sizes[i] = (height + FEWEST, width)
+    layouts = st.lists(st.sampled_from([PLAIN, *LAYOUTS]), **several)
+    dtype = draw(st.sampled_from([*DTYPES]))
+    inputs = [name for name in INPUTS if (dtype, name) != ("float16", "hot_pixel")]  # its variance is beyond float16
+    return Call(
+        Config(
+            features=tuple(draw(st.lists(st.integers(1, 6).map(lambda k: k * unit), **several))),
+            patch=draw(st.tuples(st.integers(1, 5), st.integers(1, 6))),
+            channel_att=draw(st.booleans()),
+            spatial_att=draw(st.booleans()),
+            n=draw(st.integers(1, 3)),
+            channel_head=tuple(draw(st.lists(heads, **several))),
+            spatial_head=tuple(draw(st.lists(heads, **several))),
+            sizes=tuple(sizes),
+            batch=batch,
+        ),
+        dtype=dtype,
+        train=train,
+        norms=tuple(norms),
+        inputs=draw(st.sampled_from(inputs)),
+        layouts=tuple(draw(layouts)),
+        upstream_layouts=tuple(draw(layouts)),
+        frozen=draw(st.just(frozenset()) | st.frozensets(st.sampled_from(["maps", *GROUPS]))),
+        small_blocks=backend == "triton" and draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+# What a call's results are checked against
+
+
+def check(call: Call, backend: str) -> dict[str, float]:
+    """Assert that outputs, gradients and buffers are the reference's, by the error budget of reference/budget.py.
+
+    A gradient is None exactly where the reference's is. Where one draw of weights and values is over its budget, DRAWS
+    of them decide: see `assert_within_budget`.
+
+    Returns:
+        The part of its budget that the first draw's largest error is, for each kind of result; float64 has no budget.
+    """
+    draw = run(call, backend)
+    if call.dtype == "float64":
+        ours, nudged, exact = draw
+        _assert_near(ours, exact, nudged)
+        return {}
+    parts = parts_used(draw, DTYPES[call.dtype]) if _has_budget(draw) else {}
+    if any(part > 1 for part in parts.values()):
+        others = [run(replace(call, seed=call.seed + k), backend) for k in range(1, DRAWS)]
+        assert_all_within_budget([draw, *filter(_has_budget, others)], DTYPES[call.dtype], LUCK)
+    return parts
+
+
+def _has_budget(draw: Sequence[Results]) -> bool:
+    """Whether all results are finite. Ours have to be, where their dtype has numbers as large as they are."""
+    ours, theirs, exact = draw
+    for name, value in ours.items():
+        largest = torch.finfo(value.dtype).max if value.is_floating_point() else math.inf
+        assert value[exact[name].abs() < largest].isfinite().all(), f"{name}: not finite"
+    return all(t.isfinite().all() for results in (ours, theirs) for t in results.values())
+
+
+def _assert_near(ours: Results, exact: Results, nudged: Results) -> None:
+    """Float64 results agree to DOUBLE of each tensor's largest value, and CONDITION times what it changes them that
+    all that goes in is off by a rounding step.
+    """
+    noise = 1e-13 * max(_largest(t) for name, t in exact.items() if name.startswith("grad"))  # of terms that cancel
+    for name, value in exact.items():
+        error, changes = (_largest(results[name] - value) for results in (ours, nudged))
+        most = DOUBLE * _largest(value) + CONDITION * changes + (noise if name.startswith("grad") else 0.0)
+        assert error <= most, f"{name}: the largest error is {error:.1e}, where {most:.1e} is allowed"
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def run(call: Call, backend: str) -> list[Results]:
+    """Ours and the reference in the call's dtype, and the reference in float64 with the same inputs and weights.
+
+    Of float64, the second is of inputs and weights that differ by a rounding step each.
+    """
+    config, dtype = call.config, DTYPES[call.dtype]
+    maps, source = random_maps(config, torch.float32, call.seed), _module(call, "reference")
+    randomise(source, call.seed)
+    with torch.no_grad():
+        INPUTS[call.inputs](source, maps)
+    state = source.to(dtype).state_dict()
+    kinds = ((backend, dtype), ("reference", dtype), ("reference", torch.float64), ("reference", torch.float64))
+    modules = [_module(call, name).to(device_of(backend), its) for name, its in kinds]
+    for dca in modules:
+        dca.load_state_dict(state)
+    ours, theirs, exact, probe = modules
+    maps = [x.to(device_of(backend), dtype) for x in maps]
+    maps = [_laid_out(x, layout) for x, layout in zip(maps, call.layouts, strict=True)]
+    exact_maps = [x.double() for x in maps]
+    upstream = [g.to(dtype) for g in off_the_kink(probe, exact_maps, random_like(exact_maps, call.seed))]
+    upstream = [_laid_out(g, layout) for g, layout in zip(upstream, call.upstream_layouts, strict=True)]
+    plain = [x.clone(memory_format=torch.contiguous_format) for x in maps], [g.contiguous() for g in upstream]
+    with resized_blocks(0) if call.small_blocks else nullcontext():
+        results = _evaluate(call, ours, maps, upstream)
+    if call.dtype == "float64":
+        _nudge([*theirs.parameters(), *theirs.buffers(), *plain[0]], call.seed)
+    baseline = _evaluate(call, theirs, *plain)
+    expected = _evaluate(call, exact, exact_maps, [g.double() for g in upstream])
+    of_one = sorted(results.keys() ^ baseline.keys())
+    assert not of_one, f"of ours alone, or of the reference's: {of_one}"
+    return [results, baseline, expected]
+
+
+def _module(call: Call, implementation: str) -> nn.Module:
+    dca = build(implementation, **call.config.arguments)
+    for head, norm, channels in zip(dca.bn_relu, call.norms, call.config.features, strict=True):
+        head[0] = nn.BatchNorm2d(channels, 1e-5, norm.momentum, norm.affine, norm.track_running_stats)
+    frozen = tuple(GROUPS[group] for group in call.frozen if group in GROUPS)
+    for name, parameter in dca.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    return dca.train(call.train)
+
+
+@torch.no_grad()
+def _nudge(tensors: Sequence[Tensor], seed: int) -> None:
+    """Change each value by a rounding step, or by that of 1, since it will be added to such."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in tensors:
+        if t.is_floating_point():
+            steps = torch.randint(-1, 2, t.shape, generator=generator).to(t)
+            t.add_(t.abs().clamp(min=1.0) * steps * torch.finfo(t.dtype).eps)
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    return x if layout == PLAIN else LAYOUTS[layout](x)
+
+
+def _evaluate(call: Call, dca: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor]) -> Results:
+    """Results by name; gradients that are None are left out.
+
+    The outputs' gradients are among them: what cancels in a gradient of zero has their scale.
+    """
+    leaves = [x.detach().requires_grad_("maps" not in call.frozen) for x in maps]
+    outs = dca(leaves)
+    results = {f"output.{i}": y.detach() for i, y in enumerate(outs)}
+    results |= {f"grad_output.{i}": g for i, g in enumerate(upstream)}
+    if any(y.requires_grad for y in outs):
+        pairs = [(y, g) for y, g in zip(outs, upstream, strict=True) if y.requires_grad]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        gradients = {f"grad_input.{i}": x.grad for i, x in enumerate(leaves)}
+        gradients |= {f"grad.{name}": p.grad for name, p in dca.named_parameters()}
+        results |= {name: g for name, g in gradients.items() if g is not None}
+    return results | {f"after.{name}": b.clone() for name, b in dca.named_buffers()}
+
+
+def parts_used(draw: Sequence[Results], dtype: torch.dtype) -> dict[str, float]:
+    """The part of its budget that the largest error of each kind of result is, or its root mean square."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in draw[-1]:
+        if not name.endswith("num_batches_tracked") and not name.startswith("grad_output") and draw[-1][name].numel():
+            kinds[name.partition(".")[0]].append(name)
+    parts = {}
+    for kind, names in kinds.items():
+        ours, theirs, exact = ([results[name] for name in names] for results in draw)
+        most = allowed(Error.of(theirs, exact), exact, dtype)
+        parts[kind] = max(used(Error.of(ours, exact), most))
+    return parts
