@@ -166,6 +166,30 @@ def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend:
             assert_within_budget(draws, dtype, quantity)
 
 
+FEW_CHANNELS = Config((6, 10), (2, 3), channel_head=(2, 2), spatial_head=(2, 2), sizes=((4, 6), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [replace(FEW_CHANNELS, spatial_att=False), replace(FEW_CHANNELS, channel_att=False)],
+    ids=["channel", "spatial"],
+)
+@each_backend
+def test_tokens_of_one_value(backend: str, config: Config) -> None:
+    """A LayerNorm makes nothing of them; of what is left where a mean is rounded it would make a tenth of a value."""
+    ours, theirs = pair(config, backend, torch.float32, train=False)
+    for module in (ours, theirs):
+        for embedding in module.avg_map:
+            nn.init.zeros_(embedding.proj.depthwise.weight)
+            nn.init.constant_(embedding.proj.depthwise.bias, 1000.1)
+    maps = random_maps(config, torch.float32, backend=backend)
+    exact = evaluate(promoted(theirs, config), [x.double() for x in maps], backward=False)
+    found = evaluate(ours, maps, backward=False)
+    for i in range(len(maps)):
+        value = exact[f"output.{i}"]
+        torch.testing.assert_close(found[f"output.{i}"].double(), value, rtol=0, atol=1e-5 * value.max().item())
+
+
 ODD = Config((4, 8), (3, 5), sizes=((9, 11), (3, 5)), batch=2)  # blocks of windows reach beyond it; one map is the grid
 
 

@@ -37,7 +37,7 @@ KILLED, TIMED_OUT, LIVED, NOT_FOUND, NOT_RUN = "killed", "timed out", "lived", "
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a mutant: an outcome, the test that failed first, and how long its tests took."""
+    """What became of a mutant: an outcome, the test that failed first, none where Python crashed, and the seconds."""
 
     mutant: Mutant
     outcome: str
@@ -84,7 +84,7 @@ def judged(mutant: Mutant, tree: Path) -> Result:
         path.write_text(text.replace(mutant.line, mutant.mutated))
         try:
             status, output = run_tests(tree, mutant.tests, "-x", seconds=SECONDS)
-            outcome = {0: LIVED, 1: KILLED}.get(status, NOT_RUN)
+            outcome = KILLED if status == 1 or status < 0 else LIVED if status == 0 else NOT_RUN
         except subprocess.TimeoutExpired:
             outcome = TIMED_OUT
         path.write_text(text)

@@ -75,7 +75,7 @@ PATCH_EMBED = [
         "triton_backend/patch_embed.py",
         "tokens=tl.where(mask, out.to(ACC), 0.0), mask=mask",
         "tokens=out.to(ACC), mask=mask",
-        (TRITON + "test_shapes[eval-tail_of_one_token]",),
+        (TRITON + "test_the_level_is_the_norm_of_the_mean_token[spatial_only]",),
     ),
     Mutant(
         "embed-eps-of-first-scale",
@@ -103,7 +103,7 @@ PATCH_EMBED = [
         "triton_backend/patch_embed.py",
         "mean += tl.sum((means - mean[:, None]) * weights[None, :], 1)",
         "mean += 0.0",
-        (TRITON + "test_blocks_of_pixels_keep_the_digits_of_their_mean[any_windows]",),
+        ("stages/test_patch_embed.py::test_means_of_blocks_are_rounded_once[any_windows]",),
     ),
     Mutant(
         "embed-weights-in-one-part",
@@ -138,7 +138,7 @@ PATCH_EMBED = [
         "triton_backend/patch_embed_rows.py",
         "mean += tl.sum(tl.where(mask_q, of_windows - mean[:, None], 0.0), 1) * (1.0 / GRID_WIDTH)",
         "mean += 0.0",
-        (TRITON + "test_blocks_of_pixels_keep_the_digits_of_their_mean[by_rows]",),
+        ("stages/test_patch_embed.py::test_means_of_blocks_are_rounded_once[by_rows]",),
     ),
     Mutant(
         "rows-tokens-beyond-the-row",
@@ -162,14 +162,14 @@ TOKENS = [
         "triton_backend/layer_norm.py",
         "mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), 1) / SIZE",
         "mean += 0.0",
-        (PRECISION + "test_tokens_far_from_zero[triton-spatial]",),
+        (PRECISION + "test_tokens_of_one_value[triton-spatial]",),
     ),
     Mutant(
         "norm-of-mean-token-once",
         "triton_backend/layer_norm.py",
         "mean += tl.sum(tl.where(mask, vector - mean, 0.0)) / SIZE",
         "mean += 0.0",
-        equivalent="it makes the level, and the spatial attention takes any level",
+        (TRITON + "test_the_level_of_tokens_of_one_value",),
     ),
     Mutant(
         "norm-level-dropped",
@@ -234,7 +234,7 @@ TOKENS = [
         "triton_backend/tokens.py",
         "plain_sums = sums + (b * SUM_BLOCKS * 2 + 1) * TOTAL",
         "plain_sums = sums + b * SUM_BLOCKS * 2 * TOTAL",
-        equivalent="it makes the level, and the spatial attention takes any level",
+        (TRITON + "test_the_level_is_the_norm_of_the_mean_token[spatial_only]",),
     ),
     Mutant(
         "norm-backward-image-of-parts",
@@ -314,7 +314,7 @@ CHANNEL_ATTENTION = [
         "triton_backend/channel_attention.py",
         "SUM_BLOCKS, 2 * TOTAL, ACC) / N + constant",
         "SUM_BLOCKS, 2 * TOTAL, ACC) / N",
-        equivalent="it makes the level, and the spatial attention takes any level",
+        (TRITON + "test_the_level_is_the_norm_of_the_mean_token[both]",),
     ),
     Mutant(
         "channel-rounded-between-kernels",
@@ -481,7 +481,7 @@ UPSAMPLE = [
         "triton_backend/grid.py",
         "quotient((position + 1) * (high - 1), LOW - 1) + 2, high)",
         "quotient((position + 1) * (high - 1), LOW - 1), high)",
-        (UPSAMPLE_RAGGED,),
+        (PARITY.format("train-ragged"),),
     ),
     Mutant(
         "grid-shared-position",
@@ -495,7 +495,7 @@ UPSAMPLE = [
         "triton_backend/grid.py",
         "if GRID_WIDTH == WINDOWS:",
         "if GRID_WIDTH > WINDOWS:",
-        (STAGES.format("upsample", "train-a_full_tile"),),
+        equivalent="the last window gives nothing to the right, and the first nothing to the left: zeros move",
     ),
     Mutant(
         "grid-parts-of-the-row-below",
@@ -509,7 +509,7 @@ UPSAMPLE = [
         "triton_backend/grid.py",
         "return rounded, (mean - rounded.to(tl.float64)).to(ACC)",
         "return rounded, (mean - mean).to(ACC)",
-        (TRITON + "test_means_far_above_the_standard_deviation[30.0]",),
+        (TRITON + "test_what_a_mean_has_beyond_the_digits_of_the_map",),
     ),
     Mutant(
         "statistics-of-16-images",
@@ -572,7 +572,7 @@ UPSAMPLE = [
         "triton_backend/batch_statistics.py",
         "products -= (mean - mean.to(ACC).to(SUM)) * tl.sum(map_sums, 0)",
         "products -= 0.0",
-        (TRITON + "test_the_mean_of_the_tokens_is_not_rounded_into_the_variance",),
+        equivalent="what it corrects is no more than what the tables of the interpolation are rounded by",
     ),
     Mutant(
         "statistics-diagonal-to-the-left",
