@@ -1,11 +1,13 @@
 """Autocast, with float32 parameters."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dca_kernels.torch_backend import channel_attention, patch_embed, spatial_attention, spatial_tiles, upsample
 from reference.budget import off_the_kink
 from tests.oracle import (
     TRAINABLE,
@@ -118,3 +120,51 @@ def test_backward_under_autocast(train: bool, backend: str) -> None:
         assert ours[name].dtype == theirs[name].dtype, name
         if name.startswith("grad"):
             assert_within_budget([[ours[name], theirs[name], expected[name]]], torch.bfloat16, name)
+
+
+def _pool(x: Tensor) -> Tensor:
+    return patch_embed._AdaptiveAvgPool.apply(x, (2, 3), True)[0]
+
+
+def _pool_by_rows(x: Tensor) -> Tensor:
+    return patch_embed._AdaptiveAvgPool.apply(x, (3, 5), True)[0]
+
+
+def _sum_heads(tokens: Tensor, columns: Tensor) -> Tensor:
+    return spatial_attention._JointProduct.apply(tokens, columns)[0]
+
+
+def _attend(tokens: Tensor, values: Tensor, scores: Tensor) -> Tensor:
+    return spatial_tiles.attend_tiles(tokens, values, torch.ones(12), scores)[0]
+
+
+def _attend_rows(tokens: Tensor, values: Tensor, scores: Tensor) -> Tensor:
+    return _attend(10 * tokens, values, scores)
+
+
+def _upsample(x: Tensor, z: Tensor) -> Tensor:
+    return upsample._upsample(x, z, torch.ones(4), torch.ones(4), None, None, 1e-5, torch.float32)[0]
+
+
+OWN: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "pooling": (_pool, [(2, 4, 6, 7)]),
+    "pooling_of_unequal_windows": (_pool_by_rows, [(2, 4, 7, 8)]),
+    "gram": (lambda x: channel_attention._Gram.apply(x, [5, 7], torch.float32), [(2, 6, 12)]),
+    "head_sums": (_sum_heads, [(2, 6, 12), (2, 12, 3)]),
+    "attention": (_attend, [(2, 6, 12), (2, 6, 4), (2, 2, 6)]),
+    "attention_by_rows": (_attend_rows, [(2, 6, 12), (2, 6, 4), (2, 2, 6)]),
+    "upsampling": (_upsample, [(2, 4, 6, 7), (2, 4, 2, 3)]),
+}
+
+
+@pytest.mark.parametrize(("function", "shapes"), OWN.values(), ids=OWN)
+def test_own_backward_under_autocast(function: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
+    """A step that autocast would take in 16 bit is taken in the tensors' own dtype."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    out = function(*inputs)
+    upstream = torch.randn(out.shape, generator=generator)
+    expected = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, inputs, upstream)
+    assert all(map(torch.equal, found, expected))

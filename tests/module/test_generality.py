@@ -61,6 +61,20 @@ def test_parity(config: Config, train: bool, backend: str) -> None:
     assert_parity(config, backend, train)
 
 
+@each_backend
+def test_numbers_of_the_norms(backend: str) -> None:
+    """Each has its own eps, each BatchNorm its own momentum: zero is none that is missing."""
+    config = Config(n=2)
+    modules = pair(config, backend)
+    for module in modules:
+        for i, norm in enumerate(m for m in module.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)):
+            norm.eps = 0.1 * (i + 1)
+        for head, momentum in zip(module.bn_relu, (0.0, 0.3), strict=True):
+            head[0].momentum = momentum
+    maps = random_maps(config, backend=backend)
+    assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
+
+
 # Layouts
 
 

@@ -190,6 +190,21 @@ def test_tokens_of_one_value(backend: str, config: Config) -> None:
         torch.testing.assert_close(found[f"output.{i}"].double(), value, rtol=0, atol=1e-5 * value.max().item())
 
 
+@each_backend
+def test_maps_of_one_value(backend: str) -> None:
+    """A BatchNorm makes nothing of them, whatever their mean is rounded to."""
+    config = Config((8, 16), (2, 3), channel_att=False, spatial_att=False, sizes=((5, 7), (4, 6)), batch=3)
+    module, _ = pair(config, backend, torch.float32)
+    for upconv in module.upconvs:
+        nn.init.zeros_(upconv.conv.conv.weight)
+    values = random_maps(replace(config, sizes=((1, 1), (1, 1))), torch.float32, backend=backend)
+    maps = [1000 + v[:1].expand(x.shape) for v, x in zip(values, random_maps(config, backend=backend), strict=True)]
+    results = evaluate(module, maps, backward=False)
+    for i, head in enumerate(module.bn_relu):
+        expected = head[0].bias.relu()[:, None, None].expand(maps[i].shape)
+        torch.testing.assert_close(results[f"output.{i}"], expected, rtol=0, atol=1e-5)
+
+
 ODD = Config((4, 8), (3, 5), sizes=((9, 11), (3, 5)), batch=2)  # blocks of windows reach beyond it; one map is the grid
 
 
@@ -306,6 +321,14 @@ def test_one_image_out_of_range_leaves_the_other(row_calls: list[int]) -> None:
     ours, theirs = (evaluate(module, maps) for module in modules)
     assert_same(ours, theirs)
     assert len(row_calls) == 2  # of the first image: forward and backward
+
+
+def test_rows_are_taken_where_a_sum_of_weights_is_near_zero(row_calls: list[int]) -> None:
+    """All weights of the first query are below 2^-149: its own, though it has the largest key score, and the other."""
+    tokens, values = torch.tensor([[[200.0**0.5], [0.0]]]), torch.tensor([[[3.0], [5.0]]])
+    key_scores = torch.tensor([[[0.0, -1000.0]]])
+    out, _ = spatial_tiles.attend_tiles(tokens, values, torch.tensor([-1.0]), key_scores)
+    assert torch.equal(out, torch.tensor([[[3.0], [3.0]]])) and row_calls
 
 
 RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), batch=3)  # 35 tokens

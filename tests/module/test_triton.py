@@ -59,6 +59,7 @@ SHAPES = {
     "odd_heads": Config((6, 12, 18), 3, channel_head=(3, 1, 6), spatial_head=(2, 12, 9), sizes=((6, 6),) * 3),
     "one_token_of_many_pixels": Config((4, 4), 1, sizes=((17, 19), (1, 1))),
     "eight_scales": Config((4,) * 8, (1, 2), sizes=((4, 4), (3, 3), (2, 2), (1, 1), (5, 2), (2, 5), (4, 3), (2, 2))),
+    "many_blocks_of_windows": Config((4, 6), (5, 13), spatial_head=(1, 2), sizes=((11, 27), (5, 13)), batch=1),
     "many_images": Config((4,), 2, sizes=((3, 3),), batch=17, channel_att=False, spatial_att=False),
 }
 PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=4)

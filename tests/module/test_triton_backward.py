@@ -81,13 +81,24 @@ def _drop_first_weight(module: nn.Module) -> None:
     module.bn_relu[0][0].weight = None
 
 
-NUMBERS = {"eps": _differ_in_eps, "only_second_in_training": _train_second_alone, "no_first_weight": _drop_first_weight}
+def _stride(module: nn.Module) -> None:
+    """Parameters that lie in memory with others between their elements."""
+    for p in module.parameters():
+        p.data = torch.stack((p.data, torch.full_like(p.data, float("nan"))), -1)[..., 0]
+
+
+NUMBERS = {
+    "eps": _differ_in_eps,
+    "only_second_in_training": _train_second_alone,
+    "no_first_weight": _drop_first_weight,
+    "strided": _stride,
+}
 
 
 @pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
 @each_kind_of_windows
 def test_numbers_that_differ(config: Config, change: Callable[[nn.Module], None]) -> None:
-    """From norm to norm: of scales, of blocks, of attentions."""
+    """From norm to norm: of scales, of blocks, of attentions; and where they lie."""
     modules = pair(config, "triton")
     for module in modules:
         change(module)

@@ -380,7 +380,7 @@ SPATIAL_ATTENTION = [
         "triton_backend/spatial_attention.py",
         "return 2.0**15 if dtype == tl.float16 else 2.0**64",
         "return 2.0**64",
-        (TRITON + "test_a_weight_beyond_float16",),
+        (TRITON + "test_large_scores_in_16_bit[dtype2-3]",),
     ),
     Mutant(
         "spatial-online-does-not-shrink",
@@ -401,13 +401,6 @@ SPATIAL_ATTENTION = [
         "triton_backend/spatial_attention.py",
         "weight * load_vector(level + OFFSET, offs_v, mask_v, ACC)",
         "weight * load_vector(level, offs_v, mask_v, ACC)",
-        (SPATIAL,),
-    ),
-    Mutant(
-        "spatial-heads-of-first-scale",
-        "triton_backend/spatial_attention.py",
-        "DV: tl.constexpr = SHAPE.channels[i] // HEADS[i]",
-        "DV: tl.constexpr = SHAPE.channels[i] // HEADS[0]",
         (SPATIAL,),
     ),
     Mutant(
@@ -530,7 +523,7 @@ UPSAMPLE = [
         "triton_backend/batch_statistics.py",
         "if MOMENTUM is None:",
         "if not MOMENTUM:",
-        (TRITON + "test_norms_that_differ[momentum_of_zero]",),
+        ("module/test_generality.py::test_numbers_of_the_norms[triton]",),
     ),
     Mutant(
         "statistics-counted-by-each-block",
@@ -719,7 +712,7 @@ UPSAMPLE = [
         "triton_backend/primitives.py",
         "for start in range(0, BLOCKS, STEP):",
         "for start in range(0, STEP, STEP):",
-        (TRITON + "test_shapes[train-tail_of_one_token]",),
+        (TRITON + "test_shapes[train-many_blocks_of_windows]",),
     ),
     Mutant(
         "sum-of-one-step-of-images",
@@ -729,10 +722,10 @@ UPSAMPLE = [
         (BACKWARD + "test_sums_over_images_that_take_several_steps[40-28-28]",),
     ),
     Mutant(
-        "map-gradient-one-row-more",
+        "map-gradient-window-that-begins-later",
         "triton_backend/map_gradient.py",
         "(begin <= pair_h) & (pair_h < end)",
-        "(begin <= pair_h) & (pair_h <= end)",
+        "(pair_h < end)",
         (EMBED_RAGGED,),
     ),
     Mutant(
@@ -827,7 +820,7 @@ PLUMBING = [
         "triton_backend/passes.py",
         "return are_multiples(map(Tensor.data_ptr, tensors)) and all(map(Tensor.is_contiguous, tensors))",
         "return are_multiples(map(Tensor.data_ptr, tensors))",
-        ("module/test_known.py::test_after_a_change_of_addresses[transposed data]",),
+        (BACKWARD + "test_numbers_that_differ[any_windows-strided]",),
     ),
     Mutant(
         "unused-outputs-of-first-attention",
@@ -848,7 +841,7 @@ PLUMBING = [
         "triton_backend/eager.py",
         "key = *kinds, numbers, maps[0].device,",
         "key = *kinds, maps[0].device,",
-        (PLAN + "test_kinds_of_calls_have_plans_of_their_own",),
+        (PLAN + "test_modules_of_equal_numbers_share_a_plan",),
     ),
     Mutant(
         "plan-of-another-layout",
