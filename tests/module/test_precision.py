@@ -161,9 +161,10 @@ def test_adversarial_inputs(case: str, train: bool, dtype: torch.dtype, backend:
         pytest.skip("a few weights in many make nearly all of the error: more draws than the interpreter has time for")
     largest = torch.finfo(dtype).max
     for quantity, draws in all_draws(backend, dtype, train, case).items():
-        assert all(ours[exact.abs() < largest].isfinite().all() for ours, _, exact in draws), quantity
-        if quantity.startswith("output."):
-            assert_within_budget(draws, dtype, quantity)
+        fitting = [
+            [t.where(exact.abs() < largest, 0.0) for t in (ours, theirs, exact)] for ours, theirs, exact in draws
+        ]
+        assert_within_budget(fitting, dtype, quantity)
 
 
 FEW_CHANNELS = Config((6, 10), (2, 3), channel_head=(2, 2), spatial_head=(2, 2), sizes=((4, 6), (2, 3)))

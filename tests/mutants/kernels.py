@@ -8,6 +8,7 @@ TRITON = "module/test_triton.py::"
 BACKWARD = "module/test_triton_backward.py::"
 MEMORY = "module/test_triton_memory.py::"
 PLAN = "module/test_plan.py::"
+UNUSED = "module/test_setups.py::test_an_unused_output_gives_none_where_the_reference_does[triton-direct-eager-{}]"
 PRECISION = "module/test_precision.py::"
 
 UPSAMPLE_RAGGED = STAGES.format("upsample", "train-ragged")
@@ -827,7 +828,7 @@ PLUMBING = [
         "triton_backend/passes.py",
         "behind = used if attention is attentions[-1] else [True] * len(used)",
         "behind = used",
-        ("module/test_setups.py::test_an_unused_output_gives_none_where_the_reference_does",),
+        (UNUSED.format("two_blocks-0"),),
     ),
     Mutant(
         "gradients-of-one-stage-less",
@@ -855,7 +856,7 @@ PLUMBING = [
         "triton_backend/eager.py",
         "key = *kinds, needed, used, launch.circumstances(self.plan.device)",
         "key = *kinds, needed, launch.circumstances(self.plan.device)",
-        ("module/test_setups.py::test_an_unused_output_gives_none_where_the_reference_does",),
+        (UNUSED.format("no_attention-0"), UNUSED.format("no_attention-1")),
     ),
     Mutant(
         "plan-of-another-precision",
