@@ -111,6 +111,18 @@ def test_maps_of_unequal_dtypes(backend: str) -> None:
         assert [y.dtype for y in ours(maps)] == [y.dtype for y in theirs(maps)] == [torch.float32, torch.bfloat16]
 
 
+@each_backend
+def test_one_autocast_after_another(backend: str) -> None:
+    """Nothing that one module kept of a call under the first is taken under the second."""
+    module, maps = pair(CONFIG, backend, torch.float32, train=False)[0], random_maps(CONFIG, torch.bfloat16, 0, backend)
+    for autocast in (torch.bfloat16, torch.float16, torch.bfloat16):
+        fresh = pair(CONFIG, backend, torch.float32, train=False)[0]
+        with torch.autocast(maps[0].device.type, autocast), torch.no_grad():
+            outs, expected = module(maps), fresh(maps)
+        assert [y.dtype for y in outs] == [y.dtype for y in expected]
+        assert all(map(torch.equal, outs, expected))
+
+
 @both_modes
 @each_trainable
 def test_backward_under_autocast(train: bool, backend: str) -> None:

@@ -440,6 +440,8 @@ def test_maps_that_the_tokens_cancel(delta: float) -> None:
 def test_maps_that_the_tokens_cancel_in_float64() -> None:
     ours, theirs, maps = batch_of_ramps(1e-5)
     modules = ours.double(), theirs.double()
+    for model in modules:
+        model.bn_relu[0][0].eps = 1e-20  # far below the variance
     assert_same(*(forward(model, [x.double() for x in maps]) for model in modules))
 
 

@@ -115,7 +115,7 @@ def halo(monkeypatch: pytest.MonkeyPatch) -> Halo:
 
 
 RAGGED = Config((6, 12), (3, 5), channel_head=(2, 1), spatial_head=(1, 6), sizes=((9, 11), (4, 5)))
-BY_ROWS = replace(RAGGED, patch=(3, 2), sizes=((6, 8), (3, 2)))  # for which some kernels have programs of their own
+BY_ROWS = replace(RAGGED, patch=(3, 3), sizes=((6, 12), (12, 6)))  # for which some kernels have programs of their own
 CONFIGS = {
     "ragged": RAGGED,
     "by_rows": BY_ROWS,

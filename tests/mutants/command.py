@@ -110,6 +110,8 @@ def judge(mutants: Sequence[Mutant]) -> list[Result]:
         for mutant in (bar := tqdm(mutants, unit="mutant")):
             bar.set_postfix_str(mutant.name)
             results.append(judged(mutant, tree))
+            if results[-1].outcome not in (KILLED, TIMED_OUT):
+                tqdm.write(f"{mutant.name}: {results[-1].outcome}", file=sys.stderr)
         return results
 
 
