@@ -115,9 +115,14 @@ def judge(mutants: Sequence[Mutant]) -> list[Result]:
         return results
 
 
-def figures(results: Sequence[Result], equivalent: Sequence[Mutant]) -> dict[str, object]:
+def commit_of_now() -> str:
+    """Of the working tree, with "-dirty" where it has changes."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+
+def figures(commit: str, results: Sequence[Result], equivalent: Sequence[Mutant]) -> dict[str, object]:
     """What `--json` writes."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout.strip()
     outcomes = [result.outcome for result in results]
     return {
         "commit": commit,
@@ -160,6 +165,7 @@ def main() -> int:
         rows = [(m.name, m.file, m.equivalent or ", ".join(m.tests)) for m in named if m.equivalent or m in counted]
         print(tabulate(rows, ("mutant", "file", "tests, or why there are none")))
         return 0
+    commit = commit_of_now()
     try:
         results = judge(counted)
     except Unsound as error:
@@ -167,7 +173,7 @@ def main() -> int:
         return 2
     rows = [(result.mutant.name, result.outcome, result.by, result.seconds) for result in results]
     print(tabulate(rows, ("mutant", "outcome", "by", "s"), floatfmt=".0f"))
-    found = figures(results, [mutant for mutant in named if mutant.equivalent])
+    found = figures(commit, results, [mutant for mutant in named if mutant.equivalent])
     print(", ".join(f"{found[name]} {name}" for name in ("killed", "lived", "equivalent", "seconds")))
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -10,6 +10,13 @@ KNOWN = "module/test_known.py::"
 
 TORCH = [
     Mutant(
+        "torch-autocast-in-forward",
+        "torch_backend/__init__.py",
+        "    with no_autocast(maps[0]):",
+        "    with torch.set_grad_enabled(torch.is_grad_enabled()):",
+        ("module/test_autocast.py::test_dtypes_and_error_budget[torch-eval-to_bfloat16-float16_maps]",),
+    ),
+    Mutant(
         "torch-window-one-more",
         "torch_backend/patch_embed.py",
         "(position * windows < (window + 1) * size)",
