@@ -299,7 +299,7 @@ def far_storage(tmp_path: Path) -> Iterator[Tensor]:
         yield torch.empty(count, device=DEVICE)
 
 
-# A stride of whole planes, of 4 x 5 pixels, is known to a kernel as so many of them: it is computed, and has no 32 bit.
+# A stride of whole planes, of 4 x 5 pixels, is known to a kernel as so many of them: a product that 32 bit do not hold.
 @pytest.mark.parametrize(("stride", "batch"), [(STRIDE, 3), (2**31 + 12, 2)], ids=["odd", "whole_planes"])
 @both_modes
 def test_images_far_apart(
