@@ -1,5 +1,6 @@
 """The kernels: shapes, tiles and layouts that only they care about, what an image may not do to another, launches."""
 
+import copy
 import functools
 import logging
 from collections import defaultdict
@@ -58,6 +59,7 @@ SHAPES = {
     "odd_heads": Config((6, 12, 18), 3, channel_head=(3, 1, 6), spatial_head=(2, 12, 9), sizes=((6, 6),) * 3),
     "one_token_of_many_pixels": Config((4, 4), 1, sizes=((17, 19), (1, 1))),
     "eight_scales": Config((4,) * 8, (1, 2), sizes=((4, 4), (3, 3), (2, 2), (1, 1), (5, 2), (2, 5), (4, 3), (2, 2))),
+    "many_blocks_of_windows": Config((4, 6), (5, 13), spatial_head=(1, 2), sizes=((11, 27), (5, 13)), batch=1),
     "many_images": Config((4,), 2, sizes=((3, 3),), batch=17, channel_att=False, spatial_att=False),
 }
 PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=4)
@@ -81,7 +83,15 @@ def test_large_shapes(config: Config, train: bool) -> None:
     assert_parity(config, "triton", train)
 
 
-@pytest.mark.parametrize("config", [TILED, replace(TILED, channel_att=False)], ids=["both", "spatial_only"])
+IN_BLOCKS = {
+    "both": TILED,
+    "spatial_only": replace(TILED, channel_att=False),
+    # 16 columns of the map take from 17 of the grid.
+    "columns_on_both_sides": Config((4,), (1, 50), channel_att=False, spatial_att=False, sizes=((2, 51),)),
+}
+
+
+@pytest.mark.parametrize("config", IN_BLOCKS.values(), ids=IN_BLOCKS)
 @both_modes
 def test_many_blocks(config: Config, train: bool) -> None:
     with resized_blocks(0):
@@ -130,10 +140,13 @@ def test_an_image_does_not_depend_on_the_batch(count: int, grid: tuple[int, int]
 
 
 @not_finite
+@pytest.mark.parametrize(
+    "config", [FEW, replace(FEW, patch=(3, 2), sizes=((6, 8), (3, 4)))], ids=["any_windows", "by_rows"]
+)
 @both_modes
-def test_nan_comes_through(train: bool) -> None:
+def test_nan_comes_through(config: Config, train: bool) -> None:
     # The ReLU must not hide it; and through the attentions it reaches every pixel of its image.
-    model, maps = kernels_and_maps(FEW, torch.float32, train)
+    model, maps = kernels_and_maps(config, torch.float32, train)
     maps[0][1, 3, 2, 2] = float("nan")
     for output in (result for name, result in forward(model, maps).items() if name.startswith("output")):
         assert output[1].isnan().all()
@@ -190,6 +203,45 @@ def test_scores_of_any_size(weight: float, bias: float, large: bool, blocks: str
     sums, unsound = flags
     assert sums.any() == large
     assert blocks == ("none" if not unsound.any() else "some" if (unsound.any(2) & ~unsound.all(2)).any() else "all")
+
+
+def mean_tokens_and_levels(model: nn.Module, maps: list[Tensor]) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """For each scale the LayerNorm of the spatial attention, its mean token and its level, (B, C_i), in float64."""
+    found: list[tuple[Tensor, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        look_after(patch, "normalise", lambda its: found.append((its["tokens"].mean(1), its["level"].clone())))
+        forward(model, maps)
+    means, levels = (t.double().split(model.features, -1) for t in found[0])
+    norms = [copy.deepcopy(norm).double() for norm in model.attention[0].spatial_norm]
+    return zip(norms, means, levels, strict=True)
+
+
+@pytest.mark.parametrize("config", [TILED, replace(TILED, channel_att=False)], ids=["both", "spatial_only"])
+def test_the_level_is_the_norm_of_the_mean_token(config: Config) -> None:
+    """Any level gives the same result; with this one tokens that differ little keep their digits."""
+    for norm, mean, level in mean_tokens_and_levels(*kernels_and_maps(config)):
+        torch.testing.assert_close(level, norm(mean), rtol=0, atol=1e-12)
+
+
+def test_the_level_of_tokens_of_one_value() -> None:
+    """What is left where a mean is rounded would be divided by the root of eps."""
+    config = Config((10,) * 8, (1, 2), channel_att=False, spatial_head=(1,) * 8, sizes=((1, 2),) * 8, batch=1)
+    model, maps = kernels_and_maps(config, torch.float32)
+    for i, embedding in enumerate(model.avg_map):
+        nn.init.zeros_(embedding.proj.depthwise.weight)
+        nn.init.constant_(embedding.proj.depthwise.bias, 1000 + i / 7)
+    for norm, _, level in mean_tokens_and_levels(model, maps):
+        torch.testing.assert_close(level, norm.bias.expand_as(level), rtol=0, atol=1e-6)
+
+
+def test_logits_of_any_size() -> None:
+    """Of the channel attention: exponentials beyond float64."""
+    modules = pair(replace(TILED, spatial_att=False), "triton")
+    for model in modules:
+        for attention in model.attention[0].c_attention:
+            attention.q_map.proj.depthwise.weight.data.mul_(1000)
+    maps = random_maps(TILED, backend="triton")
+    assert_same(*(forward(model, maps) for model in modules))
 
 
 def test_sums_of_weights_near_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +302,14 @@ def test_gradients_of_float16_may_be_large() -> None:
     config = Config((8, 16), 16, spatial_head=(1, 1), sizes=((16, 16),) * 2, channel_att=False)
     ours, theirs = pair(config, "triton", torch.float16, train=False)
     maps = random_maps(config, torch.float16, backend="triton")
-    upstream = [2.0**11 * g for g in random_like(maps)]
+    doubles = [x.double() for x in maps]
+    upstream = [2.0**11 * g for g in off_the_kink(promoted(theirs, config), doubles, random_like(maps))]
+    exact = evaluate(promoted(theirs, config), doubles, [g.double() for g in upstream])
     with resized_blocks(4):
-        results = evaluate(ours, maps, upstream), evaluate(theirs, maps, upstream)
-    for of_module in results:
-        assert all(value.isfinite().all() for name, value in of_module.items() if name.startswith("grad_input"))
+        results = evaluate(ours, maps, upstream), evaluate(theirs, maps, upstream), exact
+    draw = [{name: t for name, t in of.items() if name.startswith("grad_input")} for of in results]
+    assert all(t.isfinite().all() for t in draw[1].values())
+    assert_all_within_budget([draw], torch.float16)
 
 
 @pytest.mark.slow
@@ -385,6 +440,22 @@ def test_maps_that_the_tokens_cancel(delta: float) -> None:
     assert_statistics_within_budget(delta)
 
 
+def test_maps_that_the_tokens_cancel_in_float64() -> None:
+    ours, theirs, maps = batch_of_ramps(1e-5)
+    modules = ours.double(), theirs.double()
+    for model in modules:
+        model.bn_relu[0][0].eps = 1e-20  # far below the variance
+    assert_same(*(forward(model, [x.double() for x in maps]) for model in modules))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep the constant that they were compiled with")
+def test_the_direct_pass_of_any_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
+    monkeypatch.setattr(batch_statistics, "CANCELLATION", tl.constexpr(0.0))
+    assert_parity(RAGGED, "triton", train=True)
+
+
 TWICE = "the parameters' gradients have twice the reference's error"
 
 
@@ -430,6 +501,23 @@ def assert_forwards_within_budget(config: Config, change: Callable[[Tensor], Ten
 @pytest.mark.parametrize("mean", [30.0, pytest.param(1e4, marks=pytest.mark.xfail(reason=MISSED))])
 def test_means_far_above_the_standard_deviation(mean: float) -> None:
     assert_forwards_within_budget(Config(patch=(2, 4), sizes=((8, 16), (4, 8))), lambda x: x + mean)
+
+
+@pytest.mark.parametrize("size", [(4, 8), (5, 9)], ids=["by_rows", "any_windows"])
+def test_what_a_mean_has_beyond_the_digits_of_the_map(size: tuple[int, int]) -> None:
+    """A convolution's bias that is a tenth of the step from one pixel's value to the next."""
+    config = Config((8,), (2, 4), channel_att=False, spatial_att=False, sizes=(size,))
+    model, (x,) = kernels_and_maps(config, torch.float32, train=False)
+    norm, convolution = model.bn_relu[0][0], model.upconvs[0].conv.conv
+    for tensor, value in (
+        *((norm.running_mean, 1000), (norm.running_var, 0), (norm.weight, 1), (norm.bias, 1)),
+        *((convolution.weight, 0), (convolution.bias, 1e-5)),
+    ):
+        tensor.data.fill_(value)
+    norm.eps = 1e-6
+    pixels = 1000 + 2.0**-12 * x.sign()
+    expected = (pixels.double() - 1000 + convolution.bias[0].double()) * 1e3 + 1
+    torch.testing.assert_close(forward(model, [pixels])["output.0"].double(), expected, rtol=1e-4, atol=0)
 
 
 def far_off(x: Tensor, where: float) -> Tensor:

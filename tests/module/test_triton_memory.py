@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tests.oracle import (
     both_modes,
     evaluate,
     pair,
+    random_like,
     random_maps,
     resized_blocks,
 )
@@ -29,6 +31,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dca_kernels.triton_backend import eager, launch, plan
 from dca_kernels.triton_backend.memory import aligned
@@ -112,8 +115,10 @@ def halo(monkeypatch: pytest.MonkeyPatch) -> Halo:
 
 
 RAGGED = Config((6, 12), (3, 5), channel_head=(2, 1), spatial_head=(1, 6), sizes=((9, 11), (4, 5)))
+BY_ROWS = replace(RAGGED, patch=(3, 3), sizes=((6, 12), (12, 6)))  # for which some kernels have programs of their own
 CONFIGS = {
     "ragged": RAGGED,
+    "by_rows": BY_ROWS,
     "spatial_only": replace(RAGGED, channel_att=False),
     "smaller_than_grid": replace(RAGGED, sizes=((1, 2), (2, 1))),
     "two_blocks": replace(RAGGED, n=2),
@@ -173,6 +178,101 @@ def test_a_write_into_the_margin_is_seen() -> None:
         halo.assert_untouched()
 
 
+# What a program does by itself
+
+of_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter shows what programs do")
+each_kind_of_windows = pytest.mark.parametrize("config", [RAGGED, BY_ROWS], ids=["ragged", "by_rows"])
+
+
+class Bounds:
+    """Where the tensors of the latest launch begin and end."""
+
+    def __init__(self) -> None:
+        self.begins, self.ends = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+
+    def set(self, tensors: Sequence[Tensor]) -> None:
+        spans = []
+        for t in tensors:
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize))
+        self.begins, self.ends = np.array(sorted(spans), np.uint64).T
+
+    def check(self, pointers: TensorHandle, mask: TensorHandle) -> None:
+        """Raise where one of the elements that are not masked is in none of them."""
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)]
+        latest = np.searchsorted(self.begins, addresses, "right") - 1
+        inside = (latest >= 0) & (addresses < self.ends[latest])
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} elements are in no tensor of the launch")
+
+
+@pytest.fixture
+def bounds(monkeypatch: pytest.MonkeyPatch) -> Bounds:
+    """Every load and store is inside a tensor that the kernel was given, or raises."""
+    bounds, run = Bounds(), launch.run
+
+    def run_within(kernel: object, programs: int, config: dict[str, int], **arguments: object) -> object:
+        bounds.set(plan.tensors_of(tuple(arguments.values())))
+        return run(kernel, programs, config, **arguments)
+
+    monkeypatch.setattr(launch, "run", run_within)
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def load_within(self: object, pointers: TensorHandle, mask: TensorHandle, *rest: object) -> object:
+        bounds.check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def store_within(self: object, pointers: TensorHandle, values: object, mask: TensorHandle, *rest: object) -> object:
+        bounds.check(pointers, mask)
+        return store(self, pointers, values, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load_within)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store_within)
+    return bounds
+
+
+@of_the_interpreter
+@each_kind_of_windows
+@both_modes
+def test_every_access_is_inside_a_tensor(config: Config, train: bool, halo: Halo, bounds: Bounds) -> None:
+    """What is read beyond one may be masked off later, so that no result shows it; a GPU may refuse to read it."""
+    model, _ = pair(config, "triton", torch.float32, train)
+    evaluate(model, _move_into(halo, model, random_maps(config, torch.float32, backend="triton")))
+    assert len(bounds.begins)
+
+
+@of_the_interpreter
+@both_modes
+def test_every_access_is_inside_a_tensor_in_small_blocks(train: bool, halo: Halo, bounds: Bounds) -> None:
+    with resized_blocks(0):
+        test_every_access_is_inside_a_tensor(TILED, train, halo, bounds)
+
+
+@of_the_interpreter
+def test_an_access_beyond_a_tensor_raises(bounds: Bounds) -> None:
+    source, target = torch.ones(1), torch.zeros(8)
+    bounds.set([source, target[:4]])
+    careless_kernel[(1,)](source, target, 3)
+    with pytest.raises(Exception, match="1 of 1 elements are in no tensor of the launch"):
+        careless_kernel[(1,)](source, target, 4)
+    with pytest.raises(Exception, match="1 of 1 elements are in no tensor of the launch"):
+        careless_kernel[(1,)](source[1:], target, 3)
+
+
+@of_the_interpreter
+@each_kind_of_windows
+@both_modes
+def test_the_order_of_programs_changes_nothing(config: Config, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program writes what is another's, nor reads what another one writes."""
+    maps = random_maps(config, torch.float32, backend="triton")
+    expected = evaluate(pair(config, "triton", torch.float32, train)[0], maps)
+    place = InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(
+        InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: place(self, self.grid_dim[0] - 1 - x, y, z)
+    )
+    assert_identical(evaluate(pair(config, "triton", torch.float32, train)[0], maps), expected)
+
+
 # Offsets past 2**31
 
 STRIDE = 2**30 + 8  # from the third image on, more than 32 bit hold
@@ -199,13 +299,27 @@ def far_storage(tmp_path: Path) -> Iterator[Tensor]:
         yield torch.empty(count, device=DEVICE)
 
 
+# A stride of whole planes, of 4 x 5 pixels, is known to a kernel as so many of them: a product that 32 bit do not hold.
+@pytest.mark.parametrize(("stride", "batch"), [(STRIDE, 3), (2**31 + 12, 2)], ids=["odd", "whole_planes"])
 @both_modes
-def test_images_far_apart(train: bool, far_storage: Tensor, overflow_is_an_error: None) -> None:
-    near = random_maps(FAR, torch.float32, backend="triton")
-    expected = evaluate(pair(FAR, "triton", torch.float32, train)[0], near, backward=False)
-    far = far_storage.as_strided(near[0].shape, (STRIDE, *near[0].stride()[1:])).copy_(near[0])
-    model, _ = pair(FAR, "triton", torch.float32, train)
+def test_images_far_apart(
+    train: bool, stride: int, batch: int, far_storage: Tensor, overflow_is_an_error: None
+) -> None:
+    config = replace(FAR, batch=batch)
+    near = random_maps(config, torch.float32, backend="triton")
+    expected = evaluate(pair(config, "triton", torch.float32, train)[0], near, backward=False)
+    far = far_storage.as_strided(near[0].shape, (stride, *near[0].stride()[1:])).copy_(near[0])
+    model, _ = pair(config, "triton", torch.float32, train)
     assert_identical(evaluate(model, [far, near[1]], backward=False), expected)
+
+
+def test_upstream_gradients_that_span_too_much(far_storage: Tensor, overflow_is_an_error: None) -> None:
+    """Within an image: they are copied."""
+    maps = random_maps(FAR, torch.float32, backend="triton")
+    upstream = random_like(maps)
+    far = far_storage.as_strided(maps[1].shape, (2, 2**29, 2**28 + 8, 2**27)).copy_(upstream[1])
+    model, same = (pair(FAR, "triton", torch.float32)[0] for _ in range(2))
+    assert_identical(evaluate(model, maps, [upstream[0], far]), evaluate(same, maps, upstream))
 
 
 @triton.jit

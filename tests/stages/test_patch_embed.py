@@ -123,3 +123,26 @@ def test_the_transposed_interpolation_is_rounded_once(dtype: torch.dtype) -> Non
         exact = transposed_interpolation(x, config.patch)
         ulp = torch.finfo(dtype).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
         assert ((found.cpu().double() - exact).abs() / ulp).max() < 0.51
+
+
+@needs_triton
+@pytest.mark.parametrize("by_rows", [True, False], ids=["by_rows", "any_windows"])
+def test_means_of_blocks_are_rounded_once(by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean is corrected by the mean of what it leaves: without, it is up to some units in the last place off."""
+    from dca_kernels.triton_backend import patch_embed
+
+    if not by_rows:
+        monkeypatch.setattr(patch_embed, "taken_by_rows", lambda *its: False)
+    config = Config((8,), (2, 24), sizes=((2, 48),), batch=4)
+    dca = build("triton", **config.arguments).to(device_of("triton"), torch.float32).train()
+    torch.manual_seed(0)
+    (x,) = maps = [1 + torch.rand(config.batch, 8, 2, 48).to(device_of("triton"))]
+    for pixel in three_pixels(x):
+        pixel.zero_()  # what is taken off
+    its = contract.read(dca, [head[0] for head in dca.bn_relu], torch.float32, [torch.float32])
+    _, (_, moments, (rows, columns)) = patch_embed.patch_embed(maps, its)
+    pixels = x.cpu().double().unflatten(3, (-1, 2 * columns)).unflatten(2, (-1, rows))
+    exact = pixels.mean((3, 5)).flatten(2).mT
+    found = moments.blocks[:, :, 0].cpu().double()
+    ulp = torch.finfo(torch.float32).eps * 2.0 ** (torch.frexp(exact).exponent - 1)
+    assert ((found - exact).abs() / ulp).max() < 0.8
