@@ -353,11 +353,12 @@ def test_one_image_out_of_range_leaves_the_other(row_calls: list[int]) -> None:
 
 
 def test_rows_are_taken_where_a_sum_of_weights_is_near_zero(row_calls: list[int]) -> None:
-    """All weights of the first query are below 2^-149: its own, though it has the largest key score, and the other."""
-    tokens, values = torch.tensor([[[200.0**0.5], [0.0]]]), torch.tensor([[[3.0], [5.0]]])
-    key_scores = torch.tensor([[[0.0, -1000.0]]])
+    """All weights are below 2^-149, though the keys' own scores are as usual."""
+    tokens, values = torch.full((1, 2, 1), 200.0**0.5), torch.tensor([[[3.0], [5.0]]])
+    key_scores = torch.tensor([[[0.0, -1.0]]])
     out, _ = spatial_tiles.attend_tiles(tokens, values, torch.tensor([-1.0]), key_scores)
-    assert torch.equal(out, torch.tensor([[[3.0], [3.0]]])) and row_calls
+    torch.testing.assert_close(out, torch.full((1, 2, 1), (2 * 3.0 + 5.0) / 3))
+    assert row_calls
 
 
 RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), batch=3)  # 35 tokens

@@ -432,6 +432,7 @@ OUTPUTS = {
     "off_in_the_eighth_digit": returning(lambda y: y * (1 + 1e-8)),
     "turned_grid": lambda: reference_of_a_turned_grid((3, 5)),
     "turned_large_grid": lambda: reference_of_a_turned_grid((8, 9)),
+    "turned_large_grid_of_three_images": lambda: reference_of_a_turned_grid((8, 9), images=3),  # a small one shows it
     "without_gradients_mode": where(lambda self, raw: not torch.is_grad_enabled()),
     "loud_maps": where(lambda self, raw: bool(raw[0].abs().max() > 50)),
     "small_weights": lambda: _of_small_weights(),
@@ -483,17 +484,21 @@ LOOK_ALIKES: dict[str, Maker] = ATTENTION | SIZES | BATCHES | OUTPUTS | NORMS | 
 class TurnedGrid(reference.DCA):
     """Takes the sides of its grid for each other; where they are equal, it is a DCA."""
 
+    images: int | None = None  # of which the grid is turned; of any where None
+
     def forward(self, maps):
         height, width = self.grid
-        self.grid = width, height
+        if self.images in (None, len(maps[0])):
+            self.grid = width, height
         try:
             return super().forward(maps)
         finally:
             self.grid = height, width
 
 
-def reference_of_a_turned_grid(patch: tuple[int, int]) -> nn.Module:
+def reference_of_a_turned_grid(patch: tuple[int, int], images: int | None = None) -> nn.Module:
     dca = TurnedGrid([8, 16], patch=patch)
+    dca.images = images
     randomise(dca, 0)
     return dca
 
