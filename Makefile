@@ -8,7 +8,7 @@ IMAGE := stardist==0.9.2
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check slow newest regression lint package lock train gpu clean
+.PHONY: help bench test check slow newest fuzz mutants capabilities drawn regression lint package lock train gpu clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -20,7 +20,7 @@ bench: .venv/bench  ## Run the main job: reference and fused module on a real im
 test: .venv/test  ## Run the tests: parity with the official module, gradients, errors (ARGS="-k NAME": some of them)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-check: test slow newest regression lint package  ## Run all that there is: `make test` and what takes longer
+check: test slow newest drawn regression lint package  ## Run all that there is: `make test` and what takes longer
 
 train: .venv/train  ## Train a U-Net with DCA on a real image (ARGS="--help": its options, your own data)
 	$(BIN)/python -m examples.train $(ARGS)
@@ -36,9 +36,23 @@ newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
 	PYTHONPATH=.venv/newest $(PYTEST) tests/tools/test_interpreter.py tests/module/test_triton.py tests/tools/test_launch.py \
 		-k "test_interpreter or test_shapes or test_number_of_launches or (triton_ir and sm_90) or tiny" $(ARGS)
 
+fuzz: .venv/test  ## Draw calls of any modules for 10 minutes, and compare them with float64 (ARGS="--help": its options)
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+mutants: .venv/test  ## Put mistakes into a copy of the package, and see that the tests notice them, 25 minutes (ARGS="--help")
+	$(BIN)/python -m tests.mutants $(ARGS)
+
+capabilities: .venv/test  ## Run `make test` at every instruction set of this CPU, with one thread and two: half an hour
+	$(BIN)/python -m tests.capabilities $(ARGS)
+
+drawn: .venv/test  # others each time: the seeds are printed
+	$(BIN)/python -m tests.fuzz --minutes 1
+	$(BIN)/python -m tests.mutants --draw 5
+
 regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks report --check
+	$(BIN)/python -m tests.reliability --check
 	$(BIN)/python -m benchmarks gpu --dry-run
 
 lint: .venv/test  ## Check style, format and types

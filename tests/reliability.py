@@ -57,7 +57,16 @@ def capabilities(figures: Figures) -> str:
     return "\n\n".join([_made(figures, "python -m tests.capabilities"), console.table(lines, headers)])
 
 
-BLOCKS: dict[str, Callable[[Figures], str]] = {"fuzz": fuzz, "capabilities": capabilities}
+def mutants(figures: Figures) -> str:
+    """How many mistakes the tests noticed."""
+    versions = figures["versions"]
+    said = f"`python -m tests.mutants`, torch {versions['torch']}, triton {versions['triton']}"
+    counts = f"{figures['killed']} killed, {figures['lived']} lived, {figures['equivalent']} change no result"
+    lived = [f"- `{name}`" for name, (outcome, _) in figures["mutants"].items() if outcome == "lived"]
+    return "\n".join([f"{said}: {counts}.", *lived])
+
+
+BLOCKS: dict[str, Callable[[Figures], str]] = {"fuzz": fuzz, "mutants": mutants, "capabilities": capabilities}
 
 
 def document() -> str:

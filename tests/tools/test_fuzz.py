@@ -1,0 +1,45 @@
+"""`python -m tests.fuzz`: a seed is the same calls each time, a fault is made small, what is done is not done again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+from tests import fuzz
+from tests.strategies import Call
+
+
+def test_a_fault_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(call: Call, backend: str) -> dict[str, float]:
+        assert call.config.n < 3 or call.dtype != "float16", "a fault"
+        return {"output": 0.5}
+
+    monkeypatch.setattr(fuzz, "check", check)
+    found, again = fuzz.draw("torch", 7), fuzz.draw("torch", 7)
+    assert found.failure is not None and found.failure == again.failure and found.calls == again.calls
+    assert "a fault" in found.failure and "n=3" in found.failure and "'float16'" in found.failure
+    assert "features=(1,)" in found.failure and "batch=0" in found.failure  # as small as it can be
+
+
+def test_parts_of_budgets_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "check", lambda call, backend: {"output": 1.5 if call.train else 0.5})
+    drawn = fuzz.draw("triton", 1)
+    assert drawn.failure is None and 0 < drawn.over < drawn.calls <= fuzz.CALLS["triton"]
+    (its,) = fuzz.totals([drawn, drawn]).values()
+    assert its["calls"] == 2 * drawn.calls and its["over"] == 2 * drawn.over and its["failures"] == 0
+    assert max(its["parts"].values()) == 1.5
+
+
+@pytest.mark.slow
+def test_a_campaign_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = tmp_path / "fuzz.ndjson", tmp_path / "fuzz.json"
+    command = ["--backend", "torch", "--processes", "1", "--journal", str(paths[0]), "--json", str(paths[1])]
+    assert fuzz.main([*command, "--seed", "5", "--calls", "1"]) == 0
+    assert fuzz.main([*command, "--calls", "50"]) == 0  # the first seed's are done
+    seeds = [json.loads(line)["seed"] for line in paths[0].read_text().splitlines()]
+    assert seeds == list(range(5, 5 + len(seeds))) and len(seeds) == 2
+    figures = json.loads(paths[1].read_text())
+    assert figures["seed"] == 5 and 50 <= figures["torch"]["calls"] <= 80 and figures["torch"]["failures"] == 0
+    assert "seed 5" in capsys.readouterr().out
