@@ -38,6 +38,7 @@ def step_without_kernels(monkeypatch: pytest.MonkeyPatch, module: nn.Module, map
     [
         ({"features": [8, 16]}, 8, None),
         ({"features": [96, 192, 384, 768]}, 8, "more than 256 channels a head of the spatial attention"),
+        ({"features": [96, 384], "spatial_head": [4, 1]}, 8, "more than 256 channels a head of the spatial attention"),
         ({"features": [96, 192, 384, 768], "spatial_att": False}, 8, None),
         ({"features": [8, 2048], "spatial_att": False}, 8, "more than 1024 channels of a scale or 4096 of all"),
         ({"features": [8, 16]}, 1025, "more than 1024 columns of a map"),
