@@ -60,7 +60,7 @@ def meant(kernel: str, argument: str, call: Call, of_channels: bool) -> list[Ten
     """
     (block,) = call.module.attention
     norms = [head[0] for head in call.module.bn_relu]
-    attentions = block.s_attention if kernel.startswith("spatial") else block.c_attention
+    attentions = block.s_attention if kernel.startswith(("spatial", "expected")) else block.c_attention
     if argument in ("maps", "outs", "douts", "dmaps"):
         return list(getattr(call, argument))
     if argument == "counters":
