@@ -53,23 +53,21 @@ def run(instructions: str, threads: int, tests: Sequence[str]) -> dict[str, obje
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|error)", lines[-1])}
     seconds = round(time.monotonic() - begin)
-    found = {"passed": counts.get("passed", 0), "failed": counts.get("failed", 0) + counts.get("error", 0)}
     well = done.returncode == 0
     return {
         "instructions": instructions,
         "threads": threads,
-        **found,
-        "seconds": seconds,
+        "tests": list(tests),
         "well": well,
-        "lines": failed,
+        "passed": counts.get("passed", 0),
+        "failed": failed if failed or well else lines[-1:],
+        "seconds": seconds,
     }
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.capabilities", description=__doc__, formatter_class=command.Help)
-    parser.add_argument(
-        "tests", nargs="*", help="of pytest: files, folders, options behind --; all where none is given"
-    )
+    parser.add_argument("tests", nargs="*", help="files or folders of tests (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     chosen = parser.parse_args(arguments)
     found = []

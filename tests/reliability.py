@@ -54,7 +54,9 @@ def capabilities(figures: Figures) -> str:
         for one in figures["runs"]
     ]
     headers = ["instructions", "threads", "passed", "failed", "result"]
-    return "\n\n".join([_made(figures, "python -m tests.capabilities"), console.table(lines, headers)])
+    tests = " ".join(dict.fromkeys(test for one in figures["runs"] for test in one["tests"]))
+    said = _made(figures, f"python -m tests.capabilities {tests}".strip())
+    return "\n\n".join([said, console.table(lines, headers)])
 
 
 def mutants(figures: Figures) -> str:
