@@ -59,6 +59,7 @@ def draw(backend: str, number: int) -> Drawn:
     drawn, seen = Drawn(backend, number), set()
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module=r"triton\.runtime\.interpreter")
+    warnings.filterwarnings("ignore", "(invalid value|overflow|divide by zero) encountered", RuntimeWarning)
 
     @seed(number)
     @settings(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.oracle import INTERPRETED, Config, each_backend
+from tests.oracle import INTERPRETED, Config, each_backend, not_finite
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
@@ -23,6 +23,7 @@ def test_key_scores_far_apart() -> None:
     check(Call(config, "float16", False, (Norm(), Norm(), Norm()), "large_affine", plain, plain, seed=16101), "torch")
 
 
+@not_finite
 @pytest.mark.slow
 @each_backend
 def test_any_call(backend: str) -> None:
