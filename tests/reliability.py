@@ -22,10 +22,10 @@ KINDS = {"output": "outputs", "grad_input": "maps' gradients", "grad": "paramete
 Figures = dict[str, Any]
 
 
-def _made(figures: Figures, command: str) -> str:
+def _made(figures: Figures, by: str) -> str:
     where = figures["environment"]
     versions = f"torch {where['torch']}, triton {where['triton']}"
-    return f"`{command}`, {where['date']}, {where['gpu'] or where['cpu']}, {versions}:"
+    return f"`{by}`, {where['date']}, {where['gpu'] or where['cpu']}, {versions}:"
 
 
 def fuzz(figures: Figures) -> str:
