@@ -45,11 +45,10 @@ mutants: .venv/test  ## Put mistakes into a copy of the package, and see that th
 capabilities: .venv/test  ## Run `make test` at every instruction set of this CPU, with one thread and two: half an hour
 	$(BIN)/python -m tests.capabilities $(ARGS)
 
-# Other mutants each time, whose seed is printed. Other calls each time when seeds 200116 and 200127 are explained
-# (RELIABILITY.md). Both at a time, on a core each.
+# Others each time, whose seeds are printed. Both at a time, on a core each.
 drawn: .venv/test
 	$(BIN)/python -m tests.mutants --draw 5 & mutants=$$!; \
-		$(BIN)/python -m tests.fuzz --minutes 1 --processes 1 --seed 320905846 --calls 300; fuzz=$$?; wait $$mutants && exit $$fuzz
+		$(BIN)/python -m tests.fuzz --minutes 1 --processes 1; fuzz=$$?; wait $$mutants && exit $$fuzz
 
 regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
 	$(BIN)/python -m pytest benchmarks

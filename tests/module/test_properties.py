@@ -23,6 +23,13 @@ def test_key_scores_far_apart() -> None:
     check(Call(config, "float16", False, (Norm(), Norm(), Norm()), "large_affine", plain, plain, seed=16101), "torch")
 
 
+@each_backend
+def test_a_gradient_that_cancels(backend: str) -> None:
+    """Equal upstream gradients of equal pixels: the maps' are exactly zero, and the order of sums is not."""
+    config, rows = Config((4,), (1, 1), spatial_att=False, sizes=((9, 1),), batch=1), ("expanded_rows",)
+    check(Call(config, "bfloat16", True, (Norm(),), "random", rows, rows), backend)
+
+
 @not_finite
 @pytest.mark.slow
 @each_backend
