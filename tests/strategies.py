@@ -26,6 +26,7 @@ from tests.oracle import (
 )
 
 CONDITION = 1e3  # times what a rounding step of all inputs changes, float64 may be off
+CANCELS = 1e-12  # of the largest gradient: what float64 leaves, the reference's own too, of one that is exactly zero
 FEWEST = 8  # values of which a BatchNorm takes the variance: of fewer, it takes away most of what it is given
 DRAWS = 16  # a ratio of two errors is luck with one draw: where the first is over its budget, so many decide
 LUCK = 2.0  # budgets: a result may be a few values, and hypothesis looks for what has bad luck
@@ -221,7 +222,7 @@ def _assert_near(draw: Draw) -> None:
     all that goes in is off by a rounding step.
     """
     ours, exact, nudged = draw.ours, draw.exact, draw.nudged
-    noise = 1e-13 * max(_largest(t) for name, t in exact.items() if name.startswith("grad"))  # of terms that cancel
+    noise = CANCELS * max(_largest(t) for name, t in exact.items() if name.startswith("grad"))
     for name, value in exact.items():
         error, changes = (_largest(results[name] - value) for results in (ours, nudged))
         most = DOUBLE * _largest(value) + CONDITION * changes + (noise if name.startswith("grad") else 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dca_kernels.torch_backend import spatial_tiles
+from dca_kernels.torch_backend import common, spatial_tiles
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -150,6 +150,20 @@ def test_a_training_step_takes_a_third_of_the_memory() -> None:
 
     ours, theirs = (extra(module) for module in pair(PAPER, "torch", torch.float32, train=True))
     assert ours <= theirs / 3
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("most", [0, 1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("length", [0, 1, 16, 17, 100])
+def test_spans(length: int, most: int, multiple: int) -> None:
+    spans = common.spans(length, most, multiple)
+    assert [n for span in spans for n in range(span.start, span.stop)] == list(range(length))
+    sizes = [span.stop - span.start for span in spans]
+    assert all(0 < size <= max(1, most) for size in sizes) and len(set(sizes[:-1])) <= 1
+
+
+def test_spans_of_a_multiple() -> None:
+    assert [(span.start, span.stop) for span in common.spans(100, 48, multiple=16)] == [(0, 48), (48, 96), (96, 100)]
 
 
 # Gradients that the user holds
