@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.oracle import INTERPRETED, Config, each_backend, not_finite
+from tests.oracle import INTERPRETED, Config, each_backend, needs_triton, not_finite
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
@@ -28,6 +28,13 @@ def test_a_gradient_that_cancels(backend: str) -> None:
     """Equal upstream gradients of equal pixels: the maps' are exactly zero, and the order of sums is not."""
     config, rows = Config((4,), (1, 1), spatial_att=False, sizes=((9, 1),), batch=1), ("expanded_rows",)
     check(Call(config, "bfloat16", True, (Norm(),), "random", rows, rows), backend)
+
+
+@needs_triton
+def test_shares_beyond_float16() -> None:
+    """The scores of the kernels' backward are too far apart for one exponential in float16, not in other dtypes."""
+    config, plain = Config((8, 8), (2, 3), channel_att=False, sizes=((8, 6), (4, 6))), (PLAIN, PLAIN)
+    check(Call(config, "float16", True, (Norm(), Norm()), "raised_affine", plain, plain, seed=1), "triton")
 
 
 @not_finite
