@@ -70,7 +70,7 @@ class Call:
         inputs: a name of INPUTS.
         layouts, upstream_layouts: of each map, and of each output's gradient; names of LAYOUTS, or "contiguous".
         frozen: groups of leaves that no gradient is asked for, of GROUPS.
-        small_blocks: whether the kernels have the smallest blocks that there are.
+        blocks: what the sizes of the kernels' blocks are multiplied by: 0 makes them the smallest that there are.
         seed: of weights and values.
     """
 
@@ -82,7 +82,7 @@ class Call:
     layouts: Sequence[str] = ()
     upstream_layouts: Sequence[str] = ()
     frozen: frozenset[str] = frozenset()
-    small_blocks: bool = False
+    blocks: float = 1.0
     seed: int = 0
 
 
@@ -128,7 +128,7 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
 
     Args:
         draw: hypothesis' own.
-        backend: the kernels' blocks may be small.
+        backend: the kernels' blocks may be smaller.
         largest: side of a map.
     """
     scales = draw(st.integers(1, 3))
@@ -171,7 +171,7 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
         layouts=tuple(of_maps),
         upstream_layouts=tuple(draw(layouts)),
         frozen=draw(st.just(frozenset()) | st.frozensets(st.sampled_from(["maps", *GROUPS]))),
-        small_blocks=backend == "triton" and draw(st.booleans()),
+        blocks=draw(st.sampled_from([1.0, 0.5, 0.0])) if backend == "triton" else 1.0,
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -253,7 +253,7 @@ def run(call: Call, backend: str) -> Draw:
     upstream = [_laid_out(g, layout) for g, layout in zip(upstream, call.upstream_layouts, strict=True)]
     plain = [x.clone(memory_format=torch.contiguous_format) for x in maps], [g.contiguous() for g in upstream]
     of_exact = exact_maps, [g.double() for g in upstream]
-    with resized_blocks(0) if call.small_blocks else nullcontext():
+    with resized_blocks(call.blocks) if call.blocks < 1 else nullcontext():
         results = _evaluate(call, ours, maps, upstream)
     draw = Draw(results, _evaluate(call, theirs, *plain), _evaluate(call, exact, *of_exact), {})
     of_one = sorted(results.keys() ^ draw.theirs.keys())

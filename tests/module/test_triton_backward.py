@@ -30,6 +30,7 @@ from tests.oracle import (
     promoted,
     random_like,
     random_maps,
+    resized_blocks,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -60,6 +61,16 @@ def test_parity_of_the_backward(config: Config, train: bool) -> None:
     ours, theirs = pair(config, "triton", train=train)
     maps = random_maps(config, backend="triton")
     assert_same(evaluate(ours, maps), evaluate(theirs, maps))
+
+
+@pytest.mark.parametrize("factor", [0.5, 0])
+def test_parity_of_the_backward_in_blocks(factor: float) -> None:
+    """Of blocks that are halved some are 32 and others 16."""
+    ours, theirs = pair(TILED, "triton")
+    maps = random_maps(TILED, backend="triton")
+    with resized_blocks(factor):
+        results = evaluate(ours, maps)
+    assert_same(results, evaluate(theirs, maps))
 
 
 BLOCKS = Config((4, 6), (2, 3), n=2, channel_head=(2, 1), spatial_head=(1, 2), sizes=((5, 7), (3, 3)))
