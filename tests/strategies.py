@@ -26,7 +26,8 @@ from tests.oracle import (
 )
 
 STEPS = 64  # of rounding, that float64's inputs are nudged by: a sum of them then has another rounding of its own
-CONDITION = 16.0  # times what that changes, float64 may be off
+NUDGES = 4  # of float64, since what one changes may be little by luck
+CONDITION = 16.0  # times the most that they change, float64 may be off
 CANCELS = 1e-13  # of the largest gradient: what float64 leaves of one that is exactly zero
 FEWEST = 8  # values of which a BatchNorm takes the variance: of fewer, it takes away most of what it is given
 DRAWS = 16  # a ratio of two errors is luck with one draw: where the first is over its budget, so many decide
@@ -49,13 +50,14 @@ class Draw(NamedTuple):
     Attributes:
         ours, theirs: a backend's and the reference's in the call's dtype.
         exact: the reference's in float64.
-        nudged: `exact` with weights, maps and upstream gradients off by a rounding step of float32, or some of float64.
+        nudged: `exact` with weights, maps and upstream gradients off by a rounding step of float32, once, or NUDGES
+            times by some of float64.
     """
 
     ours: Results
     theirs: Results
     exact: Results
-    nudged: Results
+    nudged: Sequence[Results]
 
 
 @dataclass(frozen=True)
@@ -214,18 +216,17 @@ def _uncertain(draw: Draw) -> Results:
     """
     found = {}
     for name, exact in draw.exact.items():
-        theirs, nudged = draw.theirs[name].double(), draw.nudged[name].double()
+        theirs, nudged = draw.theirs[name].double(), draw.nudged[0][name].double()
         found[name] = torch.where((theirs - exact).abs() < (nudged - exact).abs(), nudged, theirs)
     return found
 
 
 def _assert_near(draw: Draw) -> None:
     """Float64 results agree to DOUBLE of each tensor's largest value, and CONDITION times what nudging changes."""
-    ours, exact, nudged = draw.ours, draw.exact, draw.nudged
-    noise = CANCELS * max(_largest(t) for name, t in exact.items() if name.startswith("grad"))
-    for name, value in exact.items():
-        error, changes = (_largest(results[name] - value) for results in (ours, nudged))
-        most = DOUBLE * _largest(value) + CONDITION * changes + (noise if name.startswith("grad") else 0.0)
+    noise = CANCELS * max(_largest(t) for name, t in draw.exact.items() if name.startswith("grad"))
+    for name, value in draw.exact.items():
+        error, *changes = (_largest(results[name] - value) for results in (draw.ours, *draw.nudged))
+        most = DOUBLE * _largest(value) + CONDITION * max(changes) + (noise if name.startswith("grad") else 0.0)
         assert error <= most, f"{name}: the largest error is {error:.1e}, where {most:.1e} is allowed"
 
 
@@ -241,11 +242,12 @@ def run(call: Call, backend: str) -> Draw:
     with torch.no_grad():
         INPUTS[call.inputs](source, maps)
     state = source.to(dtype).state_dict()
-    kinds = ((backend, dtype), ("reference", dtype), *(("reference", torch.float64) for _ in range(3)))
+    nudges = NUDGES if dtype == torch.float64 else 1
+    kinds = ((backend, dtype), ("reference", dtype), *[("reference", torch.float64)] * (2 + nudges))
     modules = [_module(call, name).to(device_of(backend), its) for name, its in kinds]
     for dca in modules:
         dca.load_state_dict(state)
-    ours, theirs, exact, nudged, probe = modules
+    ours, theirs, exact, probe, *nudged = modules
     maps = [x.to(device_of(backend), dtype) for x in maps]
     maps = [_laid_out(x, layout) for x, layout in zip(maps, call.layouts, strict=True)]
     exact_maps = [x.double() for x in maps]
@@ -255,13 +257,12 @@ def run(call: Call, backend: str) -> Draw:
     of_exact = exact_maps, [g.double() for g in upstream]
     with resized_blocks(call.blocks) if call.blocks < 1 else nullcontext():
         results = _evaluate(call, ours, maps, upstream)
-    draw = Draw(results, _evaluate(call, theirs, *plain), _evaluate(call, exact, *of_exact), {})
-    of_one = sorted(results.keys() ^ draw.theirs.keys())
+    baseline, expected = _evaluate(call, theirs, *plain), _evaluate(call, exact, *of_exact)
+    of_one = sorted(results.keys() ^ baseline.keys())
     assert not of_one, f"of ours alone, or of the reference's: {of_one}"
-    of_nudged = [[t.clone(memory_format=torch.contiguous_format) for t in tensors] for tensors in of_exact]
     step = STEPS * torch.finfo(dtype).eps if dtype == torch.float64 else torch.finfo(torch.float32).eps
-    _nudge([*nudged.parameters(), *nudged.buffers(), *of_nudged[0], *of_nudged[1]], step, call.seed)
-    return draw._replace(nudged=_evaluate(call, nudged, *of_nudged))
+    others = [_evaluate_nudged(call, dca, *of_exact, step, call.seed + k) for k, dca in enumerate(nudged)]
+    return Draw(results, baseline, expected, others)
 
 
 def _module(call: Call, implementation: str) -> nn.Module:
@@ -274,14 +275,21 @@ def _module(call: Call, implementation: str) -> nn.Module:
     return dca.train(call.train)
 
 
-@torch.no_grad()
-def _nudge(tensors: Sequence[Tensor], step: float, seed: int) -> None:
-    """Change some values by `step` of them, or of 1, since they will be added to such."""
+def _evaluate_nudged(
+    call: Call, dca: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor], step: float, seed: int
+) -> Results:
+    """`_evaluate` where some of the values that go in are off by `step` of them, or of 1: they are added to such."""
     generator = torch.Generator().manual_seed(seed)
-    for t in tensors:
-        if t.is_floating_point():
-            steps = torch.randint(-1, 2, t.shape, generator=generator).to(t)
-            t.add_(t.abs().clamp(min=1.0) * steps * step)
+
+    def nudged(t: Tensor) -> Tensor:
+        steps = torch.randint(-1, 2, t.shape, generator=generator).to(t)
+        return t + t.abs().clamp(min=1.0) * steps * step
+
+    with torch.no_grad():
+        for t in (*dca.parameters(), *dca.buffers()):
+            if t.is_floating_point():
+                t.copy_(nudged(t))
+    return _evaluate(call, dca, list(map(nudged, maps)), list(map(nudged, upstream)))
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:

@@ -109,6 +109,50 @@ DRAWN_TRITON = [
         "strip = strip + 0.0",
         ("stages/test_patch_embed.py::test_moments_are_those_of_the_maps[powers_of_two-any_windows]",),
     ),
+    Mutant(
+        "drawn-spatial-linear-beyond-the-last-query",
+        "triton_backend/spatial_attention_backward.py",
+        "through_linear = tl.where(mask_m, through_linear * LN_2, 0.0)",
+        "through_linear = through_linear * LN_2",
+        equivalent="beyond the last query, the factor of a column is 0, and so are weights",
+    ),
+    Mutant(
+        "drawn-spatial-shares-of-float16",
+        "triton_backend/spatial_attention_backward.py",
+        "return 4.0 if dtype == tl.float16 else 32.0",
+        "return 32.0",
+        ("module/test_properties.py::test_shares_beyond_float16",),
+    ),
+    Mutant(
+        "drawn-grid-gradient-block-of-a-step",
+        "triton_backend/upsample_backward.py",
+        "here = (start // BLOCK_C == block)",
+        "here = (start // STEP == block)",
+        ("module/test_triton_backward.py::test_parity_of_the_backward_in_blocks[0.5]",),
+    ),
+    Mutant(
+        "drawn-direct-mean-of-a-square",
+        "triton_backend/batch_statistics.py",
+        "    mean /= height * width\n",
+        "    mean /= height * height\n",
+        ("module/test_triton.py::test_the_direct_pass_of_any_map",),
+    ),
+    Mutant(
+        "drawn-operator-gradients-not-asked-for",
+        "triton_backend/operator.py",
+        "asked = [g if want else None for g, want in zip(of_parameters, wanted[scales:], strict=True)]",
+        "asked = of_parameters",
+        (
+            "module/test_setups.py::test_an_unused_output_gives_none_where_the_reference_does[triton-direct-watched-no_attention-0]",
+        ),
+    ),
+    Mutant(
+        "drawn-norm-backward-blocks-beyond-the-last",
+        "triton_backend/tokens.py",
+        "mask = (block + offs_block < BLOCKS)[:, None] &",
+        "mask = (offs_block < BLOCKS)[:, None] &",
+        ("stages/test_spatial_attention.py::test_spatial_attention_is_the_references[triton-train-tiled]",),
+    ),
 ]
 
 DRAWN_TORCH = [
@@ -170,6 +214,20 @@ DRAWN_TORCH = [
         "return *grads, None, None, None, None",
         ("stages/test_upsample.py::test_upsample_is_the_references[torch-eval-ragged]",),
     ),
+    Mutant(
+        "drawn-torch-spans-larger-than-most",
+        "torch_backend/common.py",
+        "step = max(1, min(most, math.ceil(step / multiple) * multiple))",
+        "step = max(1, math.ceil(step / multiple) * multiple)",
+        ("module/test_memory.py::test_spans",),
+    ),
+    Mutant(
+        "drawn-torch-magnitude-of-no-image",
+        "torch_backend/common.py",
+        "    if x.numel() == 0:\n",
+        "    if x.dim() == 0:\n",
+        ("module/test_operands.py::test_shapes_with_16_bit_operands[float16-0]",),
+    ),
 ]
 
 DRAWN_PACKAGE = [
@@ -221,6 +279,13 @@ DRAWN_PACKAGE = [
         "if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):",
         "if isinstance(value, bool):",
         ("module/test_bad_inputs.py::test_arguments[features=tensor([True, True])]",),
+    ),
+    Mutant(
+        "drawn-cumulative-without-a-counter",
+        "contract.py",
+        "cumulative = norm.momentum is None and norm.num_batches_tracked is not None",
+        "cumulative = norm.momentum is None",
+        ("module/test_bad_inputs.py::test_buffers_are_those_of_batch_norm[triton-others-True]",),
     ),
 ]
 

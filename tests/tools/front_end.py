@@ -176,7 +176,9 @@ VARIANTS = {
     "gradients of the norms": Call(change=only("bn_relu")),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Targets differ in block sizes alone: the rarer choices are tried with each dtype on one of them.
+# Targets differ in block sizes alone: the rarer choices are tried with each dtype on one of them, and on one how
+# numbers and addresses divide.
+WHOLE = "sm_90"
 VARIANT_DTYPES = {
     "sm_80": [torch.float64],
     "sm_90": [torch.float32, torch.bfloat16],
@@ -185,8 +187,9 @@ VARIANT_DTYPES = {
 
 
 def calls(target: str) -> Iterator[tuple[str, Call]]:
-    """Every combination of the common choices; each rarer choice in both modes."""
-    for dtype, train, batch, layout in itertools.product(DTYPES, (True, False), (1, 2, 16, 17), LAYOUTS):
+    """Combinations of the common choices, on one target all; each rarer choice in both modes."""
+    batches, layouts = ((1, 2, 16, 17), [*LAYOUTS]) if target == WHOLE else ((2, 17), ["contiguous", "channels_last"])
+    for dtype, train, batch, layout in itertools.product(DTYPES, (True, False), batches, layouts):
         mode = "train" if train else "eval"
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             yield (
