@@ -159,7 +159,7 @@ def _image(model: nn.Module) -> Tensor:
 def _seam(model: nn.Module, image: Tensor) -> Place | None:
     """A decoder that is called with maps, from the largest to the smallest; None where there is none.
 
-    The last map is the bottleneck. A copy of the image, and maps without channels after it, may come first.
+    The last map is the bottleneck. A copy of the image may come first; maps without channels change nothing.
     """
     encoder, decoder = (getattr(model, name, None) for name in ("encoder", "decoder"))
     if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, nn.Sequential):
@@ -176,9 +176,7 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
     areas = [math.prod(x.shape[2:]) for x in maps]
     if not maps or len(maps) < len(given) or 0 in areas or sorted(areas, reverse=True) != areas:
         return None
-    first = 0
-    while first < len(maps) - 1 and (maps[first].shape[1] == 0 or torch.equal(maps[first], image)):
-        first += 1
+    first = int(torch.equal(maps[0], image))
     positions = range(first - len(maps), -1)
 
     changed = [_outputs(model, image, decoder, functools.partial(_change, position=n)) for n in positions]
