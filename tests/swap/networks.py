@@ -270,7 +270,7 @@ class Transformer(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.qkv, self.reduced = nn.Linear(channels, 3 * channels), nn.Conv2d(channels, channels, 2, 2)
+        self.qkv, self.reduced = nn.Linear(channels, 3 * channels), nn.Conv2d(channels, channels, 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
