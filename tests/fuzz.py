@@ -66,6 +66,7 @@ def draw(backend: str, number: int) -> Drawn:
         max_examples=CALLS[backend] + 1,
         deadline=None,
         database=None,
+        report_multiple_bugs=False,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )

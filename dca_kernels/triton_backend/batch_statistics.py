@@ -44,15 +44,17 @@ from dca_kernels.triton_backend.primitives import (
 )
 from dca_kernels.triton_backend.tokens import Tokens
 
-# How much larger its two parts may be than a variance, before it is taken directly.
+# How much larger its two parts may be than a variance, before it is taken directly: of 32 bit, and of 16, whose
+# products with the map are rounded.
 CANCELLATION = tl.constexpr(100.0)
+CANCELLATION_IN_16_BIT = tl.constexpr(8.0)
 
 
 @kernel
 def _batch_statistics_kernel(
     maps, z, moments, tables, counters, statistics, sizes,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, MOMENT_BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and centred squares of up(z) + x over one image, for BLOCK_C channels: (B, 2, C), float64.
 
@@ -71,7 +73,7 @@ def _batch_statistics_kernel(
             _batch_statistics(
                 maps=maps, z=z, moments=moments, tables=tables, statistics=statistics, sizes=sizes, b=b, scale=scale,
                 offs_c=offs_c, SHAPE=SHAPE, LAYOUT=LAYOUT, g=g, MOMENT_BLOCK=MOMENT_BLOCK, PARTS=PARTS,
-                GUARDED=GUARDED, ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P,
+                ACC=ACC, BLOCK_N=BLOCK_N, BLOCK_P=BLOCK_P,
             )  # fmt: skip
     for i in tl.static_range(len(CHANNELS)):
         if counters[i] is not None and (scale == i) & (b == 0) & (block == 0):
@@ -82,7 +84,7 @@ def _batch_statistics_kernel(
 def _batch_statistics(
     maps, z, moments, tables, statistics, sizes, b, scale, offs_c,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, g: tl.constexpr, MOMENT_BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    GUARDED: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """`_batch_statistics_kernel` for image b and a scale of group g."""
     GROUP: tl.constexpr = LAYOUT.groups[g]
@@ -91,7 +93,9 @@ def _batch_statistics(
     SCALES: tl.constexpr = GROUP.scales
     GRID: tl.constexpr = LAYOUT.grid
     TOTAL: tl.constexpr = SHAPE.total
-    SUM: tl.constexpr = tl.float64 if GUARDED else ACC
+    IN_16_BIT: tl.constexpr = z.dtype.element_ty.primitive_bitwidth == 16
+    MOST: tl.constexpr = CANCELLATION_IN_16_BIT if IN_16_BIT else CANCELLATION
+    SUM: tl.constexpr = ACC if IN_16_BIT else tl.float64
     image = b * GRID[0] * GRID[1] * TOTAL
     mask_c = offs_c < of_scale(CHANNELS, scale, SCALES)
     offs_all = of_scale(OFFSETS, scale, SCALES) + offs_c
@@ -116,15 +120,13 @@ def _batch_statistics(
         TOTAL=TOTAL, ACC=ACC, SUM=SUM, BLOCK_N=BLOCK_N,
     )  # fmt: skip
     mean = origin + x_mean + z_mean
-    squares = x_squares + z_squares + 2 * products
-    if GUARDED:
+    squares = (x_squares + z_squares + 2 * products).to(tl.float64)
+    if tl.max(tl.where(mask_c, x_squares + z_squares - squares * MOST, 0.0)) > 0:
         row_step, column_step = steps_of(sizes, scale, height, width, LAYOUT, g, ACC)
-        if tl.max(tl.where(mask_c, x_squares + z_squares - squares * CANCELLATION, 0.0)) > 0:
-            mean, squares = _direct_moments(
-                x_ptrs=x_ptrs, z_ptrs=z + image + offs_all, mask_c=mask_c, height=height, width=width,
-                row_step=row_step, column_step=column_step, strides=strides, GRID=GRID, TOTAL=TOTAL, ACC=ACC,
-                BLOCK_P=BLOCK_P,
-            )  # fmt: skip
+        mean, squares = _direct_moments(
+            x_ptrs=x_ptrs, z_ptrs=z + image + offs_all, mask_c=mask_c, height=height, width=width, row_step=row_step,
+            column_step=column_step, strides=strides, GRID=GRID, TOTAL=TOTAL, ACC=ACC, BLOCK_P=BLOCK_P,
+        )  # fmt: skip
     tl.store(statistics + b * 2 * TOTAL + offs_all, mean, mask=mask_c)
     tl.store(statistics + (b * 2 + 1) * TOTAL + offs_all, tl.maximum(squares, 0.0), mask=mask_c)
 
@@ -384,7 +386,6 @@ def batch_statistics(tokens: Tokens, z: Tensor, used: Tensor, maps: Maps, contra
         counters=counters_of(contract), statistics=statistics, sizes=size_arguments(sizes, contract.grid),
         LAYOUT=grouped(layout_of(maps.maps, contract.grid), keys), MOMENT_BLOCK=maps.block,
         PARTS=maps.moments.less_origin.transposed.shape[1],
-        GUARDED=z.dtype in (torch.float32, torch.float64),  # 16-bit sums lose more than the cancellation does
     )  # fmt: skip
     config = launcher.config("combine_images")
     blocks = sum([launch.blocks(c, config["block_c"]) for c in tokens.channels])

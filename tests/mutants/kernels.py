@@ -548,11 +548,18 @@ UPSAMPLE = [
         (TRITON + "test_maps_that_the_tokens_cancel[0.001]",),
     ),
     Mutant(
-        "statistics-cancel-in-float64",
+        "statistics-in-float32",
         "triton_backend/batch_statistics.py",
-        "GUARDED=z.dtype in (torch.float32, torch.float64)",
-        "GUARDED=z.dtype == torch.float32",
-        (TRITON + "test_maps_that_the_tokens_cancel_in_float64",),
+        "SUM: tl.constexpr = ACC if IN_16_BIT else tl.float64",
+        "SUM: tl.constexpr = ACC",
+        (TRITON + "test_maps_that_the_tokens_cancel[0.2]",),
+    ),
+    Mutant(
+        "statistics-cancel-in-16-bit",
+        "triton_backend/batch_statistics.py",
+        "CANCELLATION_IN_16_BIT = tl.constexpr(8.0)",
+        "CANCELLATION_IN_16_BIT = tl.constexpr(1e8)",
+        (TRITON + "test_two_values_that_the_tokens_cancel",),
     ),
     Mutant(
         "statistics-direct-beyond-the-map",
