@@ -150,6 +150,8 @@ HEADS = {
     "large_eps": lambda head: setattr(head[0], "eps", 0.5),
     "no_running_stats": _replace_norm(track_running_stats=False),
     "no_affine": _replace_norm(affine=False),
+    "no_weight": lambda head: setattr(head[0], "weight", None),
+    "no_bias": lambda head: setattr(head[0], "bias", None),
     "stats_no_longer_tracked": lambda head: setattr(head[0], "track_running_stats", False),
     "no_counter": lambda head: setattr(head[0], "num_batches_tracked", None),
     "patched_forward": _patch_forward,

@@ -352,12 +352,24 @@ def test_one_image_out_of_range_leaves_the_other(row_calls: list[int]) -> None:
     assert len(row_calls) == 2  # of the first image: forward and backward
 
 
+def test_one_head_out_of_range_in_several_spans(row_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config((8,), 4, channel_att=False, spatial_head=(2,), sizes=((4, 4),), batch=1)
+    monkeypatch.setattr(spatial_tiles, "TILE_BYTES", 4 * 2 * 16 * 8)  # four rows of scores
+    modules = pair(config)
+    for module in modules:
+        module.attention[0].spatial_norm[0].weight.data[4:] *= 16
+    maps = random_maps(config)
+    assert_same(*(evaluate(module, maps) for module in modules))
+    assert len(row_calls) == 2 * 4  # forward and backward
+
+
 def test_rows_are_taken_where_a_sum_of_weights_is_near_zero(row_calls: list[int]) -> None:
-    """All weights are below 2^-149, though the keys' own scores are as usual."""
-    tokens, values = torch.full((1, 2, 1), 200.0**0.5), torch.tensor([[[3.0], [5.0]]])
-    key_scores = torch.tensor([[[0.0, -1.0]]])
-    out, _ = spatial_tiles.attend_tiles(tokens, values, torch.tensor([-1.0]), key_scores)
-    torch.testing.assert_close(out, torch.full((1, 2, 1), (2 * 3.0 + 5.0) / 3))
+    """All weights of the first head are below 2^-149, though the keys' own scores are as usual; the second's are 1."""
+    tokens = torch.tensor([[[200.0**0.5, 0.0], [200.0**0.5, 0.0]]])
+    values = torch.tensor([[[3.0, 1.0], [5.0, 2.0]]])
+    key_scores = torch.tensor([[[0.0, -1.0], [0.0, 0.0]]])
+    out, _ = spatial_tiles.attend_tiles(tokens, values, torch.tensor([-1.0, -1.0]), key_scores)
+    torch.testing.assert_close(out, torch.tensor([[[(2 * 3.0 + 5.0) / 3, 1.5]]]).expand(1, 2, 2))
     assert row_calls
 
 
