@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dca_kernels import contract
-from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_maps
+from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_like, random_maps
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -211,6 +211,23 @@ def test_saved_tensors_may_come_back_elsewhere() -> None:
     with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
         found = evaluate(module, maps)
     assert_same(found, expected, rtol=1e-5)
+
+
+def test_upstream_gradients_of_other_strides() -> None:
+    """As of a sum and of a product: the backward of a call of one kind may be of several."""
+    modules = pair(CONFIG, "triton")
+    maps = random_maps(CONFIG, backend="triton")
+    for layout in ("expanded_batch", "expanded_batch", "contiguous", "channels_last", "contiguous"):
+        upstream = [LAYOUTS.get(layout, Tensor.contiguous)(g) for g in random_like(maps)]
+        assert_same(*(evaluate(module, maps, upstream) for module in modules))
+
+
+def test_a_frozen_module_has_gradients_of_the_maps() -> None:
+    modules = [module.requires_grad_(False) for module in pair(CONFIG, "triton")]
+    maps = random_maps(CONFIG, backend="triton")
+    results = [{n: t for n, t in evaluate(module, maps).items() if t is not None} for module in modules]
+    assert "grad_input.0" in results[0]
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["plan", "operator"])
