@@ -188,8 +188,11 @@ VARIANT_DTYPES = {
 
 def calls(target: str) -> Iterator[tuple[str, Call]]:
     """Combinations of the common choices, on one target all; each rarer choice in both modes."""
-    batches, layouts = ((1, 2, 16, 17), [*LAYOUTS]) if target == WHOLE else ((2, 17), ["contiguous", "channels_last"])
-    for dtype, train, batch, layout in itertools.product(DTYPES, (True, False), batches, layouts):
+    dtypes, batches, layouts = DTYPES, (1, 2, 16, 17), [*LAYOUTS]
+    if target != WHOLE:  # both dtypes of 16 bit have the same blocks
+        dtypes = torch.float32, torch.bfloat16, torch.float64
+        batches, layouts = (2, 17), ["contiguous", "channels_last"]
+    for dtype, train, batch, layout in itertools.product(dtypes, (True, False), batches, layouts):
         mode = "train" if train else "eval"
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             yield (
