@@ -78,8 +78,8 @@ def main(arguments: Sequence[str]) -> int:
         console.say(f"{instructions}, {threads} thread(s): {said}, {one['passed']} passed in {one['seconds']} s")
         for line in one["failed"]:
             console.say(f"  {line}")
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps({"environment": environment(), "runs": found}, indent=1) + "\n")
+        if chosen.json is not None:  # after each, for it takes long
+            chosen.json.write_text(json.dumps({"environment": environment(), "runs": found}, indent=1) + "\n")
     return 0 if all(one["well"] for one in found) else 1
 
 
