@@ -11,8 +11,10 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import random
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -91,6 +93,17 @@ def draw(backend: str, number: int) -> Drawn:
     return drawn
 
 
+def _end_with_parent() -> None:
+    """Let this process of a pool end where its parent has: one that was killed tells it nothing."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def campaign(chosen: argparse.Namespace, done: Sequence[Drawn]) -> Iterator[Drawn]:
     """Seeds one after another, those that are done left out, until the time is up or there are calls enough."""
     end, drawn = time.monotonic() + 60 * chosen.minutes, {(one.backend, one.seed) for one in done}
@@ -99,7 +112,7 @@ def campaign(chosen: argparse.Namespace, done: Sequence[Drawn]) -> Iterator[Draw
         counts[one.backend] += one.calls
     following = {backend: chosen.seed for backend in chosen.backend}
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(chosen.processes, mp_context=spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(chosen.processes, spawn, _end_with_parent) as pool:
         running: dict[concurrent.futures.Future[Drawn], tuple[str, int]] = {}
         while True:
             wanted = [b for b in chosen.backend if chosen.calls is None or counts[b] < chosen.calls]

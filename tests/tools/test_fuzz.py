@@ -1,12 +1,19 @@
 """`python -m tests.fuzz`: a seed is the same calls each time, a fault is made small, what is done is not done again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
+from benchmarks.environment import ROOT
 from tests import fuzz
 from tests.strategies import Call
 
@@ -43,3 +50,23 @@ def test_a_campaign_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     figures = json.loads(paths[1].read_text())
     assert figures["seed"] == 5 and 50 <= figures["torch"]["calls"] <= 80 and figures["torch"]["failures"] == 0
     assert "seed 5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_a_campaign_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--backend", "torch", "--journal", tmp_path / "fuzz.ndjson"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as campaign:
+        children = Path(f"/proc/{campaign.pid}/task/{campaign.pid}/children")
+        _wait_until((tmp_path / "fuzz.ndjson").exists)  # a seed is done
+        left = [Path("/proc", number) for number in children.read_text().split()]
+        campaign.send_signal(signal.SIGTERM)
+    assert campaign.returncode == -signal.SIGTERM and len(left) >= 2
+    _wait_until(lambda: not any(map(os.path.exists, left)))
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
