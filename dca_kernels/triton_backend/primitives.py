@@ -98,14 +98,8 @@ def largest(sizes):
 
 
 @triton.constexpr_function
-def blocks_before(sizes, block, i):
-    """How many blocks the first i sizes have, where none reaches over two sizes."""
-    return sum(-(-sizes[k] // block) for k in range(i))
-
-
-@triton.constexpr_function
 def first_blocks(sizes, block):
-    """Where the blocks of each size begin among those of all, as `blocks_before`; the last number is that of all."""
+    """Where the blocks of each size begin among those of all; none reaches over two sizes. The last is their number."""
     return tuple(sum(-(-size // block) for size in sizes[:i]) for i in range(len(sizes) + 1))
 
 
