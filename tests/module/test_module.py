@@ -174,6 +174,15 @@ def test_any_head(change: Callable[[nn.Sequential], None], train: bool, backend:
 
 
 @each_backend
+def test_a_changed_head_gets_the_dtype_of_the_maps(backend: str) -> None:
+    config = Config()
+    for module in pair(config, backend, torch.bfloat16):
+        module.bn_relu[0][1] = nn.GELU()  # and the BatchNorm is called as it is
+        outs = module(random_maps(config, torch.bfloat16, backend=backend))
+        assert [y.dtype for y in outs] == [torch.bfloat16] * len(outs)
+
+
+@each_backend
 def test_layout_before_a_changed_head(backend: str) -> None:
     module, _ = pair(Config(), backend)
     seen = []

@@ -230,6 +230,19 @@ def test_a_frozen_module_has_gradients_of_the_maps() -> None:
     assert_same(*results)
 
 
+def test_parameters_that_are_frozen_and_thawed() -> None:
+    """The backward of before would go on without their gradients."""
+    modules = pair(CONFIG, "triton")
+    maps = random_maps(CONFIG, backend="triton")
+    for frozen in (True, True, False, False, True):
+        results = []
+        for module in modules:
+            module.avg_map.requires_grad_(not frozen)
+            results.append({name: t for name, t in evaluate(module, maps).items() if t is not None})
+        assert ("grad.avg_map.0.proj.depthwise.weight" in results[0]) is not frozen
+        assert_same(*results)
+
+
 @pytest.mark.parametrize("watched", [False, True], ids=["plan", "operator"])
 def test_parameters_of_unequal_dtypes(watched: bool) -> None:
     """Of some scales: a kernel chooses among the pointers of all, and takes them in the wider dtype."""

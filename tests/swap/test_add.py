@@ -145,6 +145,12 @@ def test_a_skip_that_changes_nothing_is_left_out() -> None:
     assert [name for name, p in model.decoder.dca.named_parameters() if p.grad is None] == []
 
 
+def test_a_network_that_changes_its_image_leaves_the_example() -> None:
+    example = ODD_IMAGE.clone()
+    add_dca(network(lambda x: [x.sub_(0.5)][:0]), patch=3, example=example)
+    assert_identical({"example": example}, {"example": ODD_IMAGE})
+
+
 def test_adding_changes_nothing_that_was_there() -> None:
     model = network().train()
     model.encoder.norm.eval()

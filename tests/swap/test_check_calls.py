@@ -193,3 +193,12 @@ def test_a_call_whose_dropout_draws_is_not_compared(caplog: pytest.LogCaptureFix
         model(IMAGE)
     assert "check_calls: a call is not compared, since a dropout of bn_relu draws in it" in caplog.messages
     assert hooks(model) == 0
+
+
+def test_a_call_whose_dropout_does_not_draw_is_compared() -> None:
+    model = parallel()
+    for i, norm in enumerate(model.DCA.bn_relu):
+        model.DCA.bn_relu[i] = nn.Sequential(*norm, nn.Dropout(0.5))
+    replace_dca(model.eval(), **checked)
+    with pytest.raises(RuntimeError, match="differs by"):
+        model(IMAGE)
