@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,25 +131,33 @@ def specialised(one: Launch) -> list[str]:
 
 
 def digest(one: Launch) -> str:
-    """Changes with all that the machine code depends on: the kernel's code and what it is compiled for."""
-    return hashlib.sha256("\0".join([*_code(one.kernel), *specialised(one)]).encode()).hexdigest()[:16]
+    """Changes with what the machine code depends on alone: the kernel's statements and what they are compiled for."""
+    return hashlib.sha256("\0".join([*code_of(one.kernel), *specialised(one)]).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _code(kernel: JITFunction) -> list[str]:
-    """The source of a kernel, and of every function of this package that it reaches."""
+def code_of(kernel: JITFunction) -> list[str]:
+    """The statements of a kernel and of every function of this package that it reaches, and the constants they name."""
     found: dict[str, str] = {}
     waiting: list[Any] = [kernel]
     while waiting:
         function = waiting.pop()
-        source = textwrap.dedent(inspect.getsource(function.fn))
         if function.fn.__qualname__ in found or not function.fn.__module__.startswith("dca_kernels"):
             continue
-        found[function.fn.__qualname__] = source
-        names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-        known = (function.fn.__globals__.get(name) for name in names)
-        waiting += [f for f in known if isinstance(f, (JITFunction, ConstexprFunction))]
+        found[function.fn.__qualname__] = code = statements(function.fn)
+        names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+        known = {name: function.fn.__globals__.get(name) for name in names}
+        waiting += [f for f in known.values() if isinstance(f, (JITFunction, ConstexprFunction))]
+        found |= {name: str(x.value) for name, x in known.items() if isinstance(x, triton.language.constexpr)}
     return [found[name] for name in sorted(found)]
+
+
+def statements(function: Callable[..., Any]) -> str:
+    """Its code without comments and docstring: another word there is the same machine code."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return ast.unparse(definition)
 
 
 @functools.cache

@@ -193,9 +193,9 @@ def _attend_backward(
     if UNSOUND:
         through_bilinear, through_linear, dvalues_m = _gradients(
             normalised=normalised + image, averaged=averaged + image, dattended=dattended + image, scores=scores,
-            bilinear=bilinear, linear=linear, weight=weight, tokens_m=tokens_m, query=query, values_m=values_m,
-            dattended_m=dattended_m, offs_m=offs_m, offs_k=offs_k, offs_all=offs_all, mask_m=mask_m, mask_k=mask_k,
-            mask_v=mask_v, N=N, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+            bilinear=bilinear, linear=linear, weight=weight, query=query, dattended_m=dattended_m, offs_m=offs_m,
+            offs_k=offs_k, offs_all=offs_all, mask_m=mask_m, mask_k=mask_k, mask_v=mask_v, N=N, TOTAL=TOTAL,
+            PRECISION=PRECISION, ACC=ACC,
             BLOCK_N=16,  # or more registers spill
         )  # fmt: skip
     else:
@@ -272,8 +272,8 @@ def _gradients_by_shares(
 
 @triton.jit
 def _gradients(
-    normalised, averaged, dattended, scores, bilinear, linear, weight, tokens_m, query, values_m, dattended_m, offs_m,
-    offs_k, offs_all, mask_m, mask_k, mask_v,
+    normalised, averaged, dattended, scores, bilinear, linear, weight, query, dattended_m, offs_m, offs_k, offs_all,
+    mask_m, mask_k, mask_v,
     N: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums over all tokens n: of A[m, n] d_n and of dS[n, m], and the gradient of the values: [BLOCK_M, DK], [BLOCK_M]

@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 
+from benchmarks.offline import machine_code
 from dca_kernels.contract import Affine, Attention, Projections
-from dca_kernels.triton_backend import launch, spatial_attention
+from dca_kernels.triton_backend import launch, spatial_attention, spatial_attention_backward
 from dca_kernels.triton_backend.tokens import Tokens
 from tests.compiled import ROOT, output_of
 
@@ -98,6 +99,34 @@ for one in machine_code.record(case, "sm_90"):
         assert {**fresh, "case": ""} == {**kept, "case": ""}, (fresh, kept)
 """
     output_of("-c", code, str(OFFLINE / "machine_code.json"))
+
+
+def test_a_row_stays_where_only_words_change() -> None:
+    """Or each word of a docstring compiles the kernels again; another statement must."""
+
+    def kernel(x: int) -> int:
+        return x + 1
+
+    code = machine_code.statements(kernel)
+
+    def kernel(x: int) -> int:  # type: ignore[no-redef]
+        """One more."""
+        return x + 1  # not 2
+
+    assert machine_code.statements(kernel) == code
+
+    def kernel(x: int) -> int:  # type: ignore[no-redef]
+        return x + 2
+
+    assert machine_code.statements(kernel) != code
+
+
+def test_a_row_goes_where_a_constant_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = machine_code.code_of.__wrapped__  # the function itself remembers
+    kernel = spatial_attention_backward._attend_backward
+    before = code(kernel)
+    monkeypatch.setattr(spatial_attention_backward, "LN_2", triton.language.constexpr(1.0))
+    assert code(kernel) != before
 
 
 def counted(implementation: str) -> dict[tuple[str, str], dict]:
