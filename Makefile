@@ -50,11 +50,10 @@ drawn: .venv/test
 	$(BIN)/python -m tests.mutants --draw 5 & mutants=$$!; \
 		$(BIN)/python -m tests.fuzz --minutes 1 --processes 1; fuzz=$$?; wait $$mutants && exit $$fuzz
 
-regression: .venv/test  ## Check speed and memory against the committed ratios, the documents' tables, and make gpu's steps
+regression: .venv/test  ## Check speed and memory against the committed ratios, and the documents' tables
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks report --check
 	$(BIN)/python -m tests.reliability --check
-	$(BIN)/python -m benchmarks gpu --dry-run
 
 lint: .venv/test  ## Check style, format and types
 	$(BIN)/ruff check .

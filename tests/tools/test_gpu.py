@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks import gpu, journal, run
 from benchmarks.environment import environment
 from benchmarks.offline import compile, stand_in
+from tests.compiled import output_of
 from tests.oracle import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,14 @@ def test_every_command_is_one(dry: bool, tmp_path: Path) -> None:
             elif words:
                 assert words[0] in ("compile", "smoke", "kernels", "determinism", "tune", "report"), words
     assert gpu.help_of_steps().count(" s  ") == len(gpu.STEPS)
+
+
+def test_a_dry_run_takes_every_step(tmp_path: Path) -> None:
+    """As the commands of a GPU, in Triton's interpreter."""
+    output_of("-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path))
+    found = results(tmp_path)
+    assert list(found) == list(gpu.STEPS)
+    assert {(step, its["status"]) for step, its in found.items()} == {(step, 0) for step in gpu.STEPS}
 
 
 def test_few_packages_are_needed(tmp_path: Path) -> None:
