@@ -5,7 +5,7 @@ kernels compute in float32. A mask into which a scalar's comparison went holds i
 is made a mask again.
 
 And what took half of the time is done once: the language is prepared once a launch, not anew in each call of a function
-within a kernel, and types and shapes are kept.
+within a kernel, types and shapes are kept, and what is the same already is not compared part by part.
 """
 
 import functools
@@ -14,6 +14,7 @@ import math
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
@@ -31,6 +32,8 @@ _convert_others = InterpreterBuilder.create_fp_to_fp
 _check_reduced = ReduceScanOpInterface.check_tensor
 _patch_always = interpreter._patch_lang
 _describe_block = tl.block_type.__init__
+_compare_others = tl.dtype.__eq__
+_broadcast_others = TritonSemantic.broadcast_impl_value
 _dtype_of = interpreter._get_np_dtype
 _NUMPY_DTYPES: dict = {}
 _BLOCK_TYPES: dict = {}
@@ -53,7 +56,9 @@ def install() -> None:
     InterpreterBuilder.create_masked_load = _load
     InterpreterBuilder.create_masked_store = _store
     tl.block_type.__init__ = _init_block_type
+    tl.dtype.__eq__ = _is_dtype
     tl.tensor.__init__ = _init_tensor
+    TritonSemantic.broadcast_impl_value = _broadcast
     interpreter._get_np_dtype = _numpy_dtype
 
 
@@ -97,6 +102,14 @@ def _shape(sizes: tuple[int, ...]) -> tuple:
     return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
 
 
+def _is_dtype(self, other) -> bool:
+    return self.name == other.name if type(other) is tl.dtype else _compare_others(self, other)
+
+
+def _broadcast(self, lhs, rhs):
+    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast_others(self, lhs, rhs)
+
+
 def _load(self, pointers, mask, *args):
     return _load_masked(self, pointers, _as_mask(mask), *args)
 
@@ -110,7 +123,7 @@ def _as_mask(handle: TensorHandle) -> TensorHandle:
 
 
 def _is_bfloat16(operand) -> bool:
-    return isinstance(operand, (TensorHandle, tl.tensor)) and operand.dtype.scalar == tl.bfloat16
+    return isinstance(operand, (TensorHandle, tl.tensor)) and operand.dtype.scalar.name == "bf16"
 
 
 def _refuse(operands) -> None:
