@@ -282,8 +282,10 @@ def test_one_unsound_block_is_enough_for_its_head(monkeypatch: pytest.MonkeyPatc
         assert_same(evaluate(same_model, maps), expected)
 
 
-@pytest.mark.parametrize("dtype, weight", [(torch.bfloat16, 6), (torch.float16, 1), (torch.float16, 3)])
-def test_large_scores_in_16_bit(dtype: torch.dtype, weight: float, flags: list[Tensor]) -> None:
+@pytest.mark.parametrize(
+    "dtype, weight", [(torch.bfloat16, 6), (torch.float16, 1), (torch.float16, 3), (torch.float32, 60)]
+)
+def test_gradients_of_large_scores(dtype: torch.dtype, weight: float, flags: list[Tensor]) -> None:
     draws = []
     for seed in range(4):
         ours, theirs = pair(SPATIAL, "triton", dtype, seed=seed)

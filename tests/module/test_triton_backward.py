@@ -63,11 +63,19 @@ def test_parity_of_the_backward(config: Config, train: bool) -> None:
     assert_same(evaluate(ours, maps), evaluate(theirs, maps))
 
 
-@pytest.mark.parametrize("factor", [0.5, 0])
-def test_parity_of_the_backward_in_blocks(factor: float) -> None:
+# Of so many channels that there are several blocks of those too, and of the sums over a row of tokens.
+WIDE = Config((40, 72), (2, 18), spatial_head=(1, 2), sizes=((4, 72), (2, 18)))
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [(TILED, 0.5), (TILED, 0), (WIDE, 0), (replace(WIDE, sizes=((5, 40), (3, 18))), 0)],
+    ids=["halved", "small", "small_by_rows", "small_of_any_windows"],
+)
+def test_parity_of_the_backward_in_blocks(config: Config, factor: float) -> None:
     """Of blocks that are halved some are 32 and others 16."""
-    ours, theirs = pair(TILED, "triton")
-    maps = random_maps(TILED, backend="triton")
+    ours, theirs = pair(config, "triton")
+    maps = random_maps(config, backend="triton")
     with resized_blocks(factor):
         results = evaluate(ours, maps)
     assert_same(results, evaluate(theirs, maps))

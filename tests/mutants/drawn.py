@@ -132,7 +132,7 @@ DRAWN_TRITON = [
         "triton_backend/upsample_backward.py",
         "here = (start // BLOCK_C == block)",
         "here = (start // STEP == block)",
-        ("module/test_triton_backward.py::test_parity_of_the_backward_in_blocks[0.5]",),
+        ("module/test_triton_backward.py::test_parity_of_the_backward_in_blocks[halved]",),
     ),
     Mutant(
         "drawn-direct-mean-of-a-square",
