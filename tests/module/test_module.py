@@ -26,6 +26,7 @@ from tests.oracle import (
     each_trainable,
     evaluate,
     pair,
+    random_like,
     random_maps,
 )
 
@@ -323,6 +324,23 @@ def test_maps_of_a_frozen_encoder(backend: str) -> None:
         maps = random_maps(Config())
     sum(y.sum() for y in module(maps)).backward()
     assert module.upconvs[0].conv.conv.weight.grad.any()
+
+
+@each_backend
+def test_one_layer_alone_in_training(backend: str) -> None:
+    """Each of the last scale, of maps without gradients: its own are those of where all are in training."""
+    config = Config((4, 6), 2, spatial_head=(1, 2), sizes=((4, 4), (2, 3)))
+    module, _ = pair(config, backend)
+    maps = random_maps(config, backend=backend)
+    expected = evaluate(module, maps)
+    layers = [layer for name, layer in module.named_modules() if f".{len(maps) - 1}" in name]
+    for layer in [layer for layer in layers if list(layer.parameters(recurse=False))]:
+        module.requires_grad_(False).zero_grad()
+        layer.requires_grad_(True)
+        reached = [(y, g) for y, g in zip(module(maps), random_like(maps), strict=True) if y.requires_grad]
+        torch.autograd.backward(*zip(*reached, strict=True))
+        found = {f"grad.{name}": p.grad for name, p in module.named_parameters() if p.requires_grad}
+        assert_same(found, {name: expected[name] for name in found})
 
 
 @each_backend
