@@ -435,6 +435,24 @@ def test_a_bottleneck_of_one_pixel() -> None:
     assert add_dca(make("padded"), patch=2, example=image(4, 4)).dca.features == [4, 8]
 
 
+class Normalising(nn.Module):
+    """Takes an image's mean off, as BatchNorm sees it: one value a channel and image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.norm(x.mean((2, 3), keepdim=True))
+
+
+def test_a_batch_norm_that_one_image_is_not_enough_for() -> None:
+    """In training it refuses the example: a random image."""
+    model = make("padded")
+    model.down2.append(Normalising(16).double())
+    assert add_dca(model, patch=3).dca.features == [4, 8]
+
+
 class Decorated(networks.PaddedUNet):
     """As the forwards of transformers are."""
 
