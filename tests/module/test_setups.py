@@ -22,6 +22,7 @@ from dca_kernels import torch_backend
 from tests.module.test_module import CONFIGS
 from tests.oracle import (
     BACKENDS,
+    DEVICE,
     TRAINABLE,
     Config,
     assert_identical,
@@ -31,6 +32,7 @@ from tests.oracle import (
     each_trainable,
     evaluate,
     named,
+    needs_triton,
     of_pytorch,
     over_backends,
     pair,
@@ -197,6 +199,19 @@ class Watching(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+def test_a_call_that_is_refused_leaves_the_next_as_it_was() -> None:
+    module, _ = pair(SMALL, "triton", train=False)
+    maps = random_maps(SMALL, backend="triton")
+    expected = module(maps)
+    wide, _ = pair(Config((1100,), 1, spatial_head=(1,), channel_att=False, sizes=((1, 1),)), "triton", torch.float32)
+    with pytest.raises(ValueError, match="too large for the triton backend"):
+        wide([torch.zeros(2, 1100, 1, 1, device=DEVICE)])
+    with Watching():
+        outputs = module(maps)
+    assert all(torch.equal(y, z) for y, z in zip(outputs, expected, strict=True))
 
 
 class Sink(torch.autograd.Function):

@@ -885,7 +885,7 @@ DRAWN_FOURTH = [
         "triton_backend/channel_attention.py",
         "    mask_n = offs_n < N\n",
         "    mask_n = offs_n <= N\n",
-        ("module/test_triton_memory.py::test_nothing_beyond_the_tensors_in_small_blocks",),
+        ("stages/test_channel_attention.py::test_channel_attention_is_the_references",),
     ),
     Mutant(
         "fourth-mixing-gradient-shift-of-the-first-rows",
@@ -990,7 +990,7 @@ DRAWN_FOURTH = [
         "triton_backend/launch.py",
         "    try:\n        yield _recording.get().launches  # type: ignore[union-attr]\n    finally:\n        _reco",
         "    if True:\n        yield _recording.get().launches  # type: ignore[union-attr]\n        _reco",
-        ("module/test_triton_backward.py::test_no_images_have_gradients_of_zero[train]",),
+        ("module/test_setups.py::test_a_call_that_is_refused_leaves_the_next_as_it_was",),
     ),
     Mutant(
         "fourth-layout-area-of-a-square-grid",
@@ -1111,7 +1111,7 @@ DRAWN_FOURTH = [
         "graph.py",
         "self._of_kind[network.training, shape, settings] = self._function_of(code)",
         "self._of_kind[network.training, recipe.shape, settings] = self._function_of(code)",
-        ("swap/test_add_graph.py::test_a_copy_with_another_forward_uses_its_own_dca[multiple-<lambda>]",),
+        ("swap/test_add_graph.py::test_an_image_of_the_examples_size_behind_another",),
     ),
     Mutant(
         "fourth-search-with-one-image-in-training",

@@ -157,6 +157,14 @@ def test_a_dca_that_starts_as_the_identity(name: str) -> None:
     assert not all(torch.equal(y, results[1][key]) for key, y in outputs(model, IMAGE).items())
 
 
+def test_an_image_of_the_examples_size_behind_another() -> None:
+    """Each has a forward of its own, which is kept."""
+    model = added("multiple", example=IMAGE).eval()
+    expected = outputs(model, IMAGE)
+    outputs(model, image(64, 64))
+    assert_identical(outputs(model, IMAGE), expected)
+
+
 @pytest.mark.slow
 @tracing
 @pytest.mark.parametrize("name", ["padded", "nested", "dense", "pyramid"])
