@@ -251,8 +251,9 @@ def run(call: Call, backend: str) -> Draw:
     maps = [x.to(device_of(backend), dtype) for x in maps]
     maps = [_laid_out(x, layout) for x, layout in zip(maps, call.layouts, strict=True)]
     exact_maps = [x.double() for x in maps]
-    upstream = [g.to(dtype) for g in off_the_kink(probe, exact_maps, random_like(exact_maps, call.seed))]
-    upstream = [_laid_out(g, layout) for g, layout in zip(upstream, call.upstream_layouts, strict=True)]
+    smooth = off_the_kink(probe, exact_maps, [torch.ones_like(x) for x in exact_maps])
+    of_scales = zip(random_like(exact_maps, call.seed), smooth, call.upstream_layouts, strict=True)
+    upstream = [_upstream(g.to(dtype), where, layout) for g, where, layout in of_scales]
     plain = [x.clone(memory_format=torch.contiguous_format) for x in maps], [g.contiguous() for g in upstream]
     of_exact = exact_maps, [g.double() for g in upstream]
     with resized_blocks(call.blocks) if call.blocks < 1 else nullcontext():
@@ -294,6 +295,14 @@ def _evaluate_nudged(
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     return x if layout == PLAIN else LAYOUTS[layout](x)
+
+
+def _upstream(g: Tensor, smooth: Tensor, layout: str) -> Tensor:
+    """Zero where the output is near the ReLU's kink: for an element that several share, where one of them is."""
+    shared = [dim for dim, step in enumerate(_laid_out(g, layout).stride()) if step == 0 and g.shape[dim] > 1]
+    if shared:
+        smooth = smooth.amin(shared, keepdim=True)
+    return _laid_out(g * smooth.to(g.dtype), layout)
 
 
 def _evaluate(call: Call, dca: nn.Module, maps: Sequence[Tensor], upstream: Sequence[Tensor]) -> Results:

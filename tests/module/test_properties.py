@@ -30,6 +30,14 @@ def test_a_gradient_that_cancels(backend: str) -> None:
     check(Call(config, "bfloat16", True, (Norm(),), "random", rows, rows), backend)
 
 
+def test_an_upstream_gradient_that_images_share_is_off_the_kink_of_each() -> None:
+    """It was cut off by the first image's alone: one pixel of the second made 209 budgets."""
+    sizes, layouts = ((24, 1), (20, 21)), ("expanded_batch", PLAIN)
+    config = Config((15, 13), (4, 6), n=2, channel_head=(1, 1), spatial_head=(1, 1), sizes=sizes, batch=3)
+    norms = Norm(False, False), Norm()
+    check(Call(config, "float32", False, norms, "quiet", (PLAIN, PLAIN), layouts, seed=252), "torch")
+
+
 @needs_triton
 def test_shares_beyond_float16() -> None:
     """The scores of the kernels' backward are too far apart for one exponential in float16, not in other dtypes."""
