@@ -138,17 +138,19 @@ def digest(one: Launch) -> str:
 @functools.cache
 def code_of(kernel: JITFunction) -> list[str]:
     """The statements of a kernel and of every function of this package that it reaches, and the constants they name."""
-    found: dict[str, str] = {}
+    found: dict[tuple[str, str], str] = {}  # two modules may have functions, or constants, of one name
     waiting: list[Any] = [kernel]
     while waiting:
         function = waiting.pop()
-        if function.fn.__qualname__ in found or not function.fn.__module__.startswith("dca_kernels"):
+        its = function.fn.__qualname__, function.fn.__module__
+        if its in found or not function.fn.__module__.startswith("dca_kernels"):
             continue
-        found[function.fn.__qualname__] = code = statements(function.fn)
+        found[its] = code = statements(function.fn)
         names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
         known = {name: function.fn.__globals__.get(name) for name in names}
         waiting += [f for f in known.values() if isinstance(f, (JITFunction, ConstexprFunction))]
-        found |= {name: str(x.value) for name, x in known.items() if isinstance(x, triton.language.constexpr)}
+        constants = {name: str(x.value) for name, x in known.items() if isinstance(x, triton.language.constexpr)}
+        found |= {(name, value): value for name, value in constants.items()}
     return [found[name] for name in sorted(found)]
 
 
