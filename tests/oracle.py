@@ -287,6 +287,11 @@ def assert_within_budget(draws: Sequence[Draw], dtype: torch.dtype, name: str, b
     """
     errors = [Error.of([ours], [exact]) for ours, _, exact in draws]
     most = [allowed(Error.of([theirs], [exact]), [exact], dtype) for _, theirs, exact in draws]
+    assert_errors_allowed(errors, most, name, budgets)
+
+
+def assert_errors_allowed(errors: Sequence[Error], most: Sequence[Error], name: str, budgets: float = 1.0) -> None:
+    """Of some draws: what `assert_within_budget` says of them and of what they may be."""
     values, largest = (torch.tensor([astuple(e) for e in of], dtype=torch.float64) for of in (errors, most))
     assert values.isfinite().all(), f"{name}: not finite"
     parts = torch.tensor([used(*of) for of in zip(errors, most, strict=True)], dtype=torch.float64)

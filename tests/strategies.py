@@ -2,9 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from tests.oracle import (
     Config,
     Results,
     assert_all_within_budget,
+    assert_errors_allowed,
     build,
     device_of,
     random_like,
@@ -31,6 +33,7 @@ CONDITION = 16.0  # times the most that they change, float64 may be off
 CANCELS = 1e-13  # of the largest gradient: what float64 leaves of one that is exactly zero
 FEWEST = 8  # values of which a BatchNorm takes the variance: of fewer, it takes away most of what it is given
 DRAWS = 16  # a ratio of two errors is luck with one draw: where the first is over its budget, so many decide
+ROOM = 4.0  # a float16 result of a quarter of 65,504 may be off by as much as itself, and pass that number
 LUCK = 2.0  # budgets: a result may be a few values, and hypothesis looks for what has bad luck
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -146,7 +149,8 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
             sizes[i] = (height + FEWEST, width)
     layouts = st.lists(st.sampled_from([PLAIN, *LAYOUTS]), **several)
     dtype = draw(st.sampled_from([*DTYPES]))
-    features = draw(st.lists(st.integers(1, 6).map(lambda k: k * unit), **several))
+    widest = draw(st.sampled_from([6, 6, 24]))  # of the wide ones, a scale fills several blocks of channels
+    features = draw(st.lists(st.integers(1, widest).map(lambda k: k * unit), **several))
     inputs = [name for name in INPUTS if (dtype, name) != ("float16", "hot_pixel")]  # its variance is beyond float16
     if 1 in features:  # a LayerNorm takes all of it away, but for rounding at 1000 times its size
         inputs = [name for name in inputs if name not in LARGE]
@@ -185,29 +189,41 @@ def check(call: Call, backend: str) -> dict[str, float]:
     """Assert that outputs, gradients and buffers are the reference's, by the error budget of reference/budget.py.
 
     A gradient is None exactly where the reference's is. Where one draw of weights and values is over its budget, DRAWS
-    of them decide: see `assert_within_budget`. They measure the reference by `_uncertain`.
+    of them decide: see `assert_errors_allowed`. They measure the reference by `_uncertain`.
 
     Returns:
-        The part of its budget that the first draw's largest error is, for each kind of result; float64 has no budget.
+        The part of its budget that the first draw's largest error is, for each kind of result. Float64 has no reference
+        to compare with: there it is the part of what `_allowed_of_double` allows.
     """
     draw = run(call, backend)
-    if call.dtype == "float64":
-        _assert_near(draw)
-        return {}
-    parts = parts_used(draw, DTYPES[call.dtype]) if _has_budget(draw) else {}
+    counters = [name for name in draw.exact if name.endswith("num_batches_tracked")]
+    for name in counters:
+        assert torch.equal(draw.ours[name], draw.exact[name]), name
+    double = call.dtype == "float64"
+    has_budget = partial(_has_budget, backend=backend)
+    parts = _parts_of_double(draw) if double else parts_used(draw, DTYPES[call.dtype]) if has_budget(draw) else {}
     if any(part > 1 for part in parts.values()):
-        others = [run(replace(call, seed=call.seed + k), backend) for k in range(1, DRAWS)]
-        draws = [(of.ours, _uncertain(of), of.exact) for of in [draw, *filter(_has_budget, others)]]
-        assert_all_within_budget(draws, DTYPES[call.dtype], LUCK)
+        draws = [draw, *(run(replace(call, seed=call.seed + k), backend) for k in range(1, DRAWS))]
+        if double:
+            _assert_near(draws)
+        else:
+            results = [(of.ours, _uncertain(of), of.exact) for of in filter(has_budget, draws)]
+            assert_all_within_budget(results, DTYPES[call.dtype], LUCK)
     return parts
 
 
-def _has_budget(draw: Draw) -> bool:
-    """Whether all results are finite. Ours have to be, where their dtype has numbers as large as they are."""
-    for name, value in draw.ours.items():
-        largest = torch.finfo(value.dtype).max if value.is_floating_point() else math.inf
-        assert value[draw.exact[name].abs() < largest].isfinite().all(), f"{name}: not finite"
-    return all(t.isfinite().all() for results in (draw.ours, draw.theirs) for t in results.values())
+def _has_budget(draw: Draw, backend: str) -> bool:
+    """Whether all results are finite. Ours have to be, where their dtype has numbers well beyond theirs.
+
+    The kernels' have to be where the reference's all are: a gradient between two blocks is in the tokens' dtype, and
+    may pass its largest number where no result does.
+    """
+    their_finite = all(t.isfinite().all() for t in draw.theirs.values())
+    if their_finite or backend == "torch":
+        for name, value in draw.ours.items():
+            most = torch.finfo(value.dtype).max / ROOM if value.is_floating_point() else math.inf
+            assert value[draw.exact[name].abs() < most].isfinite().all(), f"{name}: not finite"
+    return their_finite and all(t.isfinite().all() for t in draw.ours.values())
 
 
 def _uncertain(draw: Draw) -> Results:
@@ -221,13 +237,39 @@ def _uncertain(draw: Draw) -> Results:
     return found
 
 
-def _assert_near(draw: Draw) -> None:
-    """Float64 results agree to DOUBLE of each tensor's largest value, and CONDITION times what nudging changes."""
+def _allowed_of_double(draw: Draw) -> dict[str, float]:
+    """What float64 results may be off by: DOUBLE of each tensor's largest value, and CONDITION times what nudging
+    changes.
+    """
     noise = CANCELS * max(_largest(t) for name, t in draw.exact.items() if name.startswith("grad"))
-    for name, value in draw.exact.items():
-        error, *changes = (_largest(results[name] - value) for results in (draw.ours, *draw.nudged))
-        most = DOUBLE * _largest(value) + CONDITION * max(changes) + (noise if name.startswith("grad") else 0.0)
-        assert error <= most, f"{name}: the largest error is {error:.1e}, where {most:.1e} is allowed"
+    return {
+        name: DOUBLE * _largest(value)
+        + CONDITION * max(_largest(nudged[name] - value) for nudged in draw.nudged)
+        + (noise if name.startswith("grad") else 0.0)
+        for name, value in draw.exact.items()
+    }
+
+
+def _errors(draw: Draw) -> dict[str, float]:
+    """The largest of each result."""
+    return {name: _largest(draw.ours[name] - value) for name, value in draw.exact.items()}
+
+
+def _parts_of_double(draw: Draw) -> dict[str, float]:
+    errors, most = _errors(draw), _allowed_of_double(draw)
+    parts: dict[str, float] = defaultdict(float)
+    for kind, name in _by_kind(draw):
+        parts[kind] = max(parts[kind], *used(Error(errors[name], errors[name]), Error(most[name], most[name])))
+    return parts
+
+
+def _assert_near(draws: Sequence[Draw]) -> None:
+    """Float64 results are as near as `_allowed_of_double` has it, in the mean of the draws."""
+    errors, most = map(_errors, draws), map(_allowed_of_double, draws)
+    of_draws = list(zip(errors, most, strict=True))
+    for _, name in _by_kind(draws[0]):
+        pairs = [[Error(of[name], of[name]) for of in both] for both in of_draws]
+        assert_errors_allowed(*zip(*pairs, strict=True), name=name)
 
 
 def _largest(t: Tensor) -> float:
@@ -326,12 +368,18 @@ def _evaluate(call: Call, dca: nn.Module, maps: Sequence[Tensor], upstream: Sequ
 def parts_used(draw: Draw, dtype: torch.dtype) -> dict[str, float]:
     """The part of its budget that the largest error of each kind of result is, or its root mean square."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name in draw.exact:
-        if not name.endswith("num_batches_tracked") and not name.startswith("grad_output") and draw.exact[name].numel():
-            kinds[name.partition(".")[0]].append(name)
+    for kind, name in _by_kind(draw):
+        kinds[kind].append(name)
     parts = {}
     for kind, names in kinds.items():
         ours, theirs, exact = ([results[name] for name in names] for results in (draw.ours, draw.theirs, draw.exact))
         most = allowed(Error.of(theirs, exact), exact, dtype)
         parts[kind] = max(used(Error.of(ours, exact), most))
     return parts
+
+
+def _by_kind(draw: Draw) -> Iterator[tuple[str, str]]:
+    """The kind and the name of each result that is computed."""
+    for name, exact in draw.exact.items():
+        if not name.endswith("num_batches_tracked") and not name.startswith("grad_output") and exact.numel():
+            yield name.partition(".")[0], name

@@ -1,15 +1,19 @@
 """Any call of any module (tests/strategies.py), the same ones every time: `python -m tests.fuzz` draws others."""
 
 import os
+from collections.abc import Sequence
 
 import pytest
+from torch import Tensor, nn
 
-from tests.oracle import INTERPRETED, Config, each_backend, needs_triton, not_finite
+import dca_kernels
+from tests.oracle import INTERPRETED, Config, Results, each_backend, needs_triton, not_finite
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests import strategies
 from tests.strategies import LARGEST, PLAIN, Call, Norm, calls, check
 
 MOST = int(os.environ.get("DCA_TEST_EXAMPLES", "1000"))  # each is compiled anew on a GPU
@@ -43,6 +47,48 @@ def test_shares_beyond_float16() -> None:
     """The scores of the kernels' backward are too far apart for one exponential in float16, not in other dtypes."""
     config, plain = Config((8, 8), (2, 3), channel_att=False, sizes=((8, 6), (4, 6))), (PLAIN, PLAIN)
     check(Call(config, "float16", True, (Norm(), Norm()), "raised_affine", plain, plain, seed=1), "triton")
+
+
+@pytest.mark.parametrize("seed", [2313933, 2313951], ids=["reference_overflows", "exact_is_46000"])
+@needs_triton
+def test_gradients_near_the_largest_of_float16(seed: int) -> None:
+    """What is not finite was near 65,504, between two blocks or in a gradient: nothing says that it is wrong."""
+    config = Config((12,), (5, 4), channel_att=False, n=3, spatial_head=(1,), sizes=((6, 10),), batch=1)
+    call = Call(config, "float16", False, (Norm(),), "large_affine", (PLAIN,), (PLAIN,), seed=seed)
+    check(call, "triton")
+
+
+def test_float64_is_decided_by_several_draws() -> None:
+    """Of large scores, two orders of sums differ by more than nudging shows, in one draw of some."""
+    heads, plain = (1, 1, 1), (PLAIN, PLAIN, PLAIN)
+    sizes = ((1, 10), (12, 1), (9, 1))
+    config = Config((5, 4, 3), (2, 1), channel_att=False, channel_head=heads, spatial_head=heads, sizes=sizes, batch=1)
+    check(Call(config, "float64", True, (Norm(), Norm(), Norm()), "large_affine", plain, plain, seed=112), "torch")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_defect_in_the_mean_of_the_draws(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is wrong by a little, each time, is found; and so is a counter."""
+    config = Config((4,), (2, 2), sizes=((4, 6),))
+    call = Call(config, dtype, True, (Norm(),), "random", (PLAIN,), (PLAIN,))
+    evaluate = strategies._evaluate
+
+    def wrong(name: str, error: float) -> None:
+        def its(call: Call, dca: nn.Module, *given: Sequence[Tensor]) -> Results:
+            results = evaluate(call, dca, *given)
+            if isinstance(dca, dca_kernels.DCA):
+                results[name] = results[name] + (results[name].abs().max() * error).to(results[name].dtype)
+            return results
+
+        monkeypatch.setattr(strategies, "_evaluate", its)
+
+    check(call, "torch")
+    wrong("grad_input.0", 1e-8 if dtype == "float64" else 1e-4)
+    with pytest.raises(AssertionError, match=r"grad_input.*of the budget"):
+        check(call, "torch")
+    wrong("after.bn_relu.0.0.num_batches_tracked", 1.0)
+    with pytest.raises(AssertionError, match="num_batches_tracked"):
+        check(call, "torch")
 
 
 @not_finite
