@@ -19,6 +19,7 @@ from tests.oracle import (
     Results,
     assert_all_within_budget,
     assert_errors_allowed,
+    assert_identical,
     build,
     device_of,
     random_like,
@@ -75,6 +76,7 @@ class Call:
         inputs: a name of INPUTS.
         layouts, upstream_layouts: of each map, and of each output's gradient; names of LAYOUTS, or "contiguous".
         frozen: groups of leaves that no gradient is asked for, of GROUPS.
+        unused: outputs that have no gradient.
         blocks: what the sizes of the kernels' blocks are multiplied by: 0 makes them the smallest that there are.
         seed: of weights and values.
     """
@@ -87,6 +89,7 @@ class Call:
     layouts: Sequence[str] = ()
     upstream_layouts: Sequence[str] = ()
     frozen: frozenset[str] = frozenset()
+    unused: frozenset[int] = frozenset()
     blocks: float = 1.0
     seed: int = 0
 
@@ -177,6 +180,7 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
         layouts=tuple(of_maps),
         upstream_layouts=tuple(draw(layouts)),
         frozen=draw(st.just(frozenset()) | st.frozensets(st.sampled_from(["maps", *GROUPS]))),
+        unused=draw(st.just(frozenset()) | st.frozensets(st.integers(0, scales - 1))),
         blocks=draw(st.sampled_from([1.0, 0.5, 0.0])) if backend == "triton" else 1.0,
         seed=draw(st.integers(0, 2**31)),
     )
@@ -210,6 +214,49 @@ def check(call: Call, backend: str) -> dict[str, float]:
             results = [(of.ours, _uncertain(of), of.exact) for of in filter(has_budget, draws)]
             assert_all_within_budget(results, DTYPES[call.dtype], LUCK)
     return parts
+
+
+def check_that_nothing_is_left(calls: Sequence[Call], backend: str) -> None:
+    """Assert that calls have the same bits behind each other as they have alone: from the first to the last, and back.
+
+    Args:
+        calls: of one module: its arguments and its norms are the same.
+        backend: its plans are forgotten before.
+    """
+    alone = []
+    for call in calls:
+        _forget_plans(backend)
+        alone.append(_evaluate_again(call, _module(call, backend), backend))
+    for order in (range(len(calls)), reversed(range(len(calls)))):
+        _forget_plans(backend)
+        module = _module(calls[0], backend)
+        for n in order:
+            assert_identical(_evaluate_again(calls[n], module, backend), alone[n])
+
+
+def _forget_plans(backend: str) -> None:
+    if backend == "triton":
+        from dca_kernels.triton_backend import eager  # there may be no Triton
+
+        eager._forwards.clear()
+
+
+def _evaluate_again(call: Call, dca: nn.Module, backend: str) -> Results:
+    """A call of a module that has made others: it has the weights of this one, in place."""
+    dtype, maps = DTYPES[call.dtype], random_maps(call.config, torch.float32, call.seed)
+    dca.zero_grad()  # before `to`, which would convert what the call before has returned
+    dca.to(dtype)
+    _set_mode(call, dca)
+    randomise(dca, call.seed)
+    with torch.no_grad():
+        INPUTS[call.inputs](dca, maps)
+    maps = [x.to(device_of(backend), dtype) for x in maps]
+    upstream = random_like(maps, call.seed)
+    laid_out = [
+        [_laid_out(x, layout) for x, layout in zip(tensors, layouts, strict=True)]
+        for tensors, layouts in ((maps, call.layouts), (upstream, call.upstream_layouts))
+    ]
+    return _evaluate(call, dca, *laid_out)
 
 
 def _has_budget(draw: Draw, backend: str) -> bool:
@@ -312,6 +359,10 @@ def _module(call: Call, implementation: str) -> nn.Module:
     dca = build(implementation, **call.config.arguments)
     for head, norm, channels in zip(dca.bn_relu, call.norms, call.config.features, strict=True):
         head[0] = nn.BatchNorm2d(channels, 1e-5, norm.momentum, norm.affine, norm.track_running_stats)
+    return _set_mode(call, dca)
+
+
+def _set_mode(call: Call, dca: nn.Module) -> nn.Module:
     frozen = tuple(GROUPS[group] for group in call.frozen if group in GROUPS)
     for name, parameter in dca.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -356,8 +407,10 @@ def _evaluate(call: Call, dca: nn.Module, maps: Sequence[Tensor], upstream: Sequ
     outs = dca(leaves)
     results = {f"output.{i}": y.detach() for i, y in enumerate(outs)}
     results |= {f"grad_output.{i}": g for i, g in enumerate(upstream)}
-    if any(y.requires_grad for y in outs):
-        pairs = [(y, g) for y, g in zip(outs, upstream, strict=True) if y.requires_grad]
+    pairs = [
+        (y, g) for i, (y, g) in enumerate(zip(outs, upstream, strict=True)) if y.requires_grad and i not in call.unused
+    ]
+    if pairs:
         torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
         gradients = {f"grad_input.{i}": x.grad for i, x in enumerate(leaves)}
         gradients |= {f"grad.{name}": p.grad for name, p in dca.named_parameters()}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests import strategies
-from tests.strategies import LARGEST, PLAIN, Call, Norm, calls, check
+from tests.strategies import LARGEST, PLAIN, Call, Norm, calls, check, check_that_nothing_is_left
 
 MOST = int(os.environ.get("DCA_TEST_EXAMPLES", "1000"))  # each is compiled anew on a GPU
 EXAMPLES = {"torch": 40, "triton": 5 if INTERPRETED else 100}
@@ -107,3 +108,28 @@ def test_any_call(backend: str) -> None:
         check(call, backend)
 
     check_all()
+
+
+SMALL = Config((4, 8), 2, spatial_att=False, channel_head=(1, 2), sizes=((5, 4), (2, 3)))
+DIFFERS = [
+    {"config": replace(SMALL, batch=1)},
+    {"config": replace(SMALL, sizes=((5, 4), (4, 3)))},
+    {"config": replace(SMALL, sizes=((4, 5), (3, 2)))},
+    {"dtype": "float16"},
+    {"train": False},
+    {"inputs": "large_affine", "seed": 7},
+    {"layouts": (PLAIN, "channels_last")},
+    {"layouts": ("misaligned", PLAIN)},
+    {"upstream_layouts": ("expanded_batch", PLAIN)},
+    {"frozen": frozenset(["maps"])},
+    {"frozen": frozenset(["embedding", "norms"])},
+    {"unused": frozenset([1])},
+]
+
+
+@pytest.mark.slow
+@each_backend
+def test_no_call_leaves_anything_to_the_next(backend: str) -> None:
+    """What is kept of a call, to do the next faster, is of the calls that it is for."""
+    call = Call(SMALL, "bfloat16", True, (Norm(), Norm()), layouts=(PLAIN, PLAIN), upstream_layouts=(PLAIN, PLAIN))
+    check_that_nothing_is_left([call, *(replace(call, **differs) for differs in DIFFERS)], backend)
