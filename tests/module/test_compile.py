@@ -17,6 +17,7 @@ import dca_kernels.flops  # noqa: F401
 from dca_kernels import use_backend
 from tests.module.test_autocast import under
 from tests.oracle import (
+    LAYOUTS,
     Config,
     assert_all_within_budget,
     assert_identical,
@@ -192,6 +193,16 @@ def test_operators_are_as_declared(name: str, arguments: Callable) -> None:
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward)
     opcheck(getattr(torch.ops.dca_kernels, name).default, forward)
     opcheck(getattr(torch.ops.dca_kernels, f"{name}_backward").default, detached)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_tensors_without_memory_have_the_strides_of_real_ones(layout: Callable[[Tensor], Tensor]) -> None:
+    """Of maps and of upstream gradients that lie anyhow: compiled code goes by them."""
+    (x, *others), (_, *of_backward) = _upsampled(None, None)
+    laid_out = [layout(t.detach()) if isinstance(t, Tensor) and t.shape == x.shape else t for t in of_backward]
+    opcheck(torch.ops.dca_kernels.upsample.default, (layout(x.detach()), *others), test_utils="test_faketensor")
+    backward = (layout(x.detach()), *(t.detach() if isinstance(t, Tensor) else t for t in laid_out))
+    opcheck(torch.ops.dca_kernels.upsample_backward.default, backward, test_utils="test_faketensor")
 
 
 def test_flops_of_spatial_attention() -> None:

@@ -18,7 +18,7 @@ from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evalu
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dca_kernels.triton_backend import eager, launch
-from dca_kernels.triton_backend.memory import ALIGNMENT, Part, Room, aligned, arranged
+from dca_kernels.triton_backend.memory import ALIGNMENT, Part, Room, aligned, arranged, packed
 from dca_kernels.triton_backend.plan import tensors_of
 
 CONFIG = Config((4, 8), 2, sizes=((5, 4), (2, 3)))
@@ -53,6 +53,15 @@ def test_parts_that_live_together_share_no_memory(parts: list[Part], rooms: list
         if number < len(rooms):
             assert part.last < rooms[number].until
             assert end <= rooms[number].nbytes
+
+
+def test_tensors_behind_each_other_are_apart_and_aligned() -> None:
+    kinds = ((27, torch.bfloat16), (5, torch.float32), (0, torch.float32), (1, torch.int64), (129, torch.float16))
+    tensors = [torch.empty(count, dtype=dtype, device="meta") for count, dtype in kinds]
+    offsets = packed(tensors)
+    assert offsets[0] == 0 and all(offset % ALIGNMENT == 0 for offset in offsets)
+    for t, (begin, end) in zip(tensors, itertools.pairwise(offsets), strict=True):
+        assert t.nbytes <= end - begin < t.nbytes + ALIGNMENT
 
 
 def test_parts_that_follow_each_other_share_memory() -> None:
@@ -199,14 +208,17 @@ def test_parameters_at_odd_addresses_are_copied(monkeypatch: pytest.MonkeyPatch)
         assert all(address % 16 == 0 for address in addresses)
 
 
-def test_saved_tensors_may_come_back_elsewhere() -> None:
-    """From a hook that keeps them on another device, as activation offloading does: other addresses, dense strides."""
+@pytest.mark.parametrize("behind", [1, 256], ids=["misaligned", "aligned"])
+def test_saved_tensors_may_come_back_elsewhere(behind: int) -> None:
+    """From a hook that keeps them on another device, as activation offloading does: other addresses, dense strides, in
+    one buffer of some.
+    """
     module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
     maps = [LAYOUTS["part_of_cat"](x) for x in maps]
     expected = evaluate(copy.deepcopy(module), maps)
 
     def elsewhere(t: Tensor) -> Tensor:
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+        return torch.cat([t.new_zeros(behind), t.flatten()])[behind:].view(t.shape)
 
     with torch.autograd.graph.saved_tensors_hooks(elsewhere, elsewhere):
         found = evaluate(module, maps)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -61,6 +62,9 @@ SHAPES = {
     "eight_scales": Config((4,) * 8, (1, 2), sizes=((4, 4), (3, 3), (2, 2), (1, 1), (5, 2), (2, 5), (4, 3), (2, 2))),
     "many_blocks_of_windows": Config((4, 6), (5, 13), spatial_head=(1, 2), sizes=((11, 27), (5, 13)), batch=1),
     "many_images": Config((4,), 2, sizes=((3, 3),), batch=17, channel_att=False, spatial_att=False),
+    # Of the narrow scale a program has four blocks of tokens, where there are three.
+    "narrow_beside_wide": Config((2, 64), (4, 5), spatial_head=(1, 2), sizes=((7, 6), (4, 5)), batch=1),
+    "tall_windows": Config((16,), (1, 4), sizes=((600, 4),), batch=1, channel_att=False, spatial_att=False),
 }
 PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=4)
 LARGE = {
@@ -299,6 +303,58 @@ def test_gradients_of_large_scores(dtype: torch.dtype, weight: float, flags: lis
     assert any(unsound.any() for unsound in flags[1::2])
 
 
+def _one_apart(base: Tensor, noise: Tensor) -> Tensor:
+    """One token of 20, the eighth, is no other's neighbour."""
+    x = base + 0.01 * noise
+    x[0, :, 1, 2] = 3 * noise[0, :, 1, 2]
+    return x
+
+
+SCORES = {
+    # No sum of weights shows that one is 2^-20 for every query, and float16 lacks its inverse.
+    "of_one_key_far_below": (_one_apart, lambda tokens, level: -20 * tokens[7] / tokens[7].square().sum()),
+    # Normalised tokens are as long as the level is: all are below it. Beyond the last key the score is zero.
+    "all_far_below_zero": (
+        lambda base, noise: base + 0.7 * noise,
+        lambda tokens, level: 20 * level / (tokens @ level).max().abs(),
+    ),
+}
+
+
+@pytest.mark.parametrize("change, direction", SCORES.values(), ids=SCORES)
+def test_gradients_of_scores_of_keys_alone(
+    change: Callable, direction: Callable, monkeypatch: pytest.MonkeyPatch, flags: list[Tensor]
+) -> None:
+    """In float16: queries are about the same, a bias."""
+    config = Config((16,), (4, 5), spatial_head=(1,), sizes=((4, 5),), channel_att=False, batch=1)
+    found: list[Tensor] = []
+    look_after(
+        monkeypatch,
+        "spatial_attention",
+        lambda its: found.append(direction(its["normalised"][0].float(), its["level"][0])),
+    )
+    draws = []
+    for seed in range(4):
+        ours, theirs = pair(config, "triton", torch.float16, train=False, seed=seed)
+        (noise,), (other,) = (random_maps(config, torch.float32, k + seed, "triton") for k in (0, 10))
+        maps = [change(other[:, :, :1, :1], noise).half()]
+        for model in (ours, theirs):
+            model.attention[0].spatial_norm[0].reset_parameters()
+        forward(ours, maps)
+        bias = found[-1] * math.log(2) * 16**0.5
+        with torch.no_grad():
+            for attention in (model.attention[0].s_attention[0] for model in (ours, theirs)):
+                q_map, k_map = attention.q_map.proj.depthwise, attention.k_map.proj.depthwise
+                q_map.weight.mul_(0.01)
+                k_map.weight.fill_(1.0)
+                q_map.bias.copy_(bias)
+        upstream = random_like(maps)
+        exact = evaluate(promoted(theirs, config), [x.double() for x in maps], [g.double() for g in upstream])
+        draws.append((evaluate(ours, maps, upstream), evaluate(theirs, maps, upstream), exact))
+    assert_all_within_budget(draws, torch.float16)
+    assert all(unsound.all() for unsound in flags[1::2])
+
+
 def test_gradients_of_float16_may_be_large() -> None:
     """As large as the reference's that are finite."""
     config = Config((8, 16), 16, spatial_head=(1, 1), sizes=((16, 16),) * 2, channel_att=False)
@@ -468,11 +524,18 @@ def test_maps_that_the_tokens_cancel_in_float64() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep the constant that they were compiled with")
-def test_the_direct_pass_of_any_map(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [lambda model: None, _freeze_first], ids=["all_train", "first_frozen"])
+def test_the_direct_pass_of_any_map(change: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of maps that lie otherwise than each other."""
     import triton.language as tl
 
     monkeypatch.setattr(batch_statistics, "CANCELLATION", tl.constexpr(0.0))
-    assert_parity(RAGGED, "triton", train=True)
+    modules = pair(RAGGED, "triton")
+    for m in modules:
+        change(m)
+    maps = random_maps(RAGGED, backend="triton")
+    maps = [LAYOUTS["channels_last"](maps[0]), *maps[1:]]
+    assert_same(*(forward(m, maps) for m in modules))
 
 
 TWICE = "the parameters' gradients have twice the reference's error"
@@ -765,6 +828,13 @@ def test_every_kernel_has_blocks_or_names_its_limit(kernel: str, architecture: s
         if limits:
             with pytest.raises(ValueError, match=f"triton backend's {kernel} in {dtype}: .*, got {largest + 1};"):
                 launch.configuration(kernel, architecture, dtype, largest + 1)
+
+
+def test_windows_that_are_too_wide_say_so() -> None:
+    """Rows of a window follow each other, its columns are there at once."""
+    model, maps = kernels_and_maps(Config((16,), (4, 1), sizes=((4, 600),), batch=1))
+    with pytest.raises(ValueError, match=r"too large for the triton backend.s patch_embed.*, got 16384; the torch"):
+        forward(model, maps)
 
 
 @both_modes

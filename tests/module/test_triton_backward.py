@@ -377,9 +377,14 @@ def test_every_configuration_gives_the_same() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     module, maps = pair(SMALL, "triton")[0], [x.requires_grad_() for x in random_maps(SMALL, backend="triton")]
+    refused = pytest.raises(RuntimeError, match=r"use backend=.torch. for second derivatives")
     gradients = torch.autograd.grad(module(maps)[0].square().sum(), maps[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"use backend=.torch. for second derivatives"):
+    with refused:
         gradients[0].sum().backward()
+    upstream = [g.requires_grad_() for g in random_like(maps)]  # what a product with the Jacobian is taken by
+    gradients = torch.autograd.grad(module(maps), maps, upstream, create_graph=True)
+    with refused:
+        torch.autograd.grad(gradients[0].sum(), upstream[0], allow_unused=True)
 
 
 def test_a_parameter_changed_in_place_is_noticed() -> None:

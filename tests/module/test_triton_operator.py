@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels
 import dca_kernels.flops
-from tests.oracle import DEVICE, Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
+from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
 
 pytestmark = [needs_triton, pytest.mark.slow]
 
@@ -100,12 +100,14 @@ def test_only_some_gradients() -> None:
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
-def test_the_kernels_operators_are_as_declared() -> None:
+@pytest.mark.parametrize("layout", [None, "transposed"])
+def test_the_kernels_operators_are_as_declared(layout: str | None) -> None:
     # Not the tests that compile them: test_fake_tensors_have_the_shapes_of_real_ones does.
-    config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1), batch=1)
+    config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1))
     model, maps = pair(config, "triton", torch.float32)[0], random_maps(config, torch.float32, backend="triton")
+    maps, upstream = ([x if layout is None else LAYOUTS[layout](x) for x in of] for of in (maps, random_like(maps)))
     with Watch() as watch:
-        evaluate(model, maps)
+        evaluate(model, maps, upstream)
     tests = ("test_schema", "test_faketensor")
     for operator, arguments in watch.calls:
         opcheck(operator, arguments, test_utils=tests)
