@@ -1,5 +1,6 @@
 """The backward of the kernels: a few modules that together reach every branch, since it takes long interpreted."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -343,18 +344,32 @@ def test_every_subset_goes_back_to_its_first_stage() -> None:
 # Every configuration
 
 
-def configurations_of(kernel: str) -> list[dict[str, int]]:
-    """The table's, of any size; on a GPU those for it and float32, since others may not fit."""
-    rows = launch._table()[kernel]["rows"]
+def configurations_of(kernel: str, dtype: torch.dtype) -> list[dict[str, int]]:
+    """The table's of any size for a dtype, or in float64 all; on a GPU those for it, since others may not fit."""
+    conditions = {} if dtype == torch.float64 else {"dtype": str(dtype).removeprefix("torch.")}
     if not INTERPRETED:
-        architecture = launch.architecture(torch.device(DEVICE, torch.cuda.current_device()))
-        conditions = {"dtype": "float32", "architecture": architecture}
-        rows = [
-            row for row in rows if all(value in row.get("if", {}).get(k, [value]) for k, value in conditions.items())
-        ]
+        conditions["architecture"] = launch.architecture(torch.device(DEVICE, torch.cuda.current_device()))
+    rows = [
+        row
+        for row in launch._table()[kernel]["rows"]
+        if all(value in row.get("if", {}).get(k, [value]) for k, value in conditions.items())
+    ]
     warps = ("num_warps", "num_stages") if INTERPRETED else ()  # which the interpreter has not got
     distinct = {str({k: v for k, v in row["then"].items() if k not in warps}): row["then"] for row in rows}
     return list(distinct.values())
+
+
+def with_each_configuration(dtype: torch.dtype) -> Iterator[None]:
+    """Every kernel has the next of its configurations each time, until one has had all."""
+    table = {kernel: configurations_of(kernel, dtype) for kernel in launch._table()}
+
+    def forced(k: int, kernel: str, *_: object) -> dict[str, int]:
+        return table[kernel][k % len(table[kernel])]
+
+    for k in range(max(len(rows) for rows in table.values())):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "configuration", functools.partial(forced, k))
+            yield
 
 
 @pytest.mark.slow
@@ -363,16 +378,26 @@ def test_every_configuration_gives_the_same() -> None:
     dtype, rtol = (torch.float64, 1e-11) if INTERPRETED else (torch.float32, 1e-4)
     config = replace(TILED, patch=(1, 34), sizes=((3, 35), (1, 36)), batch=1)
     maps = random_maps(config, dtype, backend="triton")
-    table = {kernel: configurations_of(kernel) for kernel in launch._table()}
     expected = evaluate(pair(config, "triton", dtype)[0], maps)
+    for _ in with_each_configuration(dtype):
+        assert_same(evaluate(pair(config, "triton", dtype)[0], maps), expected, rtol)
 
-    def forced(k: int, kernel: str, *_: object) -> dict[str, int]:
-        return table[kernel][k % len(table[kernel])]
 
-    for k in range(max(len(rows) for rows in table.values())):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "configuration", functools.partial(forced, k))
-            assert_same(evaluate(pair(config, "triton", dtype)[0], maps), expected, rtol)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [((11, 15), (5, 9)), ((10, 28), (5, 7))], ids=["any_windows", "windows_all_alike"])
+def test_every_configuration_of_16_bit_is_within_the_budget(sizes: tuple) -> None:
+    """Some kernels compute otherwise there, with several rows of windows at once."""
+    config = Config((20, 6), (5, 7), channel_head=(2, 1), spatial_head=(2, 1), sizes=sizes, batch=1)
+    dtype = torch.bfloat16
+    ours, theirs = pair(config, "triton", dtype)
+    exact = promoted(theirs, config)
+    maps, state = random_maps(config, dtype, backend="triton"), copy.deepcopy(ours.state_dict())
+    doubles = [x.double() for x in maps]
+    upstream = [g.to(dtype) for g in off_the_kink(promoted(theirs, config), doubles, random_like(doubles))]
+    others = evaluate(theirs, maps, upstream), evaluate(exact, doubles, [g.double() for g in upstream])
+    for _ in with_each_configuration(dtype):
+        ours.load_state_dict(state)
+        assert_all_within_budget([(evaluate(ours, maps, upstream), *others)], dtype, budgets=2.0)  # of one draw
 
 
 def test_a_second_derivative_is_refused() -> None:
