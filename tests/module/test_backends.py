@@ -152,6 +152,30 @@ def test_threads_and_tasks_have_contexts_of_their_own() -> None:
     assert chosen() == "auto"
 
 
+def test_a_decorated_function_in_two_threads_at_once() -> None:
+    entered, left = threading.Barrier(2), threading.Event()
+    found: dict[str, list[str]] = {}
+
+    @use_backend("torch")
+    def decorated(name: str) -> None:
+        entered.wait(60)
+        if name == "second":
+            assert left.wait(60)
+        found[name] = [chosen()]
+
+    def run(name: str) -> None:
+        decorated(name)
+        found[name].append(chosen())
+        left.set()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"first": ["torch", "auto"], "second": ["torch", "auto"]}
+
+
 def test_compiled_code_goes_by_the_outer_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with use_backend("triton"):

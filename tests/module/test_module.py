@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as registries
 from torch.nn.utils import prune
 
 import dca_kernels
@@ -195,17 +196,36 @@ def test_layout_before_a_changed_head(backend: str) -> None:
     assert len(seen) == 2
 
 
+def _of_norms(change: Callable) -> Callable:
+    """A hook on every module that changes what the BatchNorms are given, or give."""
+    return lambda module, *given: change(*given) if isinstance(module, nn.BatchNorm2d) else None
+
+
+GLOBAL_HOOKS = {
+    "forward": (registries.register_module_forward_hook, _of_norms(lambda args, out: 2 * out)),
+    "forward_pre": (registries.register_module_forward_pre_hook, _of_norms(lambda args: (2 * args[0],))),
+    "backward": (registries.register_module_full_backward_hook, _of_norms(lambda gin, gout: (2 * gin[0],))),
+    "backward_pre": (registries.register_module_full_backward_pre_hook, _of_norms(lambda gout: (2 * gout[0],))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(For|Full) backward hook")  # of modules that take or give lists
+@pytest.mark.parametrize("register, hook", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS)
 @each_backend
-def test_global_hooks_are_called(backend: str) -> None:
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: 2 * out if isinstance(module, nn.BatchNorm2d) else None
-    )
+def test_global_hooks_are_called(register: Callable, hook: Callable, backend: str) -> None:
+    config = Config((4, 8), 2, sizes=((5, 4), (2, 3)))
+    maps = random_maps(config, backend=backend)
+    modules = pair(config, backend)
+    for module in modules:  # a call that is kept, without the hook
+        evaluate(module, maps)
+    handle = register(hook)
     try:
-        maps = random_maps(Config(), backend=backend)
-        results = [evaluate(module, maps, backward=backend in TRAINABLE) for module in pair(Config(), backend)]
+        results = [evaluate(module, maps) for module in modules]
     finally:
-        hook.remove()
+        handle.remove()
     assert_same(*results)
+    with pytest.raises(AssertionError):
+        assert_same(results[1], evaluate(modules[1], maps))
 
 
 # The other modules hold parameters: what would need their own forward is refused

@@ -35,6 +35,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from dca_kernels.triton_backend import eager, launch, plan
 from dca_kernels.triton_backend.memory import aligned
+from dca_kernels.triton_backend.partials import _sum_partials_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -311,6 +312,17 @@ def test_images_far_apart(
     far = far_storage.as_strided(near[0].shape, (stride, *near[0].stride()[1:])).copy_(near[0])
     model, _ = pair(config, "triton", torch.float32, train)
     assert_identical(evaluate(model, [far, near[1]], backward=False), expected)
+
+
+def test_partial_sums_far_apart(far_storage: Tensor, overflow_is_an_error: None) -> None:
+    """Three rows of more than 2**30 columns, of which one program sums the first."""
+    columns = torch.arange(96.0, device=DEVICE).view(3, 32)
+    far_storage.as_strided((3, 32), (STRIDE, 1)).copy_(columns)
+    out = torch.empty(32, device=DEVICE)
+    _sum_partials_kernel[(1,)](
+        partials=far_storage, out=out, count=3, SIZE=STRIDE, ACC=tl.float32, BLOCK=32, STEP=4, num_warps=4
+    )
+    assert torch.equal(out, columns.sum(0))
 
 
 def test_upstream_gradients_that_span_too_much(far_storage: Tensor, overflow_is_an_error: None) -> None:

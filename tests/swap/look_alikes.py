@@ -249,6 +249,14 @@ def counting(self, raw):
     return (without_attention if self.calls % 1000 == 0 else plain_forward)(self, raw)
 
 
+def counting_in(training: bool) -> Callable:
+    def counting(self, raw):
+        self.calls = getattr(self, "calls", 0) + (self.training is training)
+        return plain_forward(self, raw)
+
+    return counting
+
+
 def keeping(self, raw):
     outputs = plain_forward(self, raw)
     self.last = outputs[0].detach()
@@ -462,6 +470,8 @@ CALLS = {
     "call_of_an_instance": edited(lambda dca: setattr(dca, "_call_impl", lambda raw: without_attention(dca, raw))),
     "method_of_an_instance": edited(lambda dca: setattr(dca, "merged", lambda x, raw: vendored.added(x, x))),
     "counting": forwarding(counting),
+    "counting_in_training": forwarding(counting_in(True)),
+    "counting_in_evaluation": forwarding(counting_in(False)),
     "keeping": forwarding(keeping),
     "appending": forwarding(appending),
     "adding_in_place": forwarding(adding_in_place),

@@ -165,6 +165,14 @@ def test_adding_changes_nothing_that_was_there() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("decodes_in_training", [False, True])
+def test_the_added_dca_is_in_the_mode_of_its_decoder(decodes_in_training: bool) -> None:
+    model = network().train(not decodes_in_training)
+    model.decoder.train(decodes_in_training)
+    add_dca(model, patch=3)
+    assert {m.training for m in model.decoder.dca.modules()} == {decodes_in_training}
+
+
 def test_the_added_dca_has_the_official_initial_values() -> None:
     model = network()
     torch.manual_seed(3)

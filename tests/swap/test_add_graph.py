@@ -201,7 +201,11 @@ def test_a_model_that_was_compiled_before() -> None:
 
 
 def test_the_network_within_a_wrapper_gets_the_dca() -> None:
-    model = add_dca(networks.Wrapper(make("padded")), patch=3).eval()
+    model = networks.Wrapper(make("padded")).train()
+    model.network.eval()
+    add_dca(model, patch=3)
+    assert model.training and not any(m.training for m in model.network.modules())
+    model.eval()
     assert type(model) is networks.Wrapper
     assert_identical({"": model(IMAGE)}, {"": model.network(IMAGE)})
     assert all(name.startswith("network.") for name in model.state_dict())

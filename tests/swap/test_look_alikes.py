@@ -28,7 +28,10 @@ REASONS = {
     "own_call_in_evaluation": r"it has its class's own __call__, which would not be called",
     "call_of_an_instance": CHANGED,
     "method_of_an_instance": CHANGED,
-    "counting": "its forward sets calls, which the fused one would not",
+    **dict.fromkeys(
+        ("counting", "counting_in_training", "counting_in_evaluation"),
+        "its forward sets calls, which the fused one would not",
+    ),
     "keeping": "its forward sets last, which the fused one would not",
     "appending": "its forward changes the maps that it is given",
     "adding_in_place": "its forward changes the maps that it is given",

@@ -181,6 +181,18 @@ def test_a_model_that_is_a_dca_itself() -> None:
     assert restore_dca(fused) is original
 
 
+def test_one_that_cannot_be_replaced_keeps_the_others() -> None:
+    model = nn.ModuleList([official(), official(seed=1)])
+    refused = []
+    for i in (1, 0):
+        model[i].compile(backend="eager")
+        refused.insert(0, rf"{i} \(DualCrossAttention\): it is compiled: replace it first, then compile")
+        before = Snapshot(model)
+        with pytest.raises(ValueError, match=f"^model: expected DCAs that can be replaced, got {'; '.join(refused)}$"):
+            trusting_replace_dca(model)
+        before.assert_unchanged(model)
+
+
 def test_a_module_under_two_names_stays_one() -> None:
     model = nn.ModuleDict({"a": official(), "b": nn.Sequential(official(seed=1))})
     model["c"] = model["a"]
