@@ -41,11 +41,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Norm:
-    """How the BatchNorms were made, as `nn.BatchNorm2d` has it."""
+    """How a BatchNorm was made, as `nn.BatchNorm2d` has it, and whether it trains where its module does."""
 
     affine: bool = True
     track_running_stats: bool = True
     momentum: float | None = 0.1
+    train: bool = True
 
 
 class Draw(NamedTuple):
@@ -145,7 +146,7 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
     heads = st.sampled_from([h for h in (1, 2, 3, 4) if unit % h == 0])
     train, batch, side = draw(st.booleans()), draw(st.integers(0, 3)), st.integers(1, largest)
     sizes = draw(st.lists(st.tuples(side, side), **several))
-    norms = st.builds(Norm, st.booleans(), st.booleans(), st.sampled_from([0.1, None, 0.0, 1.0, 0.7]))
+    norms = st.builds(Norm, st.booleans(), st.booleans(), st.sampled_from([0.1, None, 0.0, 1.0, 0.7]), st.booleans())
     norms = draw(st.lists(st.just(Norm()) | norms, **several))
     for i, (height, width) in enumerate(sizes):
         if 0 < batch * height * width < FEWEST and (train or not norms[i].track_running_stats):
@@ -366,7 +367,10 @@ def _set_mode(call: Call, dca: nn.Module) -> nn.Module:
     frozen = tuple(GROUPS[group] for group in call.frozen if group in GROUPS)
     for name, parameter in dca.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
-    return dca.train(call.train)
+    dca.train(call.train)
+    for head, norm in zip(dca.bn_relu, call.norms, strict=True):
+        head.train(call.train and norm.train)
+    return dca
 
 
 def _evaluate_nudged(

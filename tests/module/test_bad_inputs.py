@@ -277,6 +277,17 @@ def without(path: str) -> Callable[[nn.Module], None]:
     return lambda dca: delattr(dca.get_submodule(parent), name)
 
 
+def subclassed(module: nn.Module) -> nn.Module:
+    """With a forward of its own."""
+
+    class Own(type(module)):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    module.__class__ = Own
+    return module
+
+
 PROJECTION, POINTWISE, NORM = "attention.0.c_attention.1.k_map", "upconvs.1.conv.conv", "attention.0.channel_norm.1"
 SUBMODULES = [
     *("avg_map", "avg_map.1", "avg_map.1.proj", "attention", "attention.0", "attention.0.spatial_norm", NORM),
@@ -290,7 +301,10 @@ INSTEAD: dict[str, Callable[[Any], object]] = {
     "a sequence": lambda m: nn.Sequential(m),
     "one fewer": lambda m: nn.ModuleList(list(m)[:-1] if isinstance(m, nn.ModuleList) else []),
     "one more": lambda m: nn.ModuleList([m, m]),
+    "a subclass": subclassed,
 }
+# A block more; heads that raise when they are called; heads may lie in any list.
+ALLOWED = ("attention", "one more"), ("bn_relu", "one more"), ("bn_relu", "a subclass")
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "stride": {"stride": 2},
     "stride of columns": {"stride": (1, 2)},
@@ -354,7 +368,7 @@ STATES: dict[str, Callable[[nn.Module], object]] = {
         f"{path} {name}": put(path, make)
         for path in SUBMODULES
         for name, make in INSTEAD.items()
-        if (path, name) not in (("attention", "one more"), ("bn_relu", "one more"))  # a block more, heads that raise
+        if (path, name) not in ALLOWED
     },
     **{f"no {path}": without(path) for path in SUBMODULES},
     **{

@@ -185,6 +185,14 @@ def test_a_changed_head_gets_the_dtype_of_the_maps(backend: str) -> None:
 
 
 @each_backend
+def test_buffers_are_of_no_graph(backend: str) -> None:
+    """What they are computed from has gradients."""
+    module, _ = pair(Config(), backend)
+    module(random_maps(Config(), backend=backend))
+    assert not any(buffer.requires_grad for buffer in module.buffers())
+
+
+@each_backend
 def test_layout_before_a_changed_head(backend: str) -> None:
     module, _ = pair(Config(), backend)
     seen = []

@@ -128,14 +128,15 @@ def test_numbers_that_differ(config: Config, change: Callable[[nn.Module], None]
     assert_same(*(evaluate(module, maps) for module in modules))
 
 
-def test_the_scale_between_two_that_are_alike_differs() -> None:
-    """Scales that are alike are a group, here of the first and the third."""
+@pytest.mark.parametrize("other", [1, 2])
+def test_one_scale_of_three_differs(other: int) -> None:
+    """Scales that are alike are a group: the second one is of scale 1 or of scale 2, its number is no scale's."""
     config = Config((4, 6, 2), (2, 3), channel_head=(2, 1, 2), spatial_head=(1, 2, 1), sizes=((5, 7), (3, 3), (4, 5)))
     modules = pair(config, "triton")
     for module in modules:
-        module.bn_relu[1].eval()
+        module.bn_relu[other].eval()
     maps = random_maps(config, backend="triton")
-    maps[1] = maps[1].to(memory_format=torch.channels_last)
+    maps[other] = maps[other].to(memory_format=torch.channels_last)
     assert_same(*(evaluate(module, maps) for module in modules))
 
 

@@ -39,13 +39,14 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_the_operator_is_the_eager_call(config: Config, train: bool) -> None:
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "no_grad"])
+def test_the_operator_is_the_eager_call(config: Config, train: bool, backward: bool) -> None:
     watched, eager = (pair(config, "triton", train=train)[0] for _ in range(2))
     maps = random_maps(config, backend="triton")
     with Watch() as watch:
-        results = evaluate(watched, maps)
-    assert watch.seen == ["refine", "refine_backward"]
-    assert_same(results, evaluate(eager, maps), rtol=1e-12)
+        results = evaluate(watched, maps, backward=backward)
+    assert watch.seen == ["refine", "refine_backward"][: 1 + backward]
+    assert_same(results, evaluate(eager, maps, backward=backward), rtol=1e-12)
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones() -> None:

@@ -127,6 +127,12 @@ def test_the_skips_are_refined_and_nothing_else(seam: tuple) -> None:
     assert_identical({"output": model(ODD_IMAGE)}, {"output": plain.decoder(*plain.call(refined))})
 
 
+def test_skips_by_name_of_a_network_with_a_decoder() -> None:
+    """What the decoder gets is not asked."""
+    model = add_dca(network(), patch=3, skips=["encoder.stages.1"])
+    assert model.dca.features == [8] and not hasattr(model.decoder, "dca")
+
+
 class HalfDecoder(Decoder):
     """Leaves its first map unused."""
 

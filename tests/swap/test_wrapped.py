@@ -48,6 +48,10 @@ def _stride(dca: nn.Module) -> None:
     dca.upconvs[0].conv.conv.stride = (2, 2)
 
 
+def _densify(dca: nn.Module) -> None:
+    dca.avg_map[0].proj.depthwise = nn.Conv2d(8, 8, 1, dtype=torch.float64)
+
+
 CHANGED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "peft": (_adapt, r"upconvs\.0\.conv\.conv is an adapter of peft: merge or unload the adapter first .+"),
     "quantized": (_quantize, r"upconvs\.0\.conv\.conv is quantized or observed: replace the float model first, .+"),
@@ -57,6 +61,7 @@ CHANGED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         _stride,
         r"it has another layout: .+ stride=\(2, 2\)\): a stride leaves pixels out, which no DCA does; .+",
     ),
+    "dense": (_densify, r"it has another layout: avg_map\.0\.proj\.depthwise: expected .+, groups=8\), got .+"),
 }
 
 

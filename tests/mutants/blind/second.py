@@ -164,7 +164,7 @@ SECOND = [
         "triton_backend/primitives.py",
         "value = tl.where(i == AMONG[k], values[AMONG[k]], value)",
         "value = tl.where(i == k, values[AMONG[k]], value)",
-        ("module/test_triton_backward.py::test_the_scale_between_two_that_are_alike_differs",),
+        ("module/test_triton_backward.py::test_one_scale_of_three_differs[1]",),
     ),
     Mutant(
         "again-unit-min",
