@@ -52,6 +52,8 @@ CONFIGS = {
     "channel_only": Config((4, 8), 2, spatial_att=False, sizes=((4, 4), (3, 2))),
     "no_attention": Config((4, 8), (3, 2), channel_att=False, spatial_att=False, sizes=((2, 5), (3, 2))),
     "one_scale_one_row": Config((3,), (1, 5), spatial_head=(1,), sizes=((1, 7),), batch=3),
+    # Not by rows of windows, and the padded windows are the padded columns.
+    "wide_windows": Config((3,), (2, 16), channel_att=False, spatial_att=False, sizes=((5, 32),), batch=1),
     "many_images": Config((2,), 1, channel_att=False, spatial_att=False, sizes=((2, 1),), batch=17),
 }
 

@@ -30,7 +30,11 @@ class Size(NamedTuple):
     sides: tuple[int, ...]
 
 
-SIZES = {"tiny": Size((8, 16), 4, (16, 8)), "paper": Size((32, 64, 128, 256), 28, (224, 112, 56, 28))}
+SIZES = {
+    "single": Size((8,), 4, (16,)),
+    "tiny": Size((8, 16), 4, (16, 8)),
+    "paper": Size((32, 64, 128, 256), 28, (224, 112, 56, 28)),
+}
 
 
 class Call(NamedTuple):

@@ -50,7 +50,10 @@ def launches() -> None:
 
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize(("size", "dtype", "batches"), [("tiny", "float32", (1, 2)), ("paper", "bfloat16", (1, 8))])
+@pytest.mark.parametrize(
+    ("size", "dtype", "batches"),
+    [("single", "float32", (1, 2)), ("tiny", "float32", (1, 2)), ("paper", "bfloat16", (1, 8))],
+)
 def test_launches_reach_the_driver_as_meant(size: str, dtype: str, batches: tuple[int, int], mode: str) -> None:
     """Programs, shared memory and every argument are checked in `launched.py`; here, which kernels there were."""
     found = json.loads(output_of("-m", "tests.tools.launched", size, dtype, mode, *map(str, batches)))
