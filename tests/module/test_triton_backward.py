@@ -130,13 +130,15 @@ def test_numbers_that_differ(config: Config, change: Callable[[nn.Module], None]
     assert_same(*(evaluate(module, maps) for module in modules))
 
 
+@pytest.mark.parametrize("trains", [True, False], ids=["it_alone_trains", "the_others_train"])
 @pytest.mark.parametrize("other", [1, 2])
-def test_one_scale_of_three_differs(other: int) -> None:
+def test_one_scale_of_three_differs(other: int, trains: bool) -> None:
     """Scales that are alike are a group: the second one is of scale 1 or of scale 2, its number is no scale's."""
     config = Config((4, 6, 2), (2, 3), channel_head=(2, 1, 2), spatial_head=(1, 2, 1), sizes=((5, 7), (3, 3), (4, 5)))
     modules = pair(config, "triton")
     for module in modules:
-        module.bn_relu[other].eval()
+        for i, head in enumerate(module.bn_relu):
+            head.train((i == other) == trains)
     maps = random_maps(config, backend="triton")
     maps[other] = maps[other].to(memory_format=torch.channels_last)
     assert_same(*(evaluate(module, maps) for module in modules))

@@ -693,8 +693,10 @@ def test_a_network_that_is_refused_stays(build: Callable[[], nn.Module], message
     model = build().double()
     before, kind = Snapshot(model), type(model)
     attributes = {m: dict(vars(m)) for m in model.modules()}
+    functions = torch.tensor, torch.as_tensor, torch.asarray, torch.autocast.__enter__  # that a trace replaces
     with pytest.raises(ValueError, match=f"^model: expected (a )?{message}"):
         add_dca(model, patch=3)
+    assert (torch.tensor, torch.as_tensor, torch.asarray, torch.autocast.__enter__) == functions
     before.assert_unchanged(model)
     assert type(model) is kind
     assert {m: dict(vars(m)) for m in model.modules()} == attributes

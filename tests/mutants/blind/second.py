@@ -164,7 +164,7 @@ SECOND = [
         "triton_backend/primitives.py",
         "value = tl.where(i == AMONG[k], values[AMONG[k]], value)",
         "value = tl.where(i == k, values[AMONG[k]], value)",
-        ("module/test_triton_backward.py::test_one_scale_of_three_differs[1]",),
+        ("module/test_triton_backward.py::test_one_scale_of_three_differs[1-the_others_train]",),
     ),
     Mutant(
         "again-unit-min",
