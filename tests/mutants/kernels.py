@@ -898,14 +898,14 @@ PLUMBING = [
         "triton_backend/__init__.py",
         "update_buffers(norm, its, mean[i] + bias, variance[i], x.numel() // x.shape[1])",
         "update_buffers(norm, its, mean[i], variance[i], x.numel() // x.shape[1])",
-        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[train-no_attention]",),
+        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[backward-train-no_attention]",),
     ),
     Mutant(
         "operator-floats-as-constants",
         "triton_backend/operator.py",
         "floats.append(float(part))",
         "floats.append(round(float(part), 4))",
-        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[train-no_attention]",),
+        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[backward-train-no_attention]",),
     ),
     Mutant(
         "weights-of-a-scale-not-promoted",

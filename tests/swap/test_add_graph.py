@@ -378,7 +378,7 @@ def test_skips_by_name() -> None:
     assert model.dca.features == [4]
 
 
-def test_a_skip_that_changes_nothing_is_left_out() -> None:
+def test_a_skip_of_a_graph_that_changes_nothing_is_left_out() -> None:
     network = make("padded")
     nn.init.zeros_(network.up1.conv[0].weight[:, :8])
     assert add_dca(network, patch=3).dca.features == [4]

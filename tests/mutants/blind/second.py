@@ -171,7 +171,7 @@ SECOND = [
         "triton_backend/layout.py",
         "math.gcd(x.shape[3], 16 // x.element_size())",
         "min(x.shape[3], 16 // x.element_size())",
-        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[train-both]",),
+        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[backward-train-both]",),
     ),
     Mutant(
         "again-channel-head-open-end",
@@ -255,7 +255,7 @@ SECOND = [
         "triton_backend/passes.py",
         "douts, contract, first <= count)",
         "douts, contract, first < count)",
-        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[train-no_attention]",),
+        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[backward-train-no_attention]",),
     ),
     Mutant(
         "again-backward-key-without-douts",

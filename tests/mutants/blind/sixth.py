@@ -166,7 +166,7 @@ SIXTH = [
         "triton_backend/plan.py",
         "range(len(given) - module, len(given))",
         "range(module)",
-        ("tools/test_launch.py::test_launches_reach_the_driver_as_meant[tiny-float32-batches1-eval]",),
+        ("tools/test_launch.py::test_launches_reach_the_driver_as_meant[tiny-float32-batches0-eval]",),
     ),
     Mutant(
         "sixth-replaced-without-finally",
@@ -180,7 +180,7 @@ SIXTH = [
         "triton_backend/plan.py",
         "if len(argument) > 1 and all(map(_is_meta, argument)):",
         "if all(map(_is_meta, argument)):",
-        ("tools/test_launch.py::test_launches_reach_the_driver_as_meant[single-float32-batches0-eval]",),
+        ("tools/test_launch.py::test_launches_reach_the_driver_as_meant[single-float32-batches2-eval]",),
     ),
     Mutant(
         "sixth-level-without-beta",
@@ -285,6 +285,6 @@ SIXTH = [
         "graph.py",
         "[name for name in view.names if name in view.used]:",
         "list(view.names):",
-        ("swap/test_add_graph.py::test_a_skip_that_changes_nothing_is_left_out",),
+        ("swap/test_add_graph.py::test_a_skip_of_a_graph_that_changes_nothing_is_left_out",),
     ),
 ]

@@ -122,7 +122,7 @@ THIRD = [
         "triton_backend/__init__.py",
         "None if norm is None else norm._replace(updates=False) for norm",
         "None if norm is None else norm for norm",
-        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[train-both]",),
+        ("module/test_triton_operator.py::test_the_operator_is_the_eager_call[backward-train-both]",),
     ),
     Mutant(
         "third-backward-key-without-needed",
