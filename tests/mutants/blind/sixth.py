@@ -1,4 +1,4 @@
-"""The sixth forty: 34 were killed at first, by the whole suite.
+"""The sixth forty: 34 were killed at first by the whole suite, one of them by the order of the tests alone.
 
 Each is at a place drawn by chance. What only compares a digest of the kernels' source was not counted: it sees any
 change of a kernel, right or wrong.
