@@ -140,37 +140,40 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
         backend: the kernels' blocks may be smaller.
         largest: side of a map.
     """
-    scales = draw(st.integers(1, 3))
-    several = {"min_size": scales, "max_size": scales}
-    unit = draw(st.sampled_from([1, 2, 3, 4]))
+    count, unit = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4]))
+    widest = draw(st.sampled_from([6, 6, 24]))  # of the wide ones, a scale fills several blocks of channels
     heads = st.sampled_from([h for h in (1, 2, 3, 4) if unit % h == 0])
-    train, batch, side = draw(st.booleans()), draw(st.integers(0, 3)), st.integers(1, largest)
-    sizes = draw(st.lists(st.tuples(side, side), **several))
-    norms = st.builds(Norm, st.booleans(), st.booleans(), st.sampled_from([0.1, None, 0.0, 1.0, 0.7]), st.booleans())
-    norms = draw(st.lists(st.just(Norm()) | norms, **several))
+    layout, side = st.sampled_from([PLAIN, *LAYOUTS]), st.integers(1, largest)
+    norm = st.builds(Norm, st.booleans(), st.booleans(), st.sampled_from([0.1, None, 0.0, 1.0, 0.7]), st.booleans())
+    # Three are drawn, whatever their count: where a call that fails has fewer, all else of it stays.
+    scale = st.tuples(
+        st.integers(1, widest), st.tuples(side, side), heads, heads, st.just(Norm()) | norm, layout, layout
+    )
+    scales = draw(st.lists(scale, min_size=3, max_size=3))[:count]
+    multiples, *others = map(list, zip(*scales, strict=True))
+    sizes, channel_head, spatial_head, norms, of_maps, of_upstream = others
+    features = tuple(k * unit for k in multiples)
+    train, batch = draw(st.booleans()), draw(st.integers(0, 3))
     for i, (height, width) in enumerate(sizes):
         if 0 < batch * height * width < FEWEST and (train or not norms[i].track_running_stats):
             sizes[i] = (height + FEWEST, width)
-    layouts = st.lists(st.sampled_from([PLAIN, *LAYOUTS]), **several)
     dtype = draw(st.sampled_from([*DTYPES]))
-    widest = draw(st.sampled_from([6, 6, 24]))  # of the wide ones, a scale fills several blocks of channels
-    features = draw(st.lists(st.integers(1, widest).map(lambda k: k * unit), **several))
     inputs = [name for name in INPUTS if (dtype, name) != ("float16", "hot_pixel")]  # its variance is beyond float16
     if 1 in features:  # a LayerNorm takes all of it away, but for rounding at 1000 times its size
         inputs = [name for name in inputs if name not in LARGE]
-    chosen, of_maps = draw(st.sampled_from(inputs)), draw(layouts)
-    for i, layout in enumerate(of_maps):  # of a constant channel, a BatchNorm without a bias makes zeros and noise
-        if chosen in ("zero_maps", "constant_channel") or layout.startswith("expanded"):
+    chosen = draw(st.sampled_from(inputs))
+    for i, name in enumerate(of_maps):  # of a constant channel, a BatchNorm without a bias makes zeros and noise
+        if chosen in ("zero_maps", "constant_channel") or name.startswith("expanded"):
             norms[i] = replace(norms[i], affine=True)
     return Call(
         Config(
-            features=tuple(features),
+            features=features,
             patch=draw(st.tuples(st.integers(1, 5), st.integers(1, 6))),
             channel_att=draw(st.booleans()),
             spatial_att=draw(st.booleans()),
             n=draw(st.integers(1, 3)),
-            channel_head=tuple(draw(st.lists(heads, **several))),
-            spatial_head=tuple(draw(st.lists(heads, **several))),
+            channel_head=tuple(channel_head),
+            spatial_head=tuple(spatial_head),
             sizes=tuple(sizes),
             batch=batch,
         ),
@@ -179,9 +182,9 @@ def calls(draw: st.DrawFn, backend: str, largest: int) -> Call:
         norms=tuple(norms),
         inputs=chosen,
         layouts=tuple(of_maps),
-        upstream_layouts=tuple(draw(layouts)),
+        upstream_layouts=tuple(of_upstream),
         frozen=draw(st.just(frozenset()) | st.frozensets(st.sampled_from(["maps", *GROUPS]))),
-        unused=draw(st.just(frozenset()) | st.frozensets(st.integers(0, scales - 1))),
+        unused=draw(st.just(frozenset()) | st.frozensets(st.integers(0, count - 1))),
         blocks=draw(st.sampled_from([1.0, 0.5, 0.0])) if backend == "triton" else 1.0,
         seed=draw(st.integers(0, 2**31)),
     )
