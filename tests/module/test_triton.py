@@ -65,6 +65,8 @@ SHAPES = {
     # Of the narrow scale a program has four blocks of tokens, where there are three.
     "narrow_beside_wide": Config((2, 64), (4, 5), spatial_head=(1, 2), sizes=((7, 6), (4, 5)), batch=1),
     "tall_windows": Config((16,), (1, 4), sizes=((600, 4),), batch=1, channel_att=False, spatial_att=False),
+    # A row of one channel, padded, has more elements than a program's tile is meant to have.
+    "wide_rows": Config((2,), 1, sizes=((1, 64),), batch=1, channel_att=False, spatial_att=False),
 }
 PAPER = Config((32, 64, 128, 256), 28, sizes=((224, 224), (112, 112), (56, 56), (28, 28)), batch=4)
 LARGE = {
@@ -414,7 +416,9 @@ def _freeze_first(model: nn.Module) -> None:
 
 
 def _cumulative_second(model: nn.Module) -> None:
+    """It has counted more batches than the first."""
     model.bn_relu[1][0].momentum = None
+    model.bn_relu[1][0].num_batches_tracked += 4
 
 
 def _only_second_in_training(model: nn.Module) -> None:
@@ -507,10 +511,13 @@ def test_maps_that_the_tokens_cancel_in_float16(delta: float) -> None:
 
 
 def test_two_values_that_the_tokens_cancel() -> None:
-    """Rows are equal, and the map's columns and the tokens' are opposite: a variance was as large as its error."""
-    config = Config((24,), (4, 5), spatial_att=False, sizes=((7, 2),), batch=1)
+    """Rows are equal, and the map's columns and the tokens' are opposite: a variance was as large as its error.
+
+    Of three equal images, whose statistics are taken in larger blocks than those of one or two.
+    """
+    config = Config((24,), (4, 5), spatial_att=False, sizes=((7, 2),), batch=3)
     ours, theirs = pair(config, "triton", torch.bfloat16)
-    maps = [100 * x[:, :, :1].expand_as(x) for x in random_maps(config, torch.bfloat16, backend="triton")]
+    maps = [100 * x[:1, :, :1].expand_as(x) for x in random_maps(config, torch.bfloat16, backend="triton")]
     results = forward(ours, maps), forward(theirs, maps), forward(promoted(theirs, config), [x.double() for x in maps])
     assert_all_within_budget([results], torch.bfloat16)
 
@@ -587,19 +594,26 @@ def test_means_far_above_the_standard_deviation(mean: float) -> None:
 
 @pytest.mark.parametrize("size", [(4, 8), (5, 9)], ids=["by_rows", "any_windows"])
 def test_what_a_mean_has_beyond_the_digits_of_the_map(size: tuple[int, int]) -> None:
-    """A convolution's bias that is a tenth of the step from one pixel's value to the next."""
+    """A convolution's bias that is a tenth of the step from one pixel's value to the next, and decides at the ReLU."""
     config = Config((8,), (2, 4), channel_att=False, spatial_att=False, sizes=(size,))
     model, (x,) = kernels_and_maps(config, torch.float32, train=False)
     norm, convolution = model.bn_relu[0][0], model.upconvs[0].conv.conv
     for tensor, value in (
-        *((norm.running_mean, 1000), (norm.running_var, 0), (norm.weight, 1), (norm.bias, 1)),
+        *((norm.running_mean, 1000), (norm.running_var, 0), (norm.weight, 1), (norm.bias, -0.005)),
         *((convolution.weight, 0), (convolution.bias, 1e-5)),
     ):
         tensor.data.fill_(value)
     norm.eps = 1e-6
-    pixels = 1000 + 2.0**-12 * x.sign()
-    expected = (pixels.double() - 1000 + convolution.bias[0].double()) * 1e3 + 1
-    torch.testing.assert_close(forward(model, [pixels])["output.0"].double(), expected, rtol=1e-4, atol=0)
+    pixels = 1000 + 2.0**-12 * x.round()
+    normalised = (pixels.double() - 1000 + convolution.bias[0].double()) * 1e3
+    results = evaluate(model, [pixels], [torch.ones_like(pixels)])
+    expected = {
+        "output.0": (normalised - 0.005).relu(),
+        "grad_input.0": 1e3 * (normalised > 0.005),
+        "grad.bn_relu.0.0.weight": (normalised * (normalised > 0.005)).sum((0, 2, 3)),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name].double(), value.double(), rtol=1e-4, atol=0)
 
 
 def far_off(x: Tensor, where: float) -> Tensor:

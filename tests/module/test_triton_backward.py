@@ -27,6 +27,7 @@ from tests.oracle import (
     assert_same,
     both_modes,
     evaluate,
+    not_finite,
     pair,
     promoted,
     random_like,
@@ -142,6 +143,44 @@ def test_one_scale_of_three_differs(other: int, trains: bool) -> None:
     maps = random_maps(config, backend="triton")
     maps[other] = maps[other].to(memory_format=torch.channels_last)
     assert_same(*(evaluate(module, maps) for module in modules))
+
+
+THIN = Config((2, 4), (2, 1), channel_att=False, spatial_att=False, sizes=((5, 2), (3, 2)), batch=1)
+
+
+@pytest.mark.parametrize("sizes", [THIN.sizes, ((4, 2), (2, 2))], ids=["any_windows", "by_rows"])
+def test_one_head_is_called(sizes: tuple[tuple[int, int], ...]) -> None:
+    """The kernels give it a sum, and leave the BatchNorm to it; the other's they have."""
+    config = replace(THIN, sizes=sizes)
+    modules = pair(config, "triton")
+    for module in modules:
+        module.bn_relu[0][1] = nn.GELU()
+    maps = random_maps(config, backend="triton")
+    assert_same(*(evaluate(module, maps) for module in modules))
+
+
+def test_maps_with_and_without_gradients() -> None:
+    """Gradients lie in memory as the maps do, and the parameters' are the same without them."""
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in random_maps(THIN, backend="triton")]
+    found = []
+    for needed in (True, False):
+        module = pair(THIN, "triton")[0]
+        leaves = [x.requires_grad_(needed) for x in maps] * needed
+        outs = module(maps)
+        found.append(torch.autograd.grad(outs, [*leaves, *module.parameters()], random_like(outs)))
+    of_maps, of_parameters = found[0][: len(maps)], found[0][len(maps) :]
+    assert [g.stride() for g in of_maps] == [x.stride() for x in maps]
+    assert all(torch.equal(g, other) for g, other in zip(of_parameters, found[1], strict=True))
+
+
+@not_finite
+def test_the_gradient_where_nothing_is_a_number() -> None:
+    """The ReLU does not cut it off."""
+    maps = random_maps(THIN, backend="triton")
+    maps[0][0, 1, 1, 1] = float("nan")
+    results = [evaluate(module, maps) for module in pair(THIN, "triton", train=False)]
+    assert results[1]["output.0"].isnan().any() and not results[1]["output.0"].isnan().all()
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("name", ["spatial_only", "channel_only"])

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,21 +233,43 @@ def bounds(monkeypatch: pytest.MonkeyPatch) -> Bounds:
     return bounds
 
 
+@pytest.fixture
+def precisions(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What a GPU would round the operands of the products to, which the interpreter leaves as they are."""
+    found: set[str] = set()
+    multiply = InterpreterBuilder.create_dot
+
+    def multiply_and_note(self: object, a: object, b: object, d: object, precision: Any, *rest: object) -> object:
+        found.add(precision.name)
+        return multiply(self, a, b, d, precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiply_and_note)
+    return found
+
+
 @of_the_interpreter
 @each_kind_of_windows
 @both_modes
-def test_every_access_is_inside_a_tensor(config: Config, train: bool, halo: Halo, bounds: Bounds) -> None:
-    """What is read beyond one may be masked off later, so that no result shows it; a GPU may refuse to read it."""
+def test_every_access_is_inside_a_tensor(
+    config: Config, train: bool, halo: Halo, bounds: Bounds, precisions: set[str]
+) -> None:
+    """What is read beyond one may be masked off later, so that no result shows it; a GPU may refuse to read it.
+
+    Nor does a result show here that a product has fewer digits than it was asked for.
+    """
     model, _ = pair(config, "triton", torch.float32, train)
     evaluate(model, _move_into(halo, model, random_maps(config, torch.float32, backend="triton")))
     assert len(bounds.begins)
+    assert "TF32x3" in precisions and "TF32" not in precisions
 
 
 @of_the_interpreter
 @both_modes
-def test_every_access_is_inside_a_tensor_in_small_blocks(train: bool, halo: Halo, bounds: Bounds) -> None:
+def test_every_access_is_inside_a_tensor_in_small_blocks(
+    train: bool, halo: Halo, bounds: Bounds, precisions: set[str]
+) -> None:
     with resized_blocks(0):
-        test_every_access_is_inside_a_tensor(TILED, train, halo, bounds)
+        test_every_access_is_inside_a_tensor(TILED, train, halo, bounds, precisions)
 
 
 @of_the_interpreter
