@@ -150,12 +150,15 @@ THIN = Config((2, 4), (2, 1), channel_att=False, spatial_att=False, sizes=((5, 2
 
 @pytest.mark.parametrize("sizes", [THIN.sizes, ((4, 2), (2, 2))], ids=["any_windows", "by_rows"])
 def test_one_head_is_called(sizes: tuple[tuple[int, int], ...]) -> None:
-    """The kernels give it a sum, and leave the BatchNorm to it; the other's they have."""
+    """The kernels give it a sum, and leave the BatchNorm to it; the other's they have.
+
+    In memory, a map's rows are one, and those of outputs and gradients are not.
+    """
     config = replace(THIN, sizes=sizes)
     modules = pair(config, "triton")
     for module in modules:
         module.bn_relu[0][1] = nn.GELU()
-    maps = random_maps(config, backend="triton")
+    maps = [LAYOUTS["expanded_rows"](x) for x in random_maps(config, backend="triton")]
     assert_same(*(evaluate(module, maps) for module in modules))
 
 

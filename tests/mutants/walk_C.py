@@ -56,6 +56,20 @@ NEW = [
         (BACKWARD + "test_one_head_is_called[by_rows]",),
     ),
     Mutant(
+        "walk-rows-outputs-by-the-maps-step",
+        "triton_backend/upsample_rows.py",
+        "out_ptrs += ROWS * out_step",
+        "out_ptrs += ROWS * x_step",
+        (BACKWARD + "test_one_head_is_called[by_rows]",),
+    ),
+    Mutant(
+        "walk-rows-gradients-by-the-maps-step",
+        "triton_backend/upsample_rows.py",
+        "dmap_ptrs += ROWS * dmap_step",
+        "dmap_ptrs += ROWS * x_step",
+        (BACKWARD + "test_one_head_is_called[by_rows]",),
+    ),
+    Mutant(
         "walk-relu-cuts-off-nan",
         "triton_backend/batch_norm.py",
         "return tl.where(before_relu <= 0, 0.0, gradient)",
