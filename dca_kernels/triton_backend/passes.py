@@ -32,7 +32,7 @@ from dca_kernels.triton_backend import (
     upsample_backward,
 )
 from dca_kernels.triton_backend.layout import taken_by_rows
-from dca_kernels.triton_backend.parameters import heads_of
+from dca_kernels.triton_backend.parameters import gradient_dtype, heads_of, promoted
 from dca_kernels.triton_backend.tokens import Tokens
 
 MAX_OFFSET = 2**31  # elements: within one image the kernels' indices have 32 bit
@@ -146,7 +146,7 @@ def empty_gradients(
 ) -> tuple[list[Tensor | None], Gradients]:
     """Fresh memory of the shapes of what `backward` returns."""
     tokens, first = Tokens.beside(maps, contract), first_wanted(contract, wanted)
-    dtype = contract.upsample[0].weight.dtype
+    dtype = gradient_dtype(contract)
     attentions = [
         stage.gradients.empty(tokens, dtype) if first <= n + 1 else None
         for n, (_, stage) in enumerate(_attentions(contract))
@@ -259,14 +259,9 @@ def _taken_dtypes(contract: Contract) -> list[torch.dtype]:
     found = []
     for scales in (contract.patch_embed, *attentions_of(contract), contract.upsample):
         places = zip(*[flatten((scale,)) for scale in scales], strict=True)
-        promoted = [_promoted(tensors) for tensors in places]
-        found += promoted * len(scales)
+        found += [promoted(tensors) for tensors in places] * len(scales)
     norms = flatten(contract.norms)
-    return found + [_promoted(norms) for _ in norms]
-
-
-def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    return found + [promoted(norms) for _ in norms]
 
 
 def aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -280,6 +280,22 @@ def test_parameters_of_unequal_dtypes(watched: bool) -> None:
         assert all(torch.equal(found[n], expected[n]) for n in found if n.startswith(("output", "grad_input")))
 
 
+def test_stages_of_unequal_dtypes() -> None:
+    """The gradients of all parameters lie in one allocation."""
+    config = Config((3,), 1, channel_head=(1,), spatial_head=(1,), sizes=((2, 2),), batch=2)
+    alike, module = (pair(config, "triton", torch.float32)[0] for _ in range(2))
+    narrow = [name for name, _ in alike.named_parameters() if "channel_norm" in name or "s_att" in name or "up" in name]
+    for name, p in alike.named_parameters():
+        if name in narrow:
+            p.data = p.data.bfloat16().float()
+            module.get_parameter(name).data = p.data.bfloat16()
+    maps = random_maps(config, torch.float32, backend="triton")
+    found, expected = evaluate(module, maps), evaluate(alike, maps)
+    for name, t in expected.items():
+        dtype = torch.bfloat16 if name.removeprefix("grad.") in narrow else t.dtype
+        assert found[name].dtype == dtype and torch.equal(found[name], t.to(dtype)), name
+
+
 class Watch(TorchDispatchMode):
     """Makes a call one operator."""
 

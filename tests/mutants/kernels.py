@@ -889,7 +889,7 @@ PLUMBING = [
     Mutant(
         "parameters-of-unequal-dtypes",
         "triton_backend/passes.py",
-        "return found + [_promoted(norms) for _ in norms]",
+        "return found + [promoted(norms) for _ in norms]",
         "return found + [t.dtype for t in norms]",
         (PLAN + "test_parameters_of_unequal_dtypes",),
     ),
