@@ -2,7 +2,7 @@
 
 Casts and `tl.dot` become right, and the latter sums in one order everywhere. Arithmetic on bfloat16 itself raises:
 kernels compute in float32. A mask into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it
-is made a mask again.
+is made a mask again. What a load leaves out, without a word of what is there instead, is NaN and not zero.
 
 And what took half of the time is done once: the language is prepared once a launch, not anew in each call of a function
 within a kernel, types and shapes are kept, and what is the same already is not compared part by part.
@@ -110,8 +110,17 @@ def _broadcast(self, lhs, rhs):
     return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast_others(self, lhs, rhs)
 
 
-def _load(self, pointers, mask, *args):
-    return _load_masked(self, pointers, _as_mask(mask), *args)
+def _load(self, pointers, mask, other, *args):
+    if other is None and pointers.data.size > 1:  # of one element, Triton takes an `other` of 0 for none
+        other = _undefined(pointers)
+    return _load_masked(self, pointers, _as_mask(mask), other, *args)
+
+
+def _undefined(pointers) -> TensorHandle:
+    """What a GPU leaves where nothing is loaded: NaN, or -1, as if the worst."""
+    dtype = pointers.get_element_ty()
+    bits = np.full(pointers.data.shape, -1, f"i{_numpy_dtype(dtype).itemsize}")
+    return TensorHandle(bits.view(_numpy_dtype(dtype)), dtype)
 
 
 def _store(self, pointers, values, mask, *args):

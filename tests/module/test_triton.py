@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -165,7 +165,7 @@ SPATIAL = Config((8, 6), (2, 17), spatial_head=(2, 1), sizes=((2, 17), (2, 17)),
 
 
 @torch.no_grad()
-def scale_queries(modules: tuple[nn.Module, nn.Module], weight: float, bias: float) -> None:
+def scale_queries(modules: Sequence[nn.Module], weight: float, bias: float) -> None:
     for model in modules:
         for name, parameter in model.named_parameters():
             if "s_attention" in name and "q_map" in name:
@@ -677,6 +677,28 @@ def test_gradients_of_layer_norms_are_summed_before_they_are_rounded(monkeypatch
     assert given == [torch.float32]
 
 
+@not_finite
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter shows what programs do")
+def test_products_are_as_exact_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32 three of tf32, or as the spatial attention's backward has them; one, the default, has fewer digits."""
+    from triton._C.libtriton import ir
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    asked, dot = set(), InterpreterBuilder.create_dot
+
+    def note(self: object, a: object, b: object, d: object, precision: object, *rest: object) -> object:
+        asked.add(precision)
+        return dot(self, a, b, d, precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", note)
+    config = Config((3,), (1, 2), channel_head=(1,), spatial_head=(1,), sizes=((1, 2),), batch=2)
+    model, maps = kernels_and_maps(config, torch.float32)
+    maps[0][0] = 0  # the scores of this image are small
+    scale_queries((model,), 1e5, 1)
+    evaluate(model, maps)
+    assert asked == {ir.INPUT_PRECISION.TF32x3, ir.INPUT_PRECISION.IEEE}
+
+
 class RecordingKernel:
     """Stands for a kernel; remembers its grid and what it was called with."""
 
@@ -851,11 +873,26 @@ def test_windows_that_are_too_wide_say_so() -> None:
         forward(model, maps)
 
 
+TOO_LARGE = {
+    "widest_scale": (Config((1100,), 1, channel_att=False, spatial_head=(1,), sizes=((1, 1),)), r"\w+", 2048),
+    "widest_head": (
+        Config((2, 200, 200), 1, channel_att=False, spatial_head=(2, 1, 2), sizes=((1, 1),) * 3),
+        "spatial_attention",
+        512,
+    ),
+    "all_channels": (Config((1024, 768) * 3, 1, spatial_att=False, sizes=((1, 1),) * 6), "mixing", 8192),
+}
+
+
+@pytest.mark.parametrize(("config", "kernel", "size"), TOO_LARGE.values(), ids=TOO_LARGE)
 @both_modes
-def test_a_module_that_is_too_large_says_so(train: bool) -> None:
-    config = Config((1100,), 1, channel_att=False, spatial_head=(1,), sizes=((1, 1),))
+def test_a_module_that_is_too_large_says_so(
+    config: Config, kernel: str, size: int, train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is launched."""
+    monkeypatch.setattr(launch, "run", lambda *args, **arguments: pytest.fail("a launch"))
     model, maps = kernels_and_maps(config, torch.float32, train)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"too large for the triton backend.s .*, got 2048; the torch backend"):
+    with pytest.raises(ValueError, match=rf"too large for the triton backend.s {kernel} .*, got {size}; the torch"):
         forward(model, maps)
     assert_identical(model.state_dict(), before)

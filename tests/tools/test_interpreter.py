@@ -110,11 +110,12 @@ def test_casts_bfloat16_to_integers() -> None:
     assert torch.equal(cast(source, torch.int32), source.int())
 
 
-@pytest.mark.parametrize("other", [0.0, 1.1])
-def test_loads_and_stores_cast(other: float) -> None:
+@pytest.mark.parametrize("other", [0.0, 1.1, None])
+def test_loads_and_stores_cast(other: float | None) -> None:
+    """What a load leaves out is NaN where it does not say what is there instead."""
     source, target = torch.full((4,), 1.1), torch.zeros(8, dtype=torch.bfloat16)
     implicit_cast_kernel[(1,)](source, target, other, 4, **OPTIONS)
-    assert_equal(target, torch.tensor([1.1] * 5 + [other] * 3).bfloat16())
+    assert_equal(target, torch.tensor([1.1] * 5 + [math.nan if other is None else other] * 3).bfloat16())
 
 
 # Products
