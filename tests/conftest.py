@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,22 @@ def poison(patch: pytest.MonkeyPatch) -> None:
     """`empty`, `empty_like` and `new_empty` give NaN where `dca_kernels` calls them."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def precisions(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What a GPU would round the operands of the products to, which the interpreter leaves as they are."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: set[str] = set()
+    multiply = InterpreterBuilder.create_dot
+
+    def multiply_and_note(self: object, a: object, b: object, d: object, precision: Any, *rest: object) -> object:
+        found.add(precision.name)
+        return multiply(self, a, b, d, precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiply_and_note)
+    return found
 
 
 @pytest.fixture(scope="session")

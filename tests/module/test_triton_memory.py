@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -231,20 +230,6 @@ def bounds(monkeypatch: pytest.MonkeyPatch) -> Bounds:
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load_within)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store_within)
     return bounds
-
-
-@pytest.fixture
-def precisions(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """What a GPU would round the operands of the products to, which the interpreter leaves as they are."""
-    found: set[str] = set()
-    multiply = InterpreterBuilder.create_dot
-
-    def multiply_and_note(self: object, a: object, b: object, d: object, precision: Any, *rest: object) -> object:
-        found.add(precision.name)
-        return multiply(self, a, b, d, precision, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiply_and_note)
-    return found
 
 
 @of_the_interpreter
