@@ -94,6 +94,8 @@ IN_BLOCKS = {
     "spatial_only": replace(TILED, channel_att=False),
     # 16 columns of the map take from 17 of the grid.
     "columns_on_both_sides": Config((4,), (1, 50), channel_att=False, spatial_att=False, sizes=((2, 51),)),
+    # One channel of a row of windows is more than a program of `patch_embed_rows` has at once of others.
+    "wide_row_of_windows": Config((2,), (1, 17), channel_att=False, spatial_att=False, sizes=((1, 272),), batch=1),
 }
 
 
@@ -118,6 +120,16 @@ def test_layouts_that_differ(names: tuple[str, str], train: bool) -> None:
         forward(pair(RAGGED, "triton", train=train)[0], inputs) for inputs in (maps, [x.contiguous() for x in maps])
     ]
     assert_same(*results, rtol=1e-12)
+
+
+def test_layouts_of_windows_that_are_all_alike() -> None:
+    """By rows of windows, in training, of a map whose BatchNorm is in evaluation as well."""
+    config = Config((4, 6), (2, 3), channel_att=False, spatial_att=False, sizes=((4, 6), (6, 12)))
+    modules = pair(config, "triton")
+    for dca in modules:
+        dca.bn_relu[0].eval()
+    maps = [LAYOUTS["sliced"](x) for x in random_maps(config, backend="triton")]
+    assert_same(*(forward(dca, maps) for dca in modules))
 
 
 def test_layouts_after_each_other() -> None:
@@ -856,15 +868,26 @@ def test_every_kernel_has_blocks_or_names_its_limit(kernel: str, architecture: s
                 launch.configuration(kernel, architecture, dtype, largest + 1)
 
 
-def test_windows_that_are_too_wide_say_so() -> None:
+@pytest.mark.parametrize("sizes", [((4, 600), (4, 1)), ((4, 1), (4, 600))], ids=["first", "second"])
+def test_windows_that_are_too_wide_say_so(sizes: tuple[tuple[int, int], ...]) -> None:
     """Rows of a window follow each other, its columns are there at once."""
-    model, maps = kernels_and_maps(Config((16,), (4, 1), sizes=((4, 600),), batch=1))
+    model, maps = kernels_and_maps(Config((16, 16), (4, 1), sizes=sizes, batch=1))
     with pytest.raises(ValueError, match=r"too large for the triton backend.s patch_embed.*, got 16384; the torch"):
         forward(model, maps)
 
 
+def test_windows_may_be_wider_in_evaluation() -> None:
+    """Of which no BatchNorm needs moments."""
+    config = Config((16,), (2, 1), channel_att=False, spatial_att=False, sizes=((2, 300),), batch=1)
+    assert_parity(config, "triton", train=False)
+    with pytest.raises(ValueError, match=r"too large for the triton backend.s patch_embed.*, got 8192; the torch"):
+        assert_parity(config, "triton", train=True)
+
+
+WIDEST_FIRST = Config((1100, 11), 1, channel_att=False, spatial_head=(11, 11), sizes=((1, 1),) * 2)
 TOO_LARGE = {
-    "widest_scale": (Config((1100,), 1, channel_att=False, spatial_head=(1,), sizes=((1, 1),)), r"\w+", 2048),
+    "widest_first": (WIDEST_FIRST, "tokens", 2048),
+    "widest_second": (replace(WIDEST_FIRST, features=(11, 1100)), "tokens", 2048),
     "widest_head": (
         Config((2, 200, 200), 1, channel_att=False, spatial_head=(2, 1, 2), sizes=((1, 1),) * 3),
         "spatial_attention",

@@ -36,6 +36,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from dca_kernels.triton_backend import eager, launch, plan
 from dca_kernels.triton_backend.memory import aligned
 from dca_kernels.triton_backend.partials import _sum_partials_kernel
+from dca_kernels.triton_backend.primitives import sum_images
 
 pytestmark = pytest.mark.slow
 
@@ -258,6 +259,26 @@ def test_every_access_is_inside_a_tensor_in_small_blocks(
 
 
 @of_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_every_access_is_inside_a_tensor_in_blocks_of_several_rows(
+    dtype: torch.dtype, halo: Halo, bounds: Bounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of windows as they are on a GPU: the last reaches below the token grid."""
+    config = replace(RAGGED, channel_att=False, spatial_att=False)
+    found = launch.configuration
+
+    def of_several_rows(kernel: str, *conditions: object) -> dict[str, int]:
+        return found(kernel, *conditions) | ({"block_p": 2} if kernel == "patch_embed_train" else {})
+
+    monkeypatch.setattr(launch, "configuration", of_several_rows)
+    ours, theirs = pair(config, "triton", dtype)
+    maps = random_maps(config, dtype, backend="triton")
+    results = evaluate(ours, _move_into(halo, ours, maps), backward=False)
+    if dtype == torch.float64:
+        assert_same(results, evaluate(theirs, maps, backward=False))
+
+
+@of_the_interpreter
 def test_an_access_beyond_a_tensor_raises(bounds: Bounds) -> None:
     source, target = torch.ones(1), torch.zeros(8)
     bounds.set([source, target[:4]])
@@ -331,6 +352,20 @@ def test_partial_sums_far_apart(far_storage: Tensor, overflow_is_an_error: None)
         partials=far_storage, out=out, count=3, SIZE=STRIDE, ACC=tl.float32, BLOCK=32, STEP=4, num_warps=4
     )
     assert torch.equal(out, columns.sum(0))
+
+
+@triton.jit
+def far_sums_kernel(source, target, batch, IMAGE_STRIDE: tl.constexpr):
+    offs = tl.arange(0, 32)
+    tl.store(target + offs, sum_images(source, offs, offs < 32, batch, 1, 0, IMAGE_STRIDE, tl.float32))
+
+
+def test_sums_over_images_far_apart(far_storage: Tensor, overflow_is_an_error: None) -> None:
+    vectors = torch.arange(96.0, device=DEVICE).view(3, 32)
+    far_storage.as_strided((3, 32), (STRIDE, 1)).copy_(vectors)
+    out = torch.empty(32, device=DEVICE)
+    far_sums_kernel[(1,)](source=far_storage, target=out, batch=3, IMAGE_STRIDE=STRIDE, num_warps=4)
+    assert torch.equal(out, vectors.sum(0))
 
 
 def test_upstream_gradients_that_span_too_much(far_storage: Tensor, overflow_is_an_error: None) -> None:

@@ -163,7 +163,7 @@ TOKENS = [
         "triton_backend/layer_norm.py",
         "mean += tl.sum(tl.where(mask, rows - mean[:, None], 0.0), 1) / SIZE",
         "mean += 0.0",
-        (PRECISION + "test_tokens_of_one_value[triton-spatial]",),
+        (PRECISION + "test_tokens_of_one_value[triton-float32-spatial]",),
     ),
     Mutant(
         "norm-of-mean-token-once",

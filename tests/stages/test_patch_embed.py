@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dca_kernels import contract
 from tests.oracle import (
+    LAYOUTS,
     Config,
     assert_all_within_budget,
     assert_same,
@@ -18,6 +19,11 @@ from tests.oracle import (
 from tests.stages.stage import CONFIGS, PATCH_EMBED, ROWS, draws, each_dtype, each_kind_of_windows, runs
 
 SHAPES = CONFIGS | ROWS | {"fewer_pixels_than_windows": Config((4, 8), (5, 3), sizes=((2, 7), (1, 1)))}
+
+# One token has more channels than a program by rows otherwise takes at once.
+MOMENTS = ROWS | {
+    "many_channels": Config((2100,), (1, 1), channel_att=False, spatial_att=False, sizes=((2, 1),), batch=1)
+}
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -61,7 +67,7 @@ def three_pixels(x: Tensor) -> list[Tensor]:
 
 @needs_triton
 @pytest.mark.parametrize("by_rows", [True, False], ids=["by_rows", "any_windows"])
-@pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("config", MOMENTS.values(), ids=MOMENTS)
 def test_moments_are_those_of_the_maps(config: Config, by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both kernels, where the faster one takes the maps: one has its first pixel far off."""
     from dca_kernels.triton_backend import patch_embed
@@ -106,13 +112,15 @@ def test_the_transposed_interpolation_is_rounded_once(dtype: torch.dtype) -> Non
     """By products of 16 bit whose weights have two parts: with one, it is up to 0.7 units in the last place off."""
     from dca_kernels.triton_backend import patch_embed
 
-    config = Config((4, 8), (3, 5), sizes=((19, 23), (11, 9)), batch=2)
+    # Of 132 channels, a product has one row of the map at a time.
+    config = Config((4, 8, 132), (3, 5), sizes=((19, 23), (11, 9), (4, 6)), batch=2)
     dca = build("triton", **config.arguments).to(device_of("triton"), dtype).train()
     torch.manual_seed(0)
     maps = [
         1 + torch.rand(config.batch, c, *size).to(device_of("triton"), dtype)
         for c, size in zip(config.features, config.sizes, strict=True)
     ]
+    maps = [LAYOUTS["sliced"](maps[0]), LAYOUTS["channels_last"](maps[1]), maps[2]]
     for x in maps:
         for pixel in three_pixels(x):
             pixel.zero_()  # what is taken off
