@@ -69,8 +69,10 @@ class Module:
 
     def __init__(self, dca: "DCA", held: Sequence[Held]) -> None:
         submodules = list(dca.modules())[1:]
-        self._owner, self._variables = vars(dca), list(map(vars, submodules))
-        self._counts = list(map(len, self._variables))
+        self._owner = vars(dca)
+        # Which may not grow: there would be a `forward` put on an instance, or a block more.
+        self._counted = [*map(vars, submodules), *(m._modules for m in submodules if m._modules)]
+        self._counts = list(map(len, self._counted))
         self._submodules, self._classes = submodules, list(map(type, submodules))
         self._hooks = [getattr(m, name) for m in submodules for name in HOOKS]
         there = [one for one in held if one.tensors[one.name] is not None]
@@ -101,7 +103,7 @@ class Module:
             vars(dca) is self._owner  # a replica's are others
             and not any(self._hooks)
             and list(map(type, self._submodules)) == self._classes
-            and list(map(len, self._variables)) == self._counts  # else there may be a `forward` among them
+            and list(map(len, self._counted)) == self._counts
             and _looked_up(self._fixed) == self._values
         )
 

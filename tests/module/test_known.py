@@ -5,12 +5,13 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import dca_kernels
@@ -21,6 +22,7 @@ from tests.oracle import (
     assert_identical,
     evaluate,
     needs_triton,
+    of_pytorch,
     pair,
     random_maps,
     randomise,
@@ -46,7 +48,7 @@ def asking(maps: list[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in maps]
 
 
-def assert_same_outputs(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def assert_same_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(found) == len(expected)
     assert all(torch.equal(y, z) for y, z in zip(found, expected, strict=True))
 
@@ -77,6 +79,7 @@ def test_a_call_of_a_kind_that_was_seen_reads_nothing(backend: str, monkeypatch:
     module, maps = seen(backend)
     monkeypatch.setattr(dca_kernels.contract, "read", lambda *_: pytest.fail("read again"))
     evaluate(module, maps)
+    assert type(module(asking(maps))) is tuple
     with pytest.raises(pytest.fail.Exception, match="read again"):
         evaluate(module, [x[:1] for x in maps])
 
@@ -275,6 +278,9 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "another block": replace_block,
     "another head": replace_head,
     "another activation": replace_relu,
+    "one module more in a head": lambda module: module.bn_relu[0].append(nn.Tanh()),
+    "one block more": lambda module: module.attention.append(other(module).attention[0]),
+    "one child more": lambda module: module.attention[0].c_attention[1].add_module("more", nn.ReLU()),
     "stride": lambda module: setattr(projection(module), "stride", (2, 2)),
     "padding": lambda module: setattr(convolution(module), "padding", (1, 1)),
     "forward hook": hook("register_forward_hook", projection),
@@ -289,6 +295,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "no channel attention": lambda module: setattr(module, "channel_att", False),
     "no spatial attention": lambda module: setattr(module, "spatial_att", False),
     "grid": lambda module: setattr(module, "grid", (1, 2)),
+    "features": lambda module: module.features.append(8),
     "a frozen attention": freeze_some,
     "frozen": freeze,
 }
@@ -303,6 +310,12 @@ def test_after_a_change(change: Callable[[nn.Module], object]) -> None:
     module, maps = seen("torch")
     change(module)
     assert_as_a_new_one(module, maps)
+
+
+def test_after_a_change_and_back() -> None:
+    module, maps = seen("torch")
+    for train in (False, True):
+        assert_as_a_new_one(module.train(train), maps)
 
 
 @needs_triton
@@ -395,6 +408,16 @@ def test_a_hook_on_every_module(backend: str) -> None:
     finally:
         handle.remove()
     assert projection(module) in called
+
+
+@of_pytorch
+def test_forward_mode_differentiation() -> None:
+    module, maps = seen("torch", train=False)
+    made = copy.deepcopy(module)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, x.cos()) for x in asking(maps)]
+        found, expected = ([forward_ad.unpack_dual(y).tangent for y in dca(duals)] for dca in (module, made))
+    assert_same_outputs(found, expected)
 
 
 @each_backend

@@ -274,7 +274,7 @@ FOURTH = [
     Mutant(
         "fourth-known-with-a-forward-put-on",
         "known.py",
-        "            and list(map(len, self._variables)) == self._counts  # else there may be a `forward` among them\n",
+        "            and list(map(len, self._counted)) == self._counts\n",
         "",
         ("module/test_known.py::test_after_a_change[forward]",),
     ),
