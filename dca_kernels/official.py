@@ -202,6 +202,6 @@ def refuse_hooks(original: nn.Module) -> None:
             if name not in shared and getattr(type(module), attribute) is not getattr(nn.Module, attribute):
                 raise Refused(f"{name or 'it'} has its class's own {attribute}, which would not be called")
         for registry, hooks in hooks_of(module).items() if name else ():
-            if hooks and not (name in shared and "state_dict" in registry):
+            if isinstance(hooks, dict) and hooks and not (name in shared and "state_dict" in registry):
                 effect = "with which no backend would run" if name in shared else "which would not be called"
                 raise Refused(f"{name} has {registry.strip('_').replace('_', ' ')}, {effect}")

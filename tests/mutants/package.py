@@ -319,8 +319,8 @@ SWAP = [
     Mutant(
         "official-hooks-of-state-dicts",
         "official.py",
-        'if hooks and not (name in shared and "state_dict" in registry):',
-        "if hooks and name not in shared:",
+        'if isinstance(hooks, dict) and hooks and not (name in shared and "state_dict" in registry):',
+        "if isinstance(hooks, dict) and hooks and name not in shared:",
         ("swap/test_hooks.py::test_what_would_not_be_called_is_refused[convolution]",),
     ),
     Mutant(

@@ -104,6 +104,10 @@ HOOKED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         lambda dca: dca.attention.register_state_dict_pre_hook(print),
         "attention has state dict pre hooks, which would not be called",
     ),
+    "state_dict_of_a_list": (
+        lambda dca: dca.bn_relu.register_state_dict_pre_hook(print),
+        "bn_relu has state dict pre hooks, which would not be called",
+    ),
     "forward": (
         lambda dca: setattr(dca, "forward", dca.forward),
         "the forward of this instance was replaced, and would not be called",
@@ -125,6 +129,13 @@ def test_what_would_not_be_called_is_refused(change: Callable[[nn.Module], objec
     model = host()
     change(model.DCA)
     assert_refused(model, "DCA (DualCrossAttention)", re.escape(reason))
+
+
+def test_hooks_that_were_removed_do_not_count() -> None:
+    model = host()
+    for register in ("register_full_backward_hook", "register_forward_hook"):
+        getattr(model.DCA.upconvs[0], register)(print).remove()
+    trusting_replace_dca(model)
 
 
 def test_a_dca_that_is_compiled_by_itself_is_refused() -> None:
