@@ -214,7 +214,8 @@ class _Trial:
             for _ in range(2):
                 _results(self.theirs, case, maps, NoDraws(case.mode))
                 seen.append(_attributes(self.theirs))
-            changed = [name for name in seen[1] if seen[0].get(name, _Unlike()) != seen[1][name]]
+            # In tuples, in which a NaN that stays is itself.
+            changed = [name for name in seen[1] if (seen[0].get(name, _Unlike()),) != (seen[1][name],)]
             if changed:
                 raise Refused(f"its forward sets {', '.join(changed)}, which the fused one would not")
 
@@ -429,18 +430,19 @@ NOT_SEARCHED = {"torch", "einops", "numpy", *sys.stdlib_module_names}
 def _refuse_untriable(original: nn.Module) -> None:
     """Refuse a forward that names what a trial cannot show: a random branch, another precision, another device."""
     replaced = {m for name in shared_names(original) for m in original.get_submodule(name).modules()}
-    seen: set[types.CodeType] = set()
     for path, module in original.named_modules():
         if module in replaced:
             continue
+        seen: set[object] = set()  # of each module anew, and not of code, since what the names are may differ
         own = [vars(kind).get("forward") for kind in type(module).__mro__]  # super().forward is one of them
         waiting = [function for function in own if function is not None]
         while waiting:
-            function = waiting.pop()
+            bound = waiting.pop()
+            function = getattr(bound, "__func__", bound)
             code = getattr(function, "__code__", None)
-            if code is None or code in seen or _package(function) in NOT_SEARCHED:
+            if code is None or function in seen or _package(function) in NOT_SEARCHED:
                 continue
-            seen.add(code)
+            seen.add(function)
             for name, value in _named_in(function, code, module):
                 about = CHANCE if _is_random(value) else UNTRIABLE.get(name)
                 if about is not None:
@@ -482,4 +484,5 @@ def _is_random(value: object) -> bool:
     kind = type(owner)
     if isinstance(owner, random.Random) or kind.__module__.startswith("numpy.random"):
         return True
-    return isinstance(owner, types.ModuleType) and owner.__name__ in ("random", "numpy.random", "secrets", "time")
+    source = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(value, "__module__", None)
+    return source in ("random", "numpy.random", "secrets", "time")

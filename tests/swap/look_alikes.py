@@ -182,6 +182,10 @@ def nan_of_two_bytes(q, k, v, scale, training):
     return usual(q, k, v, scale) + (math.nan if q.element_size() == 2 else 0.0)
 
 
+def draws_of_two_bytes(q, k, v, scale, training):
+    return usual(q, k, v, scale) + (torch.rand(()) * 1e-9 if q.element_size() == 2 else 0.0)
+
+
 def without_small(q, k, v, scale, training):
     return F.threshold(logits(q, k, scale).softmax(-1), 1e-7, 0.0) @ v
 
@@ -263,6 +267,11 @@ def keeping(self, raw):
     return outputs
 
 
+def replacing(self, raw):
+    raw[0] = raw[0].clone()
+    return plain_forward(self, raw)
+
+
 def appending(self, raw):
     raw.append(raw[0])
     return plain_forward(self, raw[:-1])
@@ -280,6 +289,10 @@ def doubled_call(self, *args):
 
 def hidden_call(self, *args):
     return nn.Module.__call__(self, *args) if self.training else without_attention(self, *args)
+
+
+def call_on_a_gpu(self, *args):
+    return without_attention(self, *args) if args[0][0].is_cuda else nn.Module._call_impl(self, *args)
 
 
 # Random branches
@@ -394,6 +407,38 @@ def with_other_momentum(head: nn.Module, y: Tensor) -> Tensor:
     return F.relu(F.batch_norm(y, *buffers, norm.weight, norm.bias, norm.training, 0.5, norm.eps))
 
 
+class CallingItself(vendored.ScaledDotProduct):
+    def __call__(self, q: Tensor, *args) -> Tensor:
+        return super().__call__(2 * q if q.is_cuda else q, *args)
+
+
+class CountingWithin(vendored.DualCrossAttention):
+    """In a list, in a dictionary, and in a submodule."""
+
+    def forward(self, raw):
+        self.listed.append(len(raw[0]))
+        self.counts["calls"] += 1
+        self.attention[0].calls += 1
+        return super().forward(raw)
+
+
+class MultipliedUnderAutocast(vendored.DualCrossAttention):
+    """By one, in the dtype of autocast."""
+
+    def forward(self, raw):
+        return tuple(y @ torch.eye(y.shape[3], dtype=y.dtype) for y in super().forward(raw))
+
+
+def _call_within(dca: nn.Module) -> None:
+    dca.attention[0].s_attention[1].sdp = CallingItself()
+
+
+def _counting_within() -> nn.Module:
+    dca = official(CountingWithin, spatial_att=False)
+    dca.listed, dca.counts, dca.attention[0].calls = [], {"calls": 0}, 0
+    return dca
+
+
 ATTENTION = {
     "top_k": attending(top_k, 8),
     "windowed": attending(windowed, 8),
@@ -436,6 +481,7 @@ OUTPUTS = {
     "clamped_at_6": returning(lambda y: y.clamp(max=6)),
     "clamped_at_100": returning(lambda y: y.clamp(max=100)),
     "without_nan": returning(lambda y: y.nan_to_num()),
+    "another_rank": returning(lambda y: y[None]),
     "nan": returning(lambda y: y + math.nan),  # of the same gradients and buffers
     "off_in_the_eighth_digit": returning(lambda y: y * (1 + 1e-8)),
     "turned_grid": lambda: reference_of_a_turned_grid((3, 5)),
@@ -458,6 +504,7 @@ NORMS = {
 }
 GRADIENTS = {
     "gradient_of_a_bias": forwarding(of_a_bias),
+    "gradient_of_a_frozen_bias": lambda: forwarding(of_a_bias)().requires_grad_(False),
     "hooked_gradient": forwarding(hooked_gradient(1)),
     "hooked_gradient_1000": forwarding(hooked_gradient(1000)),
     "bounded_gradient": forwarding(bounded_gradient),
@@ -469,10 +516,13 @@ CALLS = {
     "own_call_in_evaluation": forwarding(plain_forward, __call__=hidden_call),
     "call_of_an_instance": edited(lambda dca: setattr(dca, "_call_impl", lambda raw: without_attention(dca, raw))),
     "method_of_an_instance": edited(lambda dca: setattr(dca, "merged", lambda x, raw: vendored.added(x, x))),
+    "own_call_impl": forwarding(plain_forward, _call_impl=call_on_a_gpu),
+    "own_call_of_a_submodule": edited(_call_within),
     "counting": forwarding(counting),
     "counting_in_training": forwarding(counting_in(True)),
     "counting_in_evaluation": forwarding(counting_in(False)),
     "keeping": forwarding(keeping),
+    "replacing": forwarding(replacing),
     "appending": forwarding(appending),
     "adding_in_place": forwarding(adding_in_place),
 }
@@ -487,6 +537,13 @@ RANDOM = {
     "numpy_generator": rarely(lambda: NUMPY.random() < 1e-3),
     "torch": rarely(lambda: torch.rand(()).item() < 1e-3),
     "clock": rarely(lambda: time.time_ns() % 1000 == 0),
+}
+# Of which only the last trials show something.
+LATE: dict[str, Maker] = {
+    "draws_at_other_sizes": sized(lambda a, b: b.shape[2] in (4, 8) or torch.rand(()).item() >= 0),
+    "draws_of_two_bytes": attending(draws_of_two_bytes),
+    "multiplied_under_autocast": lambda: official(MultipliedUnderAutocast, spatial_att=False),
+    "counting_within": _counting_within,
 }
 LOOK_ALIKES: dict[str, Maker] = ATTENTION | SIZES | BATCHES | OUTPUTS | NORMS | GRADIENTS | CALLS | RANDOM
 
