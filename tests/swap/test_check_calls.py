@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 from collections.abc import Callable
 
@@ -106,6 +107,30 @@ def test_what_is_no_number_differs() -> None:
     model = replace_dca(Host(look_alikes.OUTPUTS["nan"]()).double(), **checked)
     with pytest.raises(RuntimeError, match=r": outputs\[0\] differs by nan, where .+ is allowed"):
         model(IMAGE)
+
+
+def test_a_result_that_is_infinite_does_not_hide_the_others() -> None:
+    model = parallel().eval()
+    for head in model.DCA.bn_relu:
+        head[0].bias.data[0] = math.inf
+    replace_dca(model, **checked)
+    with pytest.raises(RuntimeError, match=r": outputs\[0\] differs by"):
+        model(IMAGE)
+
+
+def test_no_image() -> None:
+    model = replace_dca(host().eval(), **checked)
+    for _ in range(2):
+        model(IMAGE[:0])
+    assert hooks(model) == 0
+
+
+def test_each_dca_counts_its_own_calls() -> None:
+    first, second = host(), host(seed=1)
+    replace_dca(nn.ModuleList([first, second]), **checked)
+    for left in (3, 0):
+        first(IMAGE), second(IMAGE)
+        assert (hooks(first), hooks(second)) == (left, left)
 
 
 def test_buffers_are_compared() -> None:

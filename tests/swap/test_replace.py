@@ -212,6 +212,20 @@ def test_a_fused_module_that_was_there_stays() -> None:
     assert model[0] is fused
 
 
+class OnlyByName(nn.Module):
+    """Of a DCA's children, and of none of its submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("avg_map", "attention", "upconvs", "bn_relu"):
+            setattr(self, name, nn.ModuleList([nn.ReLU()]))
+
+
+def test_a_module_that_is_none_by_far_is_refused() -> None:
+    (found,) = inspect(OnlyByName())
+    assert found.reason.startswith("it has another layout: ")
+
+
 def test_frozen_parameters_and_modes_stay() -> None:
     model = host().train()
     model.DCA.avg_map.requires_grad_(False)

@@ -16,6 +16,7 @@ from tests.swap.models import (
     IMAGE,
     PATCH,
     VENDORED,
+    Snapshot,
     assert_the_same_objects,
     host,
     tensors,
@@ -83,6 +84,15 @@ def test_restored_in_the_mode_of_now() -> None:
     restore_dca(model)
     training = {name for name, m in model.DCA.named_modules() if m.training}
     assert training == {"bn_relu.0", "bn_relu.0.0", "bn_relu.0.1"}
+
+
+def test_all_are_restored_or_none() -> None:
+    model = trusting_replace_dca(nn.ModuleList([host().DCA, host(seed=1).DCA]))
+    model[1].upconvs[0].forward = model[1].upconvs[0].forward
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"^model: .* got one that was put on upconvs\.0: remove it"):
+        restore_dca(model)
+    before.assert_unchanged(model)
 
 
 def test_norms_exchanged_while_replaced_stay() -> None:

@@ -89,6 +89,14 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         change(lambda dca: (delattr(dca, "patch_avg"), setattr(dca, "patch", (2, 2, 2)))),
         r"it has another layout: patch: expected one integer or \(P_h, P_w\), got \(2, 2, 2\)",
     ),
+    "layer_norm_and_more": (
+        change(lambda dca: dca.attention[0].channel_norm.__setitem__(1, nn.Sequential(nn.LayerNorm(16), nn.GELU()))),
+        r"it has another layout: attention\.0\.channel_norm\.1: expected LayerNorm.*, got a .*\.Sequential",
+    ),
+    "without_blocks": (
+        change(lambda dca: setattr(dca, "attention", nn.ModuleList())),
+        r"it has another layout: .+",
+    ),
     "attention_of_one_module": (
         change(lambda dca: setattr(dca, "attention", nn.Identity())),
         r"it has another layout: .+",

@@ -57,6 +57,10 @@ CHANGED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "quantized": (_quantize, r"upconvs\.0\.conv\.conv is quantized or observed: replace the float model first, .+"),
     "observed": (_observe, r"upconvs\.0\.conv\.conv is observed for quantization: replace the float model first, .+"),
     "meta": (lambda dca: dca.to("meta"), r"avg_map\..+ is on the meta device: materialise it first .+, then replace"),
+    "meta buffer": (
+        lambda dca: setattr(dca.bn_relu[1][0], "running_mean", torch.ones(16, device="meta")),
+        r"bn_relu\.1\.0\.running_mean is on the meta device: materialise it first .+, then replace",
+    ),
     "stride": (
         _stride,
         r"it has another layout: .+ stride=\(2, 2\)\): a stride leaves pixels out, which no DCA does; .+",
@@ -101,6 +105,17 @@ def _mesh() -> dist.DeviceMesh:
 def _distribute(conv: nn.Module) -> None:
     conv.weight = nn.Parameter(distribute_tensor(conv.weight.detach(), _mesh(), [Replicate()]))
     assert isinstance(conv.weight, DTensor)
+
+
+def test_what_lies_beside_the_dca_does_not_count() -> None:
+    """Neither what is sharded nor a traced graph."""
+
+    class Sharded(nn.Module): ...
+
+    Sharded.__module__ = "torch.distributed.fsdp._fully_shard"
+    model = nn.ModuleList([Sharded(), torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), host().DCA])
+    trusting_replace_dca(model)
+    assert type(model[2]) is DCA
 
 
 @pytest.mark.slow
