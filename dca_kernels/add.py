@@ -94,8 +94,8 @@ def add_dca(
         if start == "identity":
             dca.gates = nn.ParameterList(nn.Parameter(torch.zeros(skip.shape[0], 1, 1)) for skip in place.skips)
             dca.register_forward_hook(_weigh)
+        dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     vars(dca)["_skips"] = place.skips
-    dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     dca.register_load_state_dict_pre_hook(_keep_where_absent)
     place.put(dca)
     return model

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from dca_kernels.structure import is_hooked
@@ -230,6 +231,7 @@ class Search:
         alone = len(called) == 1 and not isinstance(self._root.get_submodule(*called), nn.Sequential)
         return called.pop() if alone else None
 
+    @torch.inference_mode(False)  # in which torch.fx's values would have no gradients switched on
     def _traced(self, opened: Sequence[str], hidden: Mapping[str, float] = NOTHING_KNOWN) -> Traced:
         images = max(self._example.shape[0], 2 if self._root.training else 1)  # BatchNorm refuses one value
         example = self._example.new_empty((images, *self._example.shape[1:]))

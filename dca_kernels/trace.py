@@ -120,7 +120,12 @@ class Value(fx.Proxy):
 
     def __len__(self) -> int:
         value = self.node.meta[VALUE]
-        return operator.index(self.shape[0]) if isinstance(value, Tensor) else len(value)
+        if isinstance(value, Tensor):
+            return operator.index(self.shape[0])
+        if isinstance(value, (list, tuple)) and any(isinstance(piece, Tensor) for piece in value):
+            count: Any = self.tracer.create_proxy("call_function", len, (self,), {})  # which sizes may decide
+            return operator.index(count)
+        return len(value)
 
     def __iter__(self) -> Iterator[Any]:
         value = self.node.meta[VALUE]
@@ -388,6 +393,8 @@ def _in_words(argument: Any) -> str:
         return f"{_in_words(args[0])}.{args[1]}"
     if argument.target is operator.getitem:
         return f"{_in_words(args[0])}[{args[1]}]"
+    if argument.target is len:
+        return f"len({_in_words(args[0])})"
     if argument.target in SYMBOLS:
         return f"{_in_words(args[0])} {SYMBOLS[argument.target]} {_in_words(args[1])}"
     if argument.target is operator.neg:

@@ -351,6 +351,28 @@ def test_code_that_asks_for_the_batch() -> None:
         assert_same({"": model(image(32, 32, batch=batch))}, {"": plain(image(32, 32, batch=batch))})
 
 
+class InPieces(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([piece - piece.mean() for piece in x.split(16, 2)], 2))
+
+
+def test_code_that_takes_an_image_to_pieces() -> None:
+    torch.manual_seed(0)
+    plain = InPieces().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, example=image(32, 32), start="identity")
+    assert_identical({"": model(image(48, 32))}, {"": plain(image(48, 32))})
+
+
+def test_in_inference_mode() -> None:
+    """Nothing that stays is of it; an image of another size may come there first."""
+    model = Particular().double().eval()
+    with torch.inference_mode():
+        add_dca(model, patch=3, example=image(32, 64))
+        found = model(image(32, 48))
+    assert not any(t.is_inference() for t in tensors(model).values())
+    assert_identical({"": model(image(32, 48))}, {"": found})
+
+
 def test_threads_with_images_of_other_sizes() -> None:
     torch.manual_seed(0)
     model = add_dca(Particular().double().eval(), patch=3, example=image(32, 64))
