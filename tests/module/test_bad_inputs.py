@@ -14,6 +14,7 @@ import re
 import traceback
 from collections import UserList, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import dca_kernels
-from dca_kernels import DCA, add_dca, inspect, replace_dca, restore_dca, use_backend, warm_up
+from dca_kernels import DCA, add_dca, inspect, layers, replace_dca, restore_dca, use_backend, warm_up
 from tests.oracle import (
     Config,
     assert_same,
@@ -359,7 +360,7 @@ NUMBERS: dict[str, list[object]] = {
     "momentum": ["0.1", [0.1], 0.1j, ANYTHING, torch.tensor([0.1, 0.1])],
     "eps": ["0.1", None, [0.1], 0.1j, ANYTHING],
 }
-HEADS = [0, -1, 3, "2", None, True, 2.0, [2]]
+HEADS = [0, -1, 3, 8, "2", None, True, 2.0, [2]]
 OF_DCA: dict[str, list[object]] = {
     "backend": [*BACKENDS],
     "features": [[4], [4, 9], [4, 8, 8], "48", None, 8],
@@ -391,6 +392,7 @@ STATES: dict[str, Callable[[nn.Module], object]] = {
         f"{POINTWISE}.{name} {value}": at(POINTWISE, lambda m, name=name, value=value: setattr(m, name, value))
         for name, value in (("stride", (2, 2)), ("padding", (1, 1)), ("groups", 2), ("in_channels", 9), ("stride", 2))
     },
+    "bn_relu.1 None": put("bn_relu.1", lambda m: None),
     f"{NORM}.normalized_shape": at(NORM, lambda m: setattr(m, "normalized_shape", (2, 4))),
     f"{NORM}.eps": at(NORM, lambda m: setattr(m, "eps", "small")),
     "scales exchanged": lambda dca: put("upconvs.0", lambda m: dca.upconvs[1])(dca),
@@ -718,6 +720,18 @@ def test_convolutions_that_compute_the_same(other: dict[str, Any]) -> None:
     convolution = nn.Conv2d(8, 8, 1, **other)
     convolution.load_state_dict(module.upconvs[1].conv.conv.state_dict())
     module.upconvs[1].conv.conv = convolution
+    assert all(map(torch.equal, module(maps), expected))
+
+
+def test_norms_in_lists_of_their_own() -> None:
+    """Of one attention of one block."""
+    module, maps = build("torch", **replace(CONFIG, n=2).arguments), random_maps(CONFIG, torch.float32)
+    expected = copy.deepcopy(module)(maps)
+    block = module.attention[1]
+    lists = [layers.LayerNorms([c]) for c in CONFIG.features]
+    for own, norm in zip(lists, block.channel_norm, strict=True):
+        own[0] = norm
+    block.channel_norm = nn.ModuleList(lists)
     assert all(map(torch.equal, module(maps), expected))
 
 

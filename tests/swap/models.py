@@ -60,12 +60,17 @@ def assert_the_same_objects(actual: dict[str, object], expected: dict[str, objec
     assert all(actual[name] is expected[name] for name in expected)
 
 
+def _with_length(attribute: tuple[str, object]) -> tuple[str, int]:
+    name, value = attribute
+    return name, len(value) if isinstance(value, (list, dict)) else 0
+
+
 class Snapshot:
     """All of a model that a call that raises, or only looks, must leave as it is."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.attributes = {name: list(vars(m)) for name, m in self.modules.items()}
+        self.attributes = {name: list(map(_with_length, vars(m).items())) for name, m in self.modules.items()}
         self.modes = {name: m.training for name, m in self.modules.items()}
         self.tensors = tensors(model)
         self.values = {name: t.clone() for name, t in self.tensors.items()}

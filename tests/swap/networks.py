@@ -216,7 +216,8 @@ class PyramidNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.backbone(x)
-        size = features["layer0"].shape[-2:]
+        largest, *_ = features.values()
+        size = largest.shape[-2:]
         maps = [F.interpolate(self.lateral[name](y), size=size) for name, y in features.items()]
         return {"out": F.interpolate(self.head(torch.cat(maps, 1)), size=x.shape[-2:])}
 

@@ -57,6 +57,13 @@ class ManyDecoder(Decoder):
         return super().forward(list(maps))
 
 
+class PoppingDecoder(Decoder):
+    """Leaves nothing in the list that it is given."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return super().forward([maps.pop(0) for _ in range(len(maps))])
+
+
 def skips_only(x: Tensor) -> list[Tensor]:
     return []
 
@@ -114,6 +121,7 @@ SEAMS = {
     "monai": (skips_only, as_list_and_more, Decoder),
     "tuple": (image_first, as_tuple, TupleDecoder),
     "one_argument_each": (image_first, as_many, ManyDecoder),
+    "popping": (image_first, as_list, PoppingDecoder),
 }
 
 
@@ -151,10 +159,62 @@ def test_a_skip_that_changes_nothing_is_left_out() -> None:
     assert [name for name, p in model.decoder.dca.named_parameters() if p.grad is None] == []
 
 
+class SeveralOutputs(Decoder):
+    """None of which tells of both skips, but the one that is not everywhere a number; a skip's mean changes nothing."""
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        maps = [x - x.mean((2, 3), keepdim=True) for x in maps]
+        total = super().forward(maps)
+        total[..., 0] = torch.nan
+        return {"nothing": total[:0], "small": self.heads[1](maps[1]), "large": total}
+
+
+def test_all_outputs_tell_of_the_skips() -> None:
+    assert add_dca(network(skips_only, as_list, SeveralOutputs), patch=3).decoder.dca.features == [4, 8]
+
+
+def test_a_first_map_of_the_shape_of_the_image() -> None:
+    model = add_dca(network(lambda x: [2 * x]), patch=3, spatial_att=False)
+    assert model.decoder.dca.features == [3, 4, 8]
+
+
+class OfBytes(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double() / 255)
+
+
+def test_an_example_of_another_dtype() -> None:
+    torch.manual_seed(0)
+    model = add_dca(OfBytes().double(), patch=3, example=torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    assert {p.dtype for p in model.decoder.dca.parameters()} == {torch.float64}
+
+
+def test_a_first_convolution_of_groups() -> None:
+    model = network()
+    model.encoder.stages[0] = nn.Conv2d(6, 4, 3, 2, 1, groups=2, dtype=torch.float64)
+    assert add_dca(model, patch=3).decoder.dca.features == [4, 8]
+
+
+def test_a_dca_that_starts_as_the_identity_keeps_the_dtype_of_autocast() -> None:
+    model = add_dca(network().float(), patch=3, start="identity")
+    maps = [torch.ones(2, c, 4, 4, dtype=torch.bfloat16) for c in (4, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [y.dtype for y in model.decoder.dca(maps)] == [torch.bfloat16] * 2
+
+
+class Keeping(nn.Module):
+    """Puts no map first, changes its image and keeps it."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.latest = x.sub_(0.5)
+        return []
+
+
 def test_a_network_that_changes_its_image_leaves_the_example() -> None:
     example = ODD_IMAGE.clone()
-    add_dca(network(lambda x: [x.sub_(0.5)][:0]), patch=3, example=example)
+    model = add_dca(network(Keeping()), patch=3, example=example)
     assert_identical({"example": example}, {"example": ODD_IMAGE})
+    assert not hasattr(model.encoder.leading, "latest")
 
 
 def test_adding_changes_nothing_that_was_there() -> None:
@@ -169,6 +229,7 @@ def test_adding_changes_nothing_that_was_there() -> None:
     assert {m: m.training for m in modes} == modes
     assert all(m.training for m in model.decoder.dca.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert len(model.decoder._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize("decodes_in_training", [False, True])
@@ -300,6 +361,33 @@ class _ByName(Network):
         return self.decoder(maps=self.encoder(x))
 
 
+class _WithoutEncoder(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules = {"stem": self.encoder, "decoder": self.decoder}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.stem(x))
+
+
+class _WithSide(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(*self.encoder(x), x.shape[-1])
+
+
+class _SideDecoder(Decoder):
+    def forward(self, *maps_and_side: Tensor | int) -> Tensor:
+        *maps, side = maps_and_side
+        return super().forward(maps) / side
+
+
+class _WaryDecoder(Decoder):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        if maps[0].mean() > 0.6:
+            raise RuntimeError("too bright")
+        return super().forward(maps)
+
+
 def _with(network: Network, **children: nn.Module) -> Network:
     for name, child in children.items():
         setattr(network, name, child)
@@ -310,6 +398,8 @@ OTHER_SEAMS = {
     "sequential": lambda: _with(Network(), decoder=nn.Sequential(Decoder())),
     "from_the_smallest": lambda: _with(_Reversed(), decoder=_ReversedDecoder()),
     "by_name": lambda: _ByName().double(),
+    "by_another_than_the_encoder": lambda: _WithoutEncoder().double(),
+    "with_a_number": lambda: _with(_WithSide(), decoder=_SideDecoder()),
 }
 
 
@@ -357,6 +447,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], str]] =
     "strides": (network, {"strides": [1]}, TypeError, "strides: expected to be read off the model, got [1]"),
     "start": (network, {"start": "zero"}, ValueError, "start: expected one of official, identity, got 'zero'"),
     "patch": (network, {"patch": 0}, ValueError, "patch: expected integers of at least 1, got [0, 0]"),
+    "other_maps": (
+        lambda: network(skips_only, as_list, _WaryDecoder),
+        {},
+        ValueError,
+        "example: expected an input that the model's forward takes, got shape (1, 3, 256, 256), at which it raises "
+        "RuntimeError: too bright",
+    ),
     "heads": (
         network,
         {"spatial_head": [4, 3]},
@@ -378,5 +475,6 @@ def test_a_model_that_is_refused_stays(
 
 
 def test_an_added_dca_is_fused_already() -> None:
-    (found,) = inspect(add_dca(network(), patch=3))
+    (found,) = inspect(add_dca(network(image_first), patch=3))
     assert (found.name, found.fused) == ("decoder.dca", True)
+    assert found.skips == ("map 1 of the decoder (4 x 128 x 128)", "map 2 of the decoder (8 x 64 x 64)")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import pickle
 import random
 import re
@@ -209,6 +210,18 @@ def test_the_network_within_a_wrapper_gets_the_dca() -> None:
     assert type(model) is networks.Wrapper
     assert_identical({"": model(IMAGE)}, {"": model.network(IMAGE)})
     assert all(name.startswith("network.") for name in model.state_dict())
+    assert not model.network._forward_pre_hooks
+
+
+class Flipping(networks.Wrapper):
+    """Runs its network twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) + self.network(x.flip(3)).flip(3)
+
+
+def test_a_wrapper_that_calls_its_network_twice() -> None:
+    assert add_dca(Flipping(make("padded")), patch=3, example=image(8, 8)).dca.features == [4, 4, 8, 8]
 
 
 class Dropping(networks.Nested):
@@ -240,6 +253,32 @@ def test_a_hooked_module_stays_whole() -> None:
     called.clear()
     model(IMAGE)
     assert called == [1]
+    (found,) = inspect(model)
+    assert found.skips == ("backbone[layer0] (4 x 128 x 128)", "backbone[layer1] (8 x 64 x 64)")
+
+
+class Excitation(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weights = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights(x)
+
+
+class OfTorchvision(networks.Nested): ...
+
+
+OfTorchvision.__module__ = "torchvision.models"
+
+
+def test_a_hooked_module_that_pools_within() -> None:
+    """And one of a library whose name begins as PyTorch's."""
+    model = make("nested")
+    model.model[1].__class__ = OfTorchvision
+    model.model[0].append(Excitation(4).double())
+    model.model[0].register_forward_hook(lambda module, args, result: None)
+    assert add_dca(model, patch=3).dca.features == [4, 8]
 
 
 def test_a_hooked_module_that_would_have_to_be_opened() -> None:
@@ -398,6 +437,8 @@ def test_skips_by_name() -> None:
     assert model.dca.features == [8, 4]
     model = added("pyramid", skips=["lateral.layer1"])  # that the network does not lead down from
     assert model.dca.features == [4]
+    model = add_dca(networks.Wrapper(make("padded")), patch=3, skips=["down1"])
+    assert model.network.dca.features == [8]
 
 
 def test_a_skip_of_a_graph_that_changes_nothing_is_left_out() -> None:
@@ -432,16 +473,21 @@ class Classifier(nn.Sequential):
 class Excited(nn.Module):
     """Weights of channels are no way down, pooled pyramids neither."""
 
+    pools = F.adaptive_avg_pool2d, F.adaptive_max_pool2d
+
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv, self.of_pooled = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
         self.excite = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
-        self.pyramid = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Conv2d(4, 4, 1))
+        self.pyramids = nn.ModuleList(
+            nn.Sequential(pool(3), nn.Conv2d(4, 4, 1)) for pool in (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         x = x * self.excite(x) * x.mean((2, 3), keepdim=True).sigmoid()
-        return torch.cat([x, F.interpolate(self.pyramid(x), size=x.shape[2:])], 1)
+        pooled = [pyramid(x) for pyramid in self.pyramids] + [self.of_pooled(pool(x, 3)) for pool in self.pools]
+        return torch.cat([x, *(F.interpolate(y, size=x.shape[2:]) for y in pooled)], 1)
 
 
 class Residual(nn.Module):
@@ -469,6 +515,34 @@ class WithTheImage(networks.PaddedUNet):
 
 def test_the_image_is_no_skip() -> None:
     assert add_dca(WithTheImage().double(), patch=3).dca.features == [4, 8]
+
+
+class LargestLast(networks.PaddedUNet):
+    """Its skips come in another sequence than that of their sizes; and a block of its own does what no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.auxiliary = Apart(self.down1), Auxiliary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x2 = self.down1(self.inc(x))
+        x = self.up2(self.up1(self.down2(x2), x2), self.inc(x))
+        more = self.auxiliary(x)
+        return self.outc(x if more is None else x + more)
+
+
+class Apart(networks.Wrapper):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.network(x) * torch.tensor(2.0)
+
+
+class Auxiliary(nn.Module):
+    def forward(self, x: Tensor) -> None: ...
+
+
+def test_skips_come_by_their_sizes() -> None:
+    assert add_dca(LargestLast().double(), patch=3).dca.features == [4, 8]
 
 
 def test_a_bottleneck_of_one_pixel() -> None:
@@ -580,6 +654,12 @@ class WithoutAutocast(networks.PaddedUNet):
             return super().forward(x)
 
 
+class SavingOnTheHost(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return super().forward(x)
+
+
 class Drawing(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if not self.training or torch.rand(1).item() < 0.5 else -x)
@@ -588,6 +668,23 @@ class Drawing(networks.PaddedUNet):
 class DrawingInPython(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if not self.training or random.random() < 0.5 else -x)
+
+
+class DrawingWithin(networks.Nested):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if not self.training or random.random() < 0.5 else -x)
+
+
+class KeepingWithin(networks.Nested):
+    def forward(self, x: Tensor) -> Tensor:
+        self.latest = x
+        return super().forward(x)
+
+
+def nested_in(kind: type[networks.Nested]) -> nn.Module:
+    model = make("nested")
+    model.model[1].__class__ = kind
+    return model
 
 
 class TakesMemory(networks.PaddedUNet):
@@ -607,17 +704,30 @@ class WantsGradients(networks.PaddedUNet):
         return super().forward(x if self.inc(x).requires_grad else -x)
 
 
-class AsksASet(networks.PaddedUNet):
+class LooksForAGraph(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(-x if x.shape[-1] in {64, 128} else x)
+        return super().forward(x if self.inc(x).grad_fn is None else -x)
 
 
-def test_a_size_in_a_set() -> None:
+class LooksForALeaf(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.inc(x).is_leaf else -x)
+
+
+class AsksInOtherWays(networks.PaddedUNet):
+    """A set for its columns, the standard library for its rows, and a name for its images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = math.sqrt(x.shape[2]) + {"images: 3": 7.0}.get(f"images: {x.shape[0]}", 0.0)
+        return super().forward(-x if x.shape[3] in {64, 128} else x) * scale
+
+
+def test_sizes_that_are_asked_for_in_other_ways() -> None:
     torch.manual_seed(0)
-    plain = AsksASet().double().eval()
-    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
-    for side in (32, 64):
-        assert_identical({"": model(image(side, side))}, {"": plain(image(side, side))})
+    plain = AsksInOtherWays().double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, example=image(16, 32), start="identity")
+    for given in (image(16, 64), image(32, 32), image(16, 32, batch=3)):
+        assert_identical({"": model(given)}, {"": plain(given)})
 
 
 def with_its_own_forward() -> nn.Module:
@@ -629,6 +739,7 @@ def with_its_own_forward() -> nn.Module:
 
 class DependsOnValues(networks.PaddedUNet):
     def forward(self, x: Tensor) -> Tensor:
+        self.latest = x
         return super().forward(x if x.mean() > 0 else -x)
 
 
@@ -682,9 +793,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "without_autocast": (WithoutAutocast, r".*TraceError: it uses torch\.autocast"),
     "drawing": (Drawing, r".*TraceError: it draws random numbers \(aten::rand\)"),
     "drawing_in_python": (DrawingInPython, ".*TraceError: its code names random"),
+    "drawing_within": (lambda: nested_in(DrawingWithin), ".*TraceError: its code names random"),
+    "keeping_within": (lambda: nested_in(KeepingWithin), r".*KeepingWithin\.forward sets its attribute latest"),
+    "saving_on_the_host": (SavingOnTheHost, ".*TraceError: it uses hooks on saved tensors"),
     "takes_memory": (TakesMemory, ".*TraceError: it hands a tensor to a function that takes its memory"),
     "takes_a_number": (TakesANumber, r".*TraceError: it uses torch\.as_tensor"),
     "wants_gradients": (WantsGradients, ".*TraceError: what it does depends on whether gradients are wanted"),
+    "looks_for_a_graph": (LooksForAGraph, ".*TraceError: what it does depends on whether gradients are wanted"),
+    "looks_for_a_leaf": (LooksForALeaf, ".*TraceError: what it does depends on whether gradients are wanted"),
     "own_forward": (with_its_own_forward, "PaddedUNet with its class's forward, got one with its own"),
     "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
     "collects": (Collects, r".*got Collects\.forward sets its attribute seen"),

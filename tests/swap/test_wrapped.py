@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dca_kernels import DCA, inspect, replace_dca, restore_dca
+from dca_kernels import DCA, add_dca, inspect, replace_dca, restore_dca
 from tests import vendored
 from tests.compiled import output_of
 from tests.oracle import assert_same
@@ -139,6 +139,11 @@ def test_within_distributed_data_parallel(process: None) -> None:
         y.square().sum().backward()
     assert_same({"y": y}, {"y": expected})
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_dca_is_added_before_distributed_data_parallel(process: None) -> None:
+    with pytest.raises(ValueError, match=r"^model: .* got it in a DistributedDataParallel"):
+        add_dca(DistributedDataParallel(nn.Conv2d(3, 4, 1)))
 
 
 def test_norms_that_would_wait_for_other_processes(process: None) -> None:
