@@ -177,18 +177,39 @@ def class_of(recipe: Recipe) -> type[nn.Module]:
 
 
 def _read_by(module: nn.Module) -> tuple[str, ...]:
-    """A module's attributes that are numbers, flags or words, and that its class's own code names."""
+    """A module's attributes that are numbers, flags or words, and that its class's code, or what it calls, names."""
     kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")]
-    functions = [f for kind in kinds for name, f in vars(kind).items() if not name.startswith("__")]
-    codes = [function.__code__ for function in functions if isinstance(function, types.FunctionType)]
+    found = [_function_in(f) for kind in kinds for name, f in vars(kind).items() if not name.startswith("__")]
+    functions = [function for function in found if isinstance(function, types.FunctionType)]
     named: set[str] = set()
-    while codes:
-        code = codes.pop()
-        named.update(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    for function in functions:  # grows
+        codes, names = [function.__code__], set[str]()
+        for code in codes:  # grows
+            names.update(code.co_names, [constant for constant in code.co_consts if isinstance(constant, str)])
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        named |= names
+        # What a decorator wraps, and functions beside the class.
+        called = [*_enclosed_by(function), *[function.__globals__.get(name) for name in names]]
+        own = [f for f in called if isinstance(f, types.FunctionType) and not str(f.__module__).startswith("torch.")]
+        functions += [f for f in dict.fromkeys(own) if f not in functions]
     return tuple(
         [name for name, value in vars(module).items() if name in named - {"training"} and type(value) in PLAIN]
     )
+
+
+def _function_in(attribute: object) -> object:
+    """The function of a property, a static method or the like; any other attribute of a class as it is."""
+    if isinstance(attribute, property):
+        return attribute.fget
+    if isinstance(attribute, functools.cached_property):
+        return attribute.func
+    return attribute.__func__ if isinstance(attribute, staticmethod | classmethod) else attribute
+
+
+def _enclosed_by(function: types.FunctionType) -> list[object]:
+    """What a function has from around it."""
+    filled = [cell for cell in function.__closure__ or () if cell != types.CellType()]
+    return [cell.cell_contents for cell in filled]
 
 
 def settings_of(network: nn.Module, view: View) -> tuple[object, ...]:

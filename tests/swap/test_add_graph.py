@@ -336,23 +336,51 @@ def test_another_graph_is_not_compiled_in_silence() -> None:
         compiled(IMAGE)
 
 
+def decorated(forward):
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def shifted(network: nn.Module, y: Tensor) -> Tensor:
+    return y + network.shift
+
+
 class Switched(networks.PaddedUNet):
-    """Has attributes that say what it does."""
+    """Has attributes that say what it does, read in each way that its code may have."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.doubled, self.factor = False, 2.0
+        self.doubled, self.factor, self.power, self.sign, self.shift, self.least, self.flat = False, 2.0, 1, 1, 0, -9, 0
 
+    @property
+    def signed(self) -> int:
+        return self.sign
+
+    @staticmethod
+    def clamped(network: nn.Module, y: Tensor) -> Tensor:
+        return y.clamp(min=network.least)
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return (lambda t: t * self.factor)(y) ** getattr(self, "power") * self.signed  # noqa: B009
+
+    @decorated
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        y = super().forward(x) * self.factor
+        y = self.clamped(self, shifted(self, self.scaled(self.outc(self.inc(x)) if self.flat else super().forward(x))))
         return [y, y] if self.doubled else y
+
+
+CHANGED = [{"doubled": True}, {"factor": 3.0}, {"doubled": False}, {"factor": torch.tensor(4.0)}]
+CHANGED += [{"power": 2}, {"sign": -1}, {"shift": 2}, {"least": 1}]
 
 
 def test_attributes_of_the_network_are_read_at_each_call() -> None:
     torch.manual_seed(0)
     plain = Switched().double().eval()
     model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
-    for settings in ({"doubled": True}, {"factor": 3.0}, {"doubled": False}, {"factor": torch.tensor(4.0)}):
+    for settings in CHANGED:
         for network in (plain, model):
             vars(network).update(settings)
         assert_identical(outputs(model, IMAGE), outputs(plain, IMAGE))
@@ -569,13 +597,6 @@ def test_a_batch_norm_that_one_image_is_not_enough_for() -> None:
 
 class Decorated(networks.PaddedUNet):
     """As the forwards of transformers are."""
-
-    def decorated(forward):
-        @functools.wraps(forward)
-        def wrapper(self, *args, **kwargs):
-            return forward(self, *args, **kwargs)
-
-        return wrapper
 
     @decorated
     def forward(self, pixels: Tensor, side: int | None = None) -> Tensor:
