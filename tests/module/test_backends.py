@@ -106,6 +106,30 @@ def test_a_suspended_generator_has_not_left_its_block() -> None:
     assert chosen() == "auto"
 
 
+def test_a_block_that_is_suspended_within_two() -> None:
+    def suspended() -> Iterator[None]:
+        with use_backend("torch"), use_backend("auto"):
+            yield
+
+    message = r"^use_backend: expected to leave the block of 'auto', entered within that of 'triton', first: "
+    with pytest.raises(RuntimeError, match=message), use_backend("triton"):
+        generator = suspended()
+        next(generator)
+    generator.close()
+    assert chosen() == "auto"
+
+
+def test_one_block_is_entered_twice() -> None:
+    found, block = [], use_backend("torch")
+    with block:
+        with use_backend("triton"):
+            with block:
+                found.append(chosen())
+            found.append(chosen())
+        found.append(chosen())
+    assert (*found, chosen()) == ("torch", "triton", "torch", "auto")
+
+
 def test_a_block_may_be_left_in_another_thread() -> None:
     context = use_backend("torch")
     context.__enter__()

@@ -93,7 +93,8 @@ class Before:
 
 LISTS: dict[str, Call] = {
     **{
-        repr(v): lambda v=v: v for v in ([], "48", b"\4\10", 8, 8.0, NAN, [4.0, 8.0], [True, True], [4, True], [4, NAN])
+        repr(v): lambda v=v: v
+        for v in ([], "48", b"\4\10", bytearray(b"\4\10"), 8, 8.0, NAN, [4.0, 8.0], [True, True], [4, True], [4, NAN])
     },
     **{repr(v): lambda v=v: v for v in ({4: 1, 8: 1}, {4, 8}, [4, None], [4, "8"], [[4], [8]], [4, -8], [4, 0], int)},
     **{repr(v): lambda v=v: v for v in ([4, 8j], [4, np.float64(8)], [4, np.bool_(True)], (4, (8,)), ["4", "8"])},
@@ -219,6 +220,7 @@ ELEMENTS: dict[str, Callable[[Tensor], object]] = {
     "meta": lambda x: x.to("meta"),
     "freed": lambda x: shrunk(x, 0),
     "partly freed": lambda x: shrunk(x, 64),
+    "beyond what is not freed": lambda x: shrunk(torch.cat([x, x]), x.nbytes)[len(x) :],
     "a freed subclass": lambda x: shrunk(x, 0).as_subclass(Subclass),
     "no dimension": lambda x: x[0, 0, 0, 0],
     "1 dimension": lambda x: x[0, :, 0, 0],
@@ -351,6 +353,7 @@ TENSORS: dict[str, Callable[[Tensor], object]] = {
     "complex": lambda t: t.detach() + 0j,
     "meta": lambda t: t.detach().to("meta"),
     "sparse": lambda t: t.detach().to_sparse(),
+    "negated": lambda t: torch._neg_view(t.detach()),
     "freed": lambda t: shrunk(t.detach(), 0),
 }
 HELD = [f"{path}.{name}" for path in (f"{PROJECTION}.proj.depthwise", POINTWISE, NORM) for name in ("weight", "bias")]

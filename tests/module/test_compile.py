@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels.flops  # noqa: F401
 from dca_kernels import use_backend
+from dca_kernels.torch_backend import spatial_tiles
 from tests.module.test_autocast import under
 from tests.oracle import (
     LAYOUTS,
@@ -205,15 +206,20 @@ def test_tensors_without_memory_have_the_strides_of_real_ones(layout: Callable[[
     opcheck(torch.ops.dca_kernels.upsample_backward.default, backward, test_utils="test_faketensor")
 
 
-def test_flops_of_spatial_attention() -> None:
+@pytest.mark.parametrize("side, scores", [(7, 7**2), (3, 3**2 + 3**2 + 1 + 3 * 3 + 3 + 3), (1, 7 * 8 // 2)])
+def test_flops_of_spatial_attention(side: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tiles of so many tokens a side, on and above the diagonal."""
+    monkeypatch.setattr(spatial_tiles, "TILE_BYTES", side**2 * 2 * 8)  # of two heads
     arguments, backward_arguments = _spatial(1.0)
     with FlopCounterMode(display=False) as counter:
         torch.ops.dca_kernels.spatial_attention(*arguments)
         torch.ops.dca_kernels.spatial_attention_backward(*backward_arguments)
-    images, tokens, channels, width = 2, 7, 12, 4 + 2  # one tile; a column for each head's normaliser
+    images, tokens, channels, width = 2, 7, 12, 4 + 2  # a column for each head's normaliser
     assert counter.get_flop_counts()["Global"] == {
-        torch.ops.dca_kernels.spatial_attention: 2 * images * tokens**2 * (channels + width),
-        torch.ops.dca_kernels.spatial_attention_backward: 2 * images * tokens**2 * (2 * channels + 3 * width),
+        torch.ops.dca_kernels.spatial_attention: 2 * images * (scores * channels + tokens**2 * width),
+        torch.ops.dca_kernels.spatial_attention_backward: 2
+        * images
+        * (scores * (channels + 2 * width) + tokens**2 * (width + channels)),
     }
 
 
@@ -229,6 +235,14 @@ def test_flops_of_upsample(train: bool) -> None:
         torch.ops.dca_kernels.upsample: 2 * (columns + rows * (2 if train else 1)),
         torch.ops.dca_kernels.upsample_backward: 2 * (2 * columns + 3 * rows),
     }
+
+
+def test_a_map_of_the_grids_size_takes_no_flops() -> None:
+    x, _, gamma, beta, *others = upsample_arguments(None, None)
+    with FlopCounterMode(display=False) as counter:
+        out, *statistics = torch.ops.dca_kernels.upsample(x, x, gamma, beta, *others)
+        torch.ops.dca_kernels.upsample_backward(x, x, gamma, beta, *statistics, out, 1e-5, True)
+    assert counter.get_total_flops() == 0
 
 
 def test_flops_of_a_module() -> None:

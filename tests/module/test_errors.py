@@ -157,10 +157,23 @@ def test_maps(change: Callable, error: type[Exception], message: str, train: boo
     _assert_raises_and_keeps_state(module, change(maps), error, message)
 
 
+def _without_statistics(module: torch.nn.Module) -> None:
+    """In evaluation, its BatchNorms take the batch's all the same."""
+    for head in module.eval().bn_relu:
+        head[0].running_mean = head[0].running_var = None
+
+
+def _with_another_activation(module: torch.nn.Module) -> None:
+    module.bn_relu[1][1] = torch.nn.GELU()
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.train, _without_statistics, _with_another_activation])
 @each_backend
-def test_one_value_per_channel_in_train_mode(backend: str) -> None:
+def test_one_value_per_channel_in_train_mode(change: Callable[[torch.nn.Module], object], backend: str) -> None:
     config = Config(batch=1, sizes=((4, 4), (1, 1)))
     ours, theirs = pair(config, backend)
+    for module in (ours, theirs):
+        change(module)
     maps = random_maps(config, backend=backend)
     message = "maps[1]: expected more than 1 value per channel when training, got input size (1, 16, 1, 1)"
     _assert_raises_and_keeps_state(ours, maps, ValueError, message)
@@ -172,9 +185,11 @@ def test_one_value_per_channel_in_train_mode(backend: str) -> None:
 @pytest.mark.parametrize("dtype, own", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
 def test_float64_does_not_mix_under_autocast(dtype: torch.dtype, own: torch.dtype, train: bool) -> None:
     module, _ = pair(Config(), dtype=own, train=train)
-    message = f"maps[0]: expected a dtype that autocast brings to that of {own}, got {dtype}"
-    with torch.autocast("cpu", torch.bfloat16):
-        _assert_raises_and_keeps_state(module, random_maps(Config(), dtype), TypeError, message)
+    maps, others = random_maps(Config(), own), random_maps(Config(), dtype)
+    for i, given in enumerate((others, [maps[0], others[1]])):
+        message = f"maps[{i}]: expected a dtype that autocast brings to that of {own}, got {dtype}"
+        with torch.autocast("cpu", torch.bfloat16):
+            _assert_raises_and_keeps_state(module, given, TypeError, message)
 
 
 def _assert_raises_and_keeps_state(module: torch.nn.Module, maps: object, error: type[Exception], message: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dca_kernels.torch_backend import common, spatial_tiles
+from dca_kernels.torch_backend import common, spatial_tiles, upsample
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -164,6 +164,18 @@ def test_spans(length: int, most: int, multiple: int) -> None:
 
 def test_spans_of_a_multiple() -> None:
     assert [(span.start, span.stop) for span in common.spans(100, 48, multiple=16)] == [(0, 48), (48, 96), (96, 100)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("planes", [1, 3, 4, 7, 100])
+def test_a_piece_of_a_map_is_bounded(
+    planes: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upsample, "PLANE_BYTES", planes * 5 * 7 * 4)
+    x, z = torch.zeros(3, 4, 5, 7).contiguous(memory_format=memory_format), torch.zeros(3, 4, 2, 3)
+    pieces = upsample._Planes(x, z)
+    assert 1 <= pieces.most <= planes
+    assert max(b.stop - b.start for b in pieces.images) * (pieces.channels[0].stop) == pieces.most
 
 
 # Gradients that the user holds

@@ -17,6 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import dca_kernels
 import reference
+from dca_kernels import torch_backend
 from tests.oracle import (
     TRAINABLE,
     Config,
@@ -191,6 +192,34 @@ def test_buffers_are_of_no_graph(backend: str) -> None:
     module, _ = pair(Config(), backend)
     module(random_maps(Config(), backend=backend))
     assert not any(buffer.requires_grad for buffer in module.buffers())
+
+
+def test_a_call_that_fails_at_the_last_map_leaves_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory is used up."""
+    module, _ = pair(Config())
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    refine_map = torch_backend.upsample._upsample
+
+    def fail_at_the_last(x: torch.Tensor, *others: object) -> tuple[torch.Tensor, ...]:
+        if x.shape[1] == Config().features[-1]:
+            raise MemoryError
+        return refine_map(x, *others)
+
+    monkeypatch.setattr(torch_backend.upsample, "_upsample", fail_at_the_last)
+    with pytest.raises(MemoryError):
+        module(random_maps(Config()))
+    assert_identical(dict(module.named_buffers()), before)
+
+
+@both_modes
+@each_trainable
+def test_outputs_at_the_kink_have_no_gradient(train: bool, backend: str) -> None:
+    """Of a BatchNorm that begins with zeros: what the ReLU is given is zero."""
+    modules = pair(Config(), backend, train=train)
+    for head in (head for module in modules for head in module.bn_relu):
+        nn.init.zeros_(head[0].weight)
+        nn.init.zeros_(head[0].bias)
+    assert_same(*(evaluate(module, random_maps(Config())) for module in modules))
 
 
 @each_backend
@@ -429,6 +458,21 @@ def test_warming_up_changes_nothing(backend: str, train: bool) -> None:
     assert_identical(evaluate(module, maps, backward=False), expected)
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_is_warmed_up_is_as_the_calls(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for the maps and the contract that a backend is given."""
+    module, given = dca_kernels.DCA((8, 16), patch=4, backend="torch").bfloat16(), []
+    monkeypatch.setattr(torch_backend, "warm_up", lambda *call: given.extend(call))
+    shapes = [(2, 8, 5, 4), (2, 16, 4, 3)]
+    with torch.set_grad_enabled(not backward):
+        dca_kernels.warm_up(module, shapes, None, torch.channels_last, backward)
+        assert torch.is_grad_enabled() == (not backward)
+    maps, its = given
+    assert [tuple(x.shape) for x in maps] == shapes
+    assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in maps)
+    assert {(x.dtype, x.requires_grad) for x in maps} == {(torch.bfloat16, backward)} and its.backward == backward
+
+
 def test_warming_up_refuses_what_a_call_does() -> None:
     module = dca_kernels.DCA((8, 16), patch=4)
     with pytest.raises(ValueError, match=r"^shapes: expected 2 shapes, one for each of features, got "):
@@ -443,6 +487,9 @@ def test_warming_up_refuses_what_a_call_does() -> None:
         TypeError, match=r"^dca: expected a dca_kernels.DCA, got Sequential: pass the one within a network"
     ):
         dca_kernels.warm_up(nn.Sequential(module), [(1, 8, 4, 4), (1, 16, 4, 4)])
+    module.grid = (0, 4)
+    with pytest.raises(ValueError, match=r"^grid: expected integers of at least 1, got \[0, 4\]$"):
+        dca_kernels.warm_up(module, [(1, 8, 4, 4), (1, 16, 4, 4)])
 
 
 def test_repr_names_the_arguments() -> None:

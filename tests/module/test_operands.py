@@ -32,6 +32,7 @@ from tests.oracle import (
     evaluate,
     pair,
     promoted,
+    random_like,
     random_maps,
 )
 
@@ -212,6 +213,41 @@ def test_operands_of_any_size(dtype: torch.dtype, power: int, operands: dict[str
             for u in (factor * upstream, upstream)
         ]
         assert_scaled(*of_both)
+
+
+@each_dtype
+def test_one_frozen_factor_of_a_product(dtype: torch.dtype, forced: None) -> None:
+    """The gradients of what is trained before the products, or by one alone, are those of where all is trained."""
+    module, _ = pair(CONFIG, dtype=dtype)
+    maps = random_maps(CONFIG, dtype)
+    expected = evaluate(module, maps)
+    for trained in (module.avg_map, module.upconvs):
+        module.requires_grad_(False).zero_grad()
+        trained.requires_grad_(True)
+        torch.autograd.backward(module(maps), random_like(maps))
+        found = {f"grad.{name}": p.grad for name, p in module.named_parameters() if p.requires_grad}
+        assert_identical(found, {name: expected[name] for name in found})
+
+
+@pytest.mark.parametrize(
+    "device, tokens, dtype, by",
+    [
+        ("cuda", torch.float32, torch.bfloat16, "flash"),
+        ("cuda", torch.float32, torch.float32, "flash"),
+        ("cuda", torch.float64, torch.float64, "tiles"),
+        ("cpu", torch.float32, torch.float32, "tiles"),
+        ("cpu", torch.float64, torch.float64, "tiles"),
+    ],
+)
+def test_what_attends(
+    device: str, tokens: torch.dtype, dtype: torch.dtype, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch has no flash attention in float64: it would hold all scores."""
+    monkeypatch.setattr(spatial_attention, "_attend_flash", lambda *_: "flash")
+    monkeypatch.setattr(spatial_attention, "attend_tiles", lambda *_: ("tiles", None))
+    with FakeTensorMode():
+        y = torch.empty(2, 5, 4, dtype=tokens, device=device)
+    assert spatial_attention._attend(y, y, y, y, dtype) == by
 
 
 def test_a_product_on_cuda_has_a_float32_result() -> None:

@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dca_kernels import plain
 from tests.module.test_setups import ATTENTIONS, SMALL
@@ -173,9 +173,10 @@ def test_offloaded_parameters() -> None:
         assert_same(named(module(maps)), named(theirs(maps)))
 
 
-def test_hooks_of_lists_are_called_by_neither(said: Callable) -> None:
+@pytest.mark.parametrize("name", ["upconvs", "attention.0.c_attention", "attention.0.channel_norm"])
+def test_hooks_of_lists_are_called_by_neither(name: str, said: Callable) -> None:
     for module in pair(Config(), train=False):
-        module.upconvs.register_forward_hook(lambda m, args, out: pytest.fail("called"))
+        module.get_submodule(name).register_forward_hook(lambda m, args, out: pytest.fail("called"))
         module(random_maps(Config()))
     assert said() == []
 
@@ -256,6 +257,19 @@ def test_symbolic_tracing_takes_it_as_a_leaf() -> None:
         assert torch.equal(traced(x), network(x))
 
 
+class Decoder(Network):
+    """Is given all maps as one."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        high, low = self.dca(maps)
+        return high.mean((2, 3)).sum(1) + low.mean((2, 3)).sum(1)
+
+
+def test_symbolic_tracing_of_a_list_of_maps() -> None:
+    decoder, maps = Decoder(pair(Config(), train=False)[0]), random_maps(Config())
+    assert torch.equal(fx.symbolic_trace(decoder)(maps), decoder(maps))
+
+
 def test_symbolic_tracing_refuses_hooks_that_would_be_called_twice() -> None:
     network = Network(pair(Config(), train=False)[0])
     handle = network.dca.register_forward_hook(lambda m, args, out: _doubled(out))
@@ -282,6 +296,37 @@ def test_the_meta_device_gives_shapes(train: bool) -> None:
             ((2, 8, 16, 16), torch.float64, "meta"),
             ((2, 16, 8, 8), torch.float64, "meta"),
         ]
+
+
+class Dispatching(Tensor):
+    """Holds another tensor, and sees each operator."""
+
+    seen: ClassVar[set[str]] = set()
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Any:
+        made = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
+        made.held = x
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.add(func.namespace)
+        args, kwargs = tree_map(lambda t: t.held if isinstance(t, cls) else t, (args, kwargs or {}))
+        return tree_map(lambda t: cls(t) if isinstance(t, Tensor) else t, func(*args, **kwargs))
+
+
+@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)], ids=["all_maps", "first", "second"])
+def test_maps_that_see_each_operator(which: tuple[int, ...], said: Callable) -> None:
+    """Theirs are PyTorch's own: they may know no other."""
+    module, theirs = pair(Config(), train=False)
+    maps = random_maps(Config())
+    with torch.no_grad():
+        outputs = module([Dispatching(x) if i in which else x for i, x in enumerate(maps)])
+        assert_same(named([y.held for y in outputs]), named(theirs(maps)))
+    assert Dispatching.seen == {"aten"}
+    assert said()[0].startswith("maps of type Dispatching needs the submodules of a DCA called: ")
 
 
 # Transforms of torch.func

@@ -379,6 +379,17 @@ def test_rows_are_taken_where_a_sum_of_weights_is_near_zero(row_calls: list[int]
     assert row_calls
 
 
+def test_rows_are_taken_where_the_keys_of_one_head_are_far_apart(row_calls: list[int]) -> None:
+    """A gradient of loss scale size would overflow before it is multiplied by the weight of a key."""
+    tokens = torch.tensor([[[1.0, 0.0], [1.0, 10.0]]], requires_grad=True)
+    key_scores = torch.tensor([[[0.0, -1.0], [0.0, -100.0]]], requires_grad=True)  # those of the tokens are 100
+    values, weight = torch.tensor([[[3.0, 1.0], [5.0, 2.0]]]), torch.ones(2)
+    out, _ = spatial_tiles.attend_tiles(tokens, values, weight, key_scores)
+    assert row_calls
+    found = torch.autograd.grad(out, (tokens, key_scores), 2.0**60 * torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
 RAGGED = Config((8, 12), (5, 7), spatial_head=(2, 4), sizes=((11, 15), (5, 7)), batch=3)  # 35 tokens
 
 

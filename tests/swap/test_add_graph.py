@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from dca_kernels import DCA, add_dca, inspect
-from tests.oracle import assert_identical, assert_same, randomise
+from tests.oracle import assert_identical, assert_same, of_pytorch, randomise
 from tests.swap import networks
 from tests.swap.models import Snapshot, assert_the_same_objects, tensors, through_a_file, tracing
 from tests.swap.networks import NETWORKS, make
@@ -384,6 +385,53 @@ def test_attributes_of_the_network_are_read_at_each_call() -> None:
         for network in (plain, model):
             vars(network).update(settings)
         assert_identical(outputs(model, IMAGE), outputs(plain, IMAGE))
+
+
+@of_pytorch
+def test_errors_of_a_forward_with_a_dca() -> None:
+    model = add_dca(Switched().double().eval(), patch=3)
+    with pytest.raises(RuntimeError, match="channels") as raised:
+        model(IMAGE[:, :2])
+    lines = [frame.line for frame in traceback.extract_tb(raised.tb) if frame.filename.startswith("<forward with DCA")]
+    assert len(lines) == 2 and all(lines)
+    model.factor = 7.0
+    with pytest.raises(RuntimeError, match=r"^model: expected settings .*, as add_dca found them, got \(.*7\.0"):
+        torch.jit.trace(model, (IMAGE,))
+    model.flat = 1
+    message = r"^input: expected one for which the skips inc, down1 of add_dca show, as for .*, got \(2, 3, 32, 48\): "
+    with pytest.raises(RuntimeError, match=message):
+        model(IMAGE)
+
+
+class PaddedInEvaluation(Particular):
+    """Asks for the image's size in one mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return networks.PaddedUNet.forward(self, x) if self.training else super().forward(x)
+
+
+@of_pytorch
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_code_that_asks_for_sizes_in_evaluation_only() -> None:
+    torch.manual_seed(0)
+    plain, example = PaddedInEvaluation().double().eval(), image(32, 64)
+    model = add_dca(copy.deepcopy(plain), patch=3, example=example, start="identity")
+    assert_identical({"": model(IMAGE)}, {"": plain(IMAGE)})
+    assert_same({"": torch.jit.trace(model, (example,))(example)}, {"": plain(example)})
+
+
+def test_a_part_of_the_same_code_in_both_modes_may_be_frozen() -> None:
+    plain = make("nested").train()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for network in (model, plain):
+        network.model[1].eval()
+    assert_identical({"": model(IMAGE)}, {"": plain(IMAGE)})
+
+
+def test_a_skip_that_is_computed_from_another() -> None:
+    message = r"^skips: expected a DenseUNet whose forward .*, got x01 among them, which is computed from another one "
+    with pytest.raises(ValueError, match=message):
+        add_dca(make("dense"), patch=3, skips=["x00", "x01"])
 
 
 class Vacant(Particular):

@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from dca_kernels import replace_dca, restore_dca
-from dca_kernels.check import TOLERANCES, _tolerance
+from dca_kernels.check import TF32, TOLERANCES, _tolerance
 from tests import vendored
-from tests.oracle import assert_identical
+from tests.oracle import assert_identical, named, random_maps
 from tests.swap import look_alikes
-from tests.swap.models import IMAGE, Host, Snapshot, host, tracing
+from tests.swap.models import IMAGE, VENDORED, Host, Snapshot, host, tracing
 
 checked = {"verify": False, "check_calls": 2}
 
@@ -103,6 +104,13 @@ def test_under_autocast_the_tolerance_is_that_of_its_dtype() -> None:
         assert _tolerance(torch.ones(1).double()) == TOLERANCES[torch.float64]  # which autocast leaves alone
 
 
+def test_on_a_gpu_products_in_float32_may_be_in_tf32() -> None:
+    with FakeTensorMode():
+        for dtype, tolerance in TOLERANCES.items():
+            expected = TF32 if dtype == torch.float32 else tolerance
+            assert _tolerance(torch.empty(1, dtype=dtype, device="cuda")) == expected
+
+
 def test_what_is_no_number_differs() -> None:
     model = replace_dca(Host(look_alikes.OUTPUTS["nan"]()).double(), **checked)
     with pytest.raises(RuntimeError, match=r": outputs\[0\] differs by nan, where .+ is allowed"):
@@ -147,6 +155,25 @@ def test_maps_by_name_and_hooks_that_change_the_outputs() -> None:
     for _ in range(2):
         model.DCA(maps=maps)
     assert hooks(model) == 1
+
+
+def test_a_frozen_batch_norm_is_frozen_in_the_original() -> None:
+    model = replace_dca(host().train(), **checked)
+    model.DCA.bn_relu.eval()
+    model(IMAGE)
+
+
+def test_an_original_that_writes_into_its_maps_has_its_own() -> None:
+    def zeroing(self: nn.Module, raw: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        outs = look_alikes.plain_forward(self, raw)
+        for x in raw:
+            x.detach().zero_()
+        return outs
+
+    model = replace_dca(Host(look_alikes.forwarding(zeroing)()).double().eval(), **checked)
+    maps = random_maps(VENDORED)
+    model.DCA(maps)
+    assert_identical(named(maps), named(random_maps(VENDORED)))
 
 
 def test_the_mode_of_now_is_the_original_s() -> None:
@@ -220,10 +247,11 @@ def test_a_call_whose_dropout_draws_is_not_compared(caplog: pytest.LogCaptureFix
     assert hooks(model) == 0
 
 
-def test_a_call_whose_dropout_does_not_draw_is_compared() -> None:
+@pytest.mark.parametrize("training, p", [(False, 0.5), (True, 0.0)])
+def test_a_call_whose_dropout_does_not_draw_is_compared(training: bool, p: float) -> None:
     model = parallel()
     for i, norm in enumerate(model.DCA.bn_relu):
-        model.DCA.bn_relu[i] = nn.Sequential(*norm, nn.Dropout(0.5))
-    replace_dca(model.eval(), **checked)
+        model.DCA.bn_relu[i] = nn.Sequential(*norm, nn.Dropout(p))
+    replace_dca(model.train(training), **checked)
     with pytest.raises(RuntimeError, match="differs by"):
         model(IMAGE)

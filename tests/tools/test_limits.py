@@ -37,6 +37,11 @@ def step_without_kernels(monkeypatch: pytest.MonkeyPatch, module: nn.Module, map
     ("arguments", "width", "reason"),
     [
         ({"features": [8, 16]}, 8, None),
+        ({"features": [8, 1016]}, 16, None),  # as many as may be of a head, and in a row of a window
+        ({"features": [1024], "spatial_att": False}, 16, None),
+        ({"features": [8, 16]}, 1024, None),
+        ({"features": [1024] * 5, "spatial_att": False}, 8, "more than 1024 channels of a scale or 4096 of all"),
+        ({"features": [8, 256], "patch": 2, "spatial_head": [4, 4]}, 31, "more than 4096 values in a row of a window"),
         ({"features": [96, 192, 384, 768]}, 8, "more than 256 channels a head of the spatial attention"),
         ({"features": [96, 384], "spatial_head": [4, 1]}, 8, "more than 256 channels a head of the spatial attention"),
         ({"features": [96, 192, 384, 768], "spatial_att": False}, 8, None),
