@@ -83,6 +83,19 @@ def test_gradients_of_the_kernels() -> None:
     assert_all_within_budget([results], torch.bfloat16)
 
 
+@needs_triton
+def test_upstream_gradients_of_the_kernels_have_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros for an unused output too: a kernel chooses among the pointers of all scales."""
+    from dca_kernels.triton_backend import launch  # there may be no Triton
+
+    found: list[torch.dtype] = []
+    monkeypatch.setattr(launch, "run", lambda *args, **its: found.extend(g.dtype for g in its.get("douts", ())))
+    module = under(torch.bfloat16, pair(CONFIG, "triton", torch.float32)[0])
+    outs = module(random_maps(CONFIG, torch.float16, backend="triton"))
+    outs[1].sum().backward()
+    assert {y.dtype for y in outs} == set(found) == {torch.float32}
+
+
 @each_autocast
 @both_modes
 @each_trainable

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import itertools
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -12,12 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dca_kernels
 from dca_kernels import contract
 from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_like, random_maps
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dca_kernels.triton_backend import eager, launch
+import triton
+
+from dca_kernels.triton_backend import eager, launch, plan
 from dca_kernels.triton_backend.memory import ALIGNMENT, Part, Room, aligned, arranged, packed
 from dca_kernels.triton_backend.plan import tensors_of
 
@@ -71,6 +76,12 @@ def test_parts_that_follow_each_other_share_memory() -> None:
     assert arranged([small, large, late], [Room(1000, 3)]) == [(1, 0), (0, 0), (1, 0)]
 
 
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call has its plan and its memory, and its kernels are left out: they take most of the time."""
+    monkeypatch.setattr(launch, "run", lambda *args, **arguments: None)
+
+
 # What a call allocates
 
 
@@ -94,16 +105,21 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @both_modes
+@pytest.mark.usefixtures("nothing_runs")
 def test_a_call_allocates_its_results_and_a_workspace(train: bool, made: list[Tensor]) -> None:
-    """In training what the backward needs, and for the backward the maps' gradients, the parameters', a workspace."""
+    """In training what the backward needs, and for the backward the maps' gradients, the parameters', a workspace.
+
+    Where nothing requires a gradient, gradients may be enabled and nothing is kept all the same.
+    """
     module, maps = pair(CONFIG, "triton", torch.float32, train)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    module.requires_grad_(train)
     for x in maps:
         x.requires_grad_(train)
     douts = [torch.ones_like(x) for x in maps]
     inputs = [*maps, *module.parameters()]
-    for _ in range(2):
+    for enabled in (True, True) if train else (False, False, True, True):
         made.clear()
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(enabled):
             outs = module(maps)
         assert len(made) <= len(outs) + 1 + train
         if train:
@@ -111,6 +127,7 @@ def test_a_call_allocates_its_results_and_a_workspace(train: bool, made: list[Te
             of_parameters = {g.untyped_storage().data_ptr() for g in gradients[len(maps) :]}
             assert len(of_parameters) == 1
             assert len(made) <= len(outs) + len(maps) + 1 + 3
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in made)  # as large as what lies in it needs
 
 
 @pytest.mark.parametrize(("train", "most"), [(False, 0.13), (True, 0.01)], ids=["eval", "train"])
@@ -181,31 +198,89 @@ def test_modules_of_equal_numbers_share_a_plan() -> None:
     assert not torch.equal(outs[0][0], outs[1][0])
 
 
+@pytest.mark.usefixtures("nothing_runs")
 def test_a_bounded_number_of_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest."""
     monkeypatch.setattr(eager, "MOST", 3)
     module, maps = pair(CONFIG, "triton", torch.float32, False)[0], random_maps(CONFIG, torch.float32, backend="triton")
     assert forwards_of(module, *[[x[:1].repeat(n, 1, 1, 1) for x in maps] for n in range(1, 6)]) == 3
+    assert [of_maps[0].shape[0] for of_maps, *_ in eager._forwards] == [3, 4, 5]
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("frozen", [None, "avg_map", "attention"])
+def test_warming_up_makes_the_plans_of_the_calls(frozen: str | None) -> None:
+    """What was compiled for others would be compiled for nothing."""
+    module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    if frozen is not None:
+        getattr(module, frozen).requires_grad_(False)
+    eager._forwards.clear()
+    dca_kernels.warm_up(module, [x.shape for x in maps])
+    evaluate(module, maps)
+    (forward,) = eager._forwards.values()
+    assert len(forward._backwards) == 1
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (triton.knobs.runtime, "debug", True),
+        (triton.knobs.compilation, "instrumentation_mode", "fpsan"),
+        (launch, "configuration", functools.partial(launch.configuration)),
+        (launch, "run", lambda *args, **arguments: None),
+        (torch, "get_float32_matmul_precision", lambda: "high"),
+    ],
+    ids=["debug", "instrumentation_mode", "configuration", "run", "precision"],
+)
+def test_what_launches_depend_on_is_part_of_a_kind(
+    owner: object, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of forwards, and of backwards behind one forward."""
+    module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
+    eager._forwards.clear()
+    outs = module(maps)
+    (forward,) = eager._forwards.values()
+    for count in (1, 2):
+        for _ in range(2):
+            torch.autograd.backward(outs, maps, retain_graph=True)
+            assert len(forward._backwards) == count
+        monkeypatch.setattr(owner, name, value)
+    for _ in range(2):
+        module(maps)
+        assert len(eager._forwards) == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("3.6.0", True), ("3.9.1", True), ("3.7.0", False), ("3.60.0", False), ("4.0.0", False)]
+)
+def test_versions_whose_compiled_kernels_run_by_themselves(
+    version: str, tested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    caplog.set_level(logging.INFO, "dca_kernels")
+    assert plan._is_tested.__wrapped__() is tested
+    assert len(caplog.messages) == (not tested)
 
 
 def test_parameters_at_odd_addresses_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the latest call had them at others: what is compiled for multiples of 16 bytes takes no other."""
     addresses: list[int] = []
-    run = launch.run
 
-    def note(*args: object, **arguments: object) -> object:
+    def note(*args: object, **arguments: object) -> None:
         addresses.extend(t.data_ptr() for t in tensors_of(tuple(arguments.values())))
-        return run(*args, **arguments)
 
     monkeypatch.setattr(launch, "run", note)
     module, maps = pair(CONFIG, "triton", torch.float32)[0], random_maps(CONFIG, torch.float32, backend="triton")
     evaluate(module, maps)
-    for p in module.parameters():
-        p.data = LAYOUTS["misaligned"](p.data.view(1, 1, 1, -1)).view(p.shape)
-    for _ in range(2):
-        addresses.clear()
-        evaluate(module, maps)
-        assert addresses
-        assert all(address % 16 == 0 for address in addresses)
+    for behind in (1, 2):  # elements, of four bytes
+        for p in module.parameters():
+            p.data = torch.cat([p.data.new_zeros(behind), p.data.flatten()])[behind:].view(p.shape)
+        for _ in range(2):
+            addresses.clear()
+            evaluate(module, maps)
+            assert addresses
+            assert all(address % 16 == 0 for address in addresses)
 
 
 @pytest.mark.parametrize("behind", [1, 256], ids=["misaligned", "aligned"])

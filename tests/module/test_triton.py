@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -629,13 +630,17 @@ def test_what_a_mean_has_beyond_the_digits_of_the_map(size: tuple[int, int]) -> 
 
 
 def far_off(x: Tensor, where: float) -> Tensor:
-    """With one pixel of each image and channel so, somewhere between the first (0) and the last (1)."""
-    pixels = x.flatten(2).clone()
-    pixels[..., round(where * (pixels.shape[2] - 1))] = 1e4
-    return pixels.view(x.shape)
+    """With one pixel of each image and channel so, from the first (0) to the last (1); of every other one, below zero.
+
+    At a half it is the one in the middle.
+    """
+    pixels = x.clone()
+    of_pixel = pixels[:, :, int(where * x.shape[2] - (where == 1)), int(where * x.shape[3] - (where == 1))]
+    of_pixel[:, ::2], of_pixel[:, 1::2] = 1e4, -1e4
+    return pixels
 
 
-@pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("sizes", [((8, 16), (4, 8)), ((9, 17), (5, 9))], ids=["by_rows", "any_windows"])
 def test_one_pixel_that_is_far_off_spoils_no_other(sizes: tuple[tuple[int, int], ...], where: float) -> None:
     assert_forwards_within_budget(Config(patch=(2, 4), sizes=sizes), lambda x: far_off(x, where))
@@ -732,6 +737,17 @@ def test_run_refuses_more_programs_than_a_grid_has() -> None:
     with pytest.raises(ValueError, match=f"^maps: .*at most {2**31 - 1} programs a launch, got {2**31}$"):
         launch.run(kernel, 2**31, ONE, x=torch.zeros(1))
     assert not kernel.calls
+
+
+def test_a_call_of_more_programs_than_a_grid_has_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the kernels that would have fewer; in training, those before it would change the buffers."""
+    model, maps = kernels_and_maps(RAGGED, torch.float32)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    monkeypatch.setattr(launch, "MAX_PROGRAMS", 8)
+    monkeypatch.setattr(launch, "run", lambda *args, **kwargs: pytest.fail("launched"))
+    with pytest.raises(ValueError, match=r"^maps: .*at most 8 programs a launch"):
+        model(maps)
+    assert_identical(model.state_dict(), before)
 
 
 def test_launches_are_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -847,6 +863,18 @@ def test_no_row_is_an_error_that_names_the_size(table: None) -> None:
     message = r"too large for the triton backend's limited in torch\.float32: pears, got 129; the torch backend has no"
     with pytest.raises(ValueError, match=message):
         launch.configuration("limited", "sm_80", torch.float32, 129)
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, "sm_94"), ("6.4", "gfx942")])
+def test_what_a_gpu_is_called(hip: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler does, without the features that are on or off; and products of float32 as each computes them."""
+    its = SimpleNamespace(major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: its)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    launch._gpu_architecture.cache_clear()
+    assert launch.architecture(torch.device("cuda", 0)) == expected
+    launch._gpu_architecture.cache_clear()
+    assert launch.precision(torch.float32, expected) == ("tf32x3" if hip is None else "ieee")
 
 
 ARCHITECTURES = ("interpreter", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")

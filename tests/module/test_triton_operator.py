@@ -1,9 +1,11 @@
 """The `triton` backend as one operator: what a traced or a watched call runs, against the eager one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dca_kernels
 import dca_kernels.flops
+from tests.module.test_autocast import under
 from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, evaluate, needs_triton, pair, random_like, random_maps
 
 pytestmark = [needs_triton, pytest.mark.slow]
@@ -47,6 +50,82 @@ def test_the_operator_is_the_eager_call(config: Config, train: bool, backward: b
         results = evaluate(watched, maps, backward=backward)
     assert watch.seen == ["refine", "refine_backward"][: 1 + backward]
     assert_same(results, evaluate(eager, maps, backward=backward), rtol=1e-12)
+
+
+FEW = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1))
+
+
+def _train_second_alone(model: nn.Module) -> None:
+    model.bn_relu[0].eval()
+
+
+def _fuse_no_head(model: nn.Module) -> None:
+    """Hooked, they are called as they are; without an attention no number is left that is no integer."""
+    for head in model.bn_relu:
+        head[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [_train_second_alone, _fuse_no_head])
+def test_heads_of_the_operator(change: Callable[[nn.Module], None]) -> None:
+    """The buffers that it leaves alone are updated behind it, outside of the graph."""
+    config = replace(FEW, channel_att=False, spatial_att=False)
+    watched, eager = (pair(config, "triton")[0] for _ in range(2))
+    for model in (watched, eager):
+        change(model)
+    maps = random_maps(config, backend="triton")
+    with Watch() as watch:
+        results = evaluate(watched, maps)
+    assert watch.seen == ["refine", "refine_backward"]
+    assert_same(results, evaluate(eager, maps), rtol=1e-12)
+    assert not any(buffer.requires_grad for buffer in watched.buffers())
+
+
+def _second_alone_trains(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    _train_second_alone(model)
+    return maps
+
+
+def _channels_last(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    return [LAYOUTS["channels_last"](x) for x in maps]
+
+
+def _wider_outputs(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    under(torch.bfloat16, model)
+    return [x.half() for x in maps]
+
+
+def _spatial_attention_alone(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("s_attention" in name)
+    return maps
+
+
+CALLS: dict[str, tuple[Config, Callable[[nn.Module, list[Tensor]], list[Tensor]]]] = {
+    "by_rows": (replace(FEW, sizes=((2, 4), (1, 2))), lambda model, maps: maps),
+    "channels_last": (FEW, _channels_last),
+    "wider_outputs": (FEW, _wider_outputs),
+    "second_alone_trains": (FEW, _second_alone_trains),
+    "spatial_attention_alone": (FEW, _spatial_attention_alone),
+}
+
+
+@pytest.mark.parametrize("config, change", CALLS.values(), ids=CALLS)
+def test_fake_tensors_are_as_real_ones(
+    config: Config, change: Callable[[nn.Module, list[Tensor]], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the call; no kernel runs, since only values depend on it."""
+    from dca_kernels.triton_backend import launch  # there may be no Triton
+
+    monkeypatch.setattr(launch, "run", lambda *args, **arguments: None)
+    model = pair(config, "triton", torch.float32)[0]
+    maps = change(model, random_maps(config, torch.float32, backend="triton"))
+    with Watch() as watch:
+        outs = model([x.requires_grad_(change is not _spatial_attention_alone) for x in maps])
+        torch.autograd.backward(outs, [torch.ones_like(y) for y in outs])
+    assert [(p.grad is not None) for p in model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert len(watch.calls) == 2
+    for operator, arguments in watch.calls:
+        opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
@@ -104,8 +183,7 @@ def test_only_some_gradients() -> None:
 @pytest.mark.parametrize("layout", [None, "transposed"])
 def test_the_kernels_operators_are_as_declared(layout: str | None) -> None:
     # Not the tests that compile them: test_fake_tensors_have_the_shapes_of_real_ones does.
-    config = Config((2, 4), (1, 2), sizes=((2, 3), (1, 2)), spatial_head=(1, 1))
-    model, maps = pair(config, "triton", torch.float32)[0], random_maps(config, torch.float32, backend="triton")
+    model, maps = pair(FEW, "triton", torch.float32)[0], random_maps(FEW, torch.float32, backend="triton")
     maps, upstream = ([x if layout is None else LAYOUTS[layout](x) for x in of] for of in (maps, random_like(maps)))
     with Watch() as watch:
         evaluate(model, maps, upstream)

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+from tests.oracle import DEVICE
+
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
+
+from dca_kernels.triton_backend.grid import quotient
 from dca_kernels.triton_backend.layout import stride_of
 from dca_kernels.triton_backend.primitives import argument, divisor_of
 
@@ -39,3 +45,20 @@ def test_reciprocals_divide_exactly(number: int) -> None:
         for dividend in (multiple * number - 1, multiple * number, min(multiple * number + 1, 2**31 - 1)):
             if dividend < 2**31:
                 assert (2 * dividend * reciprocal >> 32) >> shift == dividend // number
+
+
+@triton.jit
+def _quotients_kernel(dividends, out, DIVISOR: tl.constexpr):
+    offs = tl.arange(0, 8)
+    tl.store(out + offs, quotient(tl.load(dividends + offs), DIVISOR))
+
+
+@pytest.mark.parametrize("number", [1, 3, 28, 46341])
+def test_quotients_of_large_numbers(number: int) -> None:
+    """Of a window times a map's height: windows of tall maps begin there."""
+    largest = (2**31 - 1) // number * number
+    numbers = [0, number - 1, number, 1000 * number - 1, 1000 * number, largest - 1, largest, 2**31 - 1]
+    dividends = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(dividends)
+    _quotients_kernel[(1,)](dividends, out, number)
+    assert out.tolist() == [dividend // number for dividend in numbers]
