@@ -1,8 +1,8 @@
 """Mutants of the package: lines with a mistake in them, each with the tests that have to notice it.
 
 `python -m tests.mutants` puts them into a copy of the working tree, one at a time, and runs their tests. They are
-listed by hand, in `kernels.py`, `package.py` and `blind/`: a tool that makes mutants has no notion of a kernel's
-masks, strides and accumulators, and most of what it makes of them is caught by any test.
+listed by hand, in `kernels.py`, `package.py`, `walk/` and `blind/`: a tool that makes mutants has no notion of a
+kernel's masks, strides and accumulators, and most of what it makes of them is caught by any test.
 """
 
 from dataclasses import dataclass

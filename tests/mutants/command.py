@@ -28,9 +28,10 @@ from tests.mutants import Mutant
 from tests.mutants.blind import BLIND
 from tests.mutants.kernels import KERNELS
 from tests.mutants.package import PACKAGE
+from tests.mutants.walk import WALK
 
 ROOT = Path(__file__).parents[2]
-MUTANTS = [*KERNELS, *PACKAGE, *BLIND]
+MUTANTS = [*KERNELS, *PACKAGE, *WALK, *BLIND]
 LEFT_OUT = (".*", "build", "dist", "*.egg-info", "__pycache__", "results")
 SECONDS = 300  # that a mutant's tests may take
 KILLED, TIMED_OUT, LIVED, NOT_FOUND, NOT_RUN = "killed", "timed out", "lived", "line not found once", "tests not run"

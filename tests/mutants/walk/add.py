@@ -1,8 +1,8 @@
-"""Mutants found by a walk through what finds skips, and through what submodules should be."""
+"""What finds skips, and what submodules should be."""
 
 from tests.mutants import Mutant
 
-NEW = [
+ADD = [
     Mutant(
         "walk-distributed-data-parallel-taken",
         "add.py",

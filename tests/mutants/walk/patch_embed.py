@@ -1,4 +1,4 @@
-"""Mutants of the first stage, of the tokens and of what kernels share: found by a walk over their lines, all lived."""
+"""The first stage, the tokens and what kernels share."""
 
 from tests.mutants import Mutant
 
@@ -9,7 +9,7 @@ SEVERAL_ROWS = MEMORY + "test_every_access_is_inside_a_tensor_in_blocks_of_sever
 ROUNDED_ONCE = EMBED + "test_the_transposed_interpolation_is_rounded_once[bfloat16]"
 ALIKE = TRITON + "test_layouts_of_windows_that_are_all_alike"
 
-NEW = [
+PATCH_EMBED = [
     Mutant(
         "walk-embed-first-row-of-the-block",
         "triton_backend/patch_embed.py",

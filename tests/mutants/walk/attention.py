@@ -1,4 +1,4 @@
-"""Mutants of the kernels' attentions that lived when each of their statements was gone through."""
+"""The kernels of both attentions."""
 
 from tests.mutants import Mutant
 
@@ -8,7 +8,7 @@ PRODUCTS = TRITON + "test_products_are_as_exact_as_asked"
 CHANNEL = "stages/test_channel_attention.py::test_channel_attention_is_the_references[triton-train-ragged]"
 SPATIAL = "stages/test_spatial_attention.py::test_spatial_attention_is_the_references[triton-train-ragged]"
 
-NEW = [
+ATTENTION = [
     Mutant(
         "walk-gradients-in-the-convolutions-dtype",
         "triton_backend/parameters.py",

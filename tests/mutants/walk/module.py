@@ -1,8 +1,8 @@
-"""Mutants of the `torch` backend and of the module, found by a walk through their statements."""
+"""The `torch` backend, the module, and graphs."""
 
 from tests.mutants import Mutant
 
-NEW = [
+MODULE = [
     Mutant(
         "walk-torch-product-gradient-of-the-other-factor",
         "torch_backend/common.py",

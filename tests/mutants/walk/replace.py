@@ -1,4 +1,4 @@
-"""Mutants of what replaces a DCA and of what a module knows of its calls, found by a walk through the statements."""
+"""What replaces a DCA, and what a module knows of its calls."""
 
 from tests.mutants import Mutant
 
@@ -8,7 +8,7 @@ LOOK_ALIKES = "swap/test_look_alikes.py::"
 LOOK_ALIKE = LOOK_ALIKES + "test_a_look_alike_is_refused[{0}]"
 VARIANT = "swap/test_variants.py::test_a_variant_is_refused[{0}]"
 
-NEW = [
+REPLACE = [
     Mutant(
         "walk-known-prepared-for-another-mode",
         "known.py",

@@ -1,4 +1,4 @@
-"""Mistakes that a walk over every line of the upsampling and of its backward found, before anybody made them."""
+"""The kernels of the upsampling, of its statistics and of the maps' gradients."""
 
 from tests.mutants import Mutant
 
@@ -7,7 +7,7 @@ BACKWARD = "module/test_triton_backward.py::"
 MEAN = TRITON + "test_what_a_mean_has_beyond_the_digits_of_the_map[{}]"
 DIGITS = "module/test_triton_memory.py::test_every_access_is_inside_a_tensor[eval-ragged]"
 
-NEW = [
+UPSAMPLE = [
     Mutant(
         "walk-counter-of-the-first-scale",
         "triton_backend/batch_statistics.py",

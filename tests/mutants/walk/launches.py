@@ -1,8 +1,8 @@
-"""Mutants that no test killed when the host's side of the kernels was walked through, statement by statement."""
+"""The host's side of the kernels: plans, layouts, launches and the operator."""
 
 from tests.mutants import Mutant
 
-NEW = [
+LAUNCHES = [
     Mutant(
         "walk-outputs-without-memory-contiguous",
         "triton_backend/passes.py",
