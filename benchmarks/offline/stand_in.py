@@ -5,6 +5,7 @@ for is the driver, which answers as the target would and whose launch writes dow
 no such thing, the package's two questions to a device: whether its kernels run there, and what it is compiled for.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -164,6 +165,7 @@ def why_no_launches() -> str | None:
 def _library() -> ctypes.CDLL:
     """The stand-in of libcuda, which the launchers then find by its name, as it is loaded already."""
     folder = tempfile.mkdtemp(prefix="stand_in_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # launchers are linked against it until then
     built = Path(folder) / "libcuda.so.1"
     compiler = shutil.which("gcc") or shutil.which("cc") or "cc"
     include = Path(nvidia.__file__).parent / "include"
