@@ -100,11 +100,17 @@ def _spatial_attention_alone(model: nn.Module, maps: list[Tensor]) -> list[Tenso
     return maps
 
 
+def _narrow_convolutions(model: nn.Module, maps: list[Tensor]) -> list[Tensor]:
+    model.upconvs.bfloat16()
+    return maps
+
+
 CALLS: dict[str, tuple[Config, Callable[[nn.Module, list[Tensor]], list[Tensor]]]] = {
     "by_rows": (replace(FEW, sizes=((2, 4), (1, 2))), lambda model, maps: maps),
     "channels_last": (FEW, _channels_last),
     "wider_outputs": (FEW, _wider_outputs),
     "second_alone_trains": (FEW, _second_alone_trains),
+    "narrow_convolutions": (FEW, _narrow_convolutions),
     "spatial_attention_alone": (FEW, _spatial_attention_alone),
 }
 

@@ -4,6 +4,13 @@ from tests.mutants import Mutant
 
 LAUNCHES = [
     Mutant(
+        "walk-gradients-without-memory-of-the-convolutions-dtype",
+        "triton_backend/passes.py",
+        "dtype = _promoted(flatten(learned(contract)))",
+        "dtype = contract.upsample[0].weight.dtype",
+        ("module/test_triton_operator.py::test_fake_tensors_are_as_real_ones[narrow_convolutions]",),
+    ),
+    Mutant(
         "walk-outputs-without-memory-contiguous",
         "triton_backend/passes.py",
         "torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))",
