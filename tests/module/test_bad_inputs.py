@@ -246,6 +246,7 @@ ELEMENTS: dict[str, Callable[[Tensor], object]] = {
 MAPS = CONTAINERS | {
     f"maps[1] {name}": lambda maps, change=change: [maps[0], change(maps[1])] for name, change in ELEMENTS.items()
 }
+PARTLY_FREED = "partly freed", "beyond what is not freed"
 WARNED = pytest.mark.filterwarnings("ignore")  # PyTorch's, of sparse, nested, masked and quantized tensors
 
 
@@ -255,7 +256,7 @@ WARNED = pytest.mark.filterwarnings("ignore")  # PyTorch's, of sparse, nested, m
 def test_bad_maps(name: str, backend: str) -> None:
     """Also behind a call that was prepared, which does not ask how much memory a map has."""
     module, maps = seen(backend)
-    for prepared in (False, True) if backend == "torch" and not name.endswith("partly freed") else (False,):
+    for prepared in (False, True) if backend == "torch" and not name.endswith(PARTLY_FREED) else (False,):
         if prepared:
             module(maps)
         given, before = MAPS[name](maps), Before(module)
