@@ -39,7 +39,7 @@ newest: .venv/newest  ## Run some tests of the kernels with the newest Triton
 fuzz: .venv/test  ## Draw calls of any modules for 10 minutes, and compare them with float64 (ARGS="--help": its options)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-mutants: .venv/test  ## Put mistakes into a copy of the package, and see that the tests notice them, an hour (ARGS="--help")
+mutants: .venv/test  ## Put mistakes into a copy of the package, and see that the tests notice them, two hours (ARGS="--help")
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 capabilities: .venv/test  ## Run `make test` at every instruction set of this CPU, with one thread and two: half an hour

@@ -194,6 +194,17 @@ def test_buffers_are_of_no_graph(backend: str) -> None:
     assert not any(buffer.requires_grad for buffer in module.buffers())
 
 
+@each_backend
+def test_the_default_device_makes_no_difference(backend: str) -> None:
+    """What a call makes is on its maps' device, as where they are on a GPU and the default is the CPU."""
+    (module, _), maps = pair(Config(), backend), random_maps(Config(), backend=backend)
+    upstream = random_like(maps)
+    expected = evaluate(copy.deepcopy(module), maps, upstream)
+    with torch.device("meta"):
+        found = evaluate(module, maps, upstream)
+    assert_identical(found, expected)
+
+
 def test_a_call_that_fails_at_the_last_map_leaves_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where memory is used up."""
     module, _ = pair(Config())

@@ -620,6 +620,22 @@ def test_skips_come_by_their_sizes() -> None:
     assert add_dca(LargestLast().double(), patch=3).dca.features == [4, 8]
 
 
+class ShallowInTraining(networks.PaddedUNet):
+    """Has its largest skip in evaluation only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.inc(x)
+        x2 = self.down1(x1)
+        x = self.up1(self.down2(x2), x2)
+        return self.outc(self.up2(x, F.interpolate(x, scale_factor=2)[:, :4] if self.training else x1))
+
+
+def test_skips_are_those_of_evaluation() -> None:
+    """Also where the network is in training: one skip of two does not do."""
+    with pytest.raises(ValueError, match=r"^model: .*, got other skips in training than in evaluation\."):
+        add_dca(ShallowInTraining().double().train(), patch=3)
+
+
 def test_a_bottleneck_of_one_pixel() -> None:
     assert add_dca(make("padded"), patch=2, example=image(4, 4)).dca.features == [4, 8]
 

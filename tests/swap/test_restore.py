@@ -42,7 +42,7 @@ def _load(assign: bool) -> Callable[[nn.Module], nn.Module]:
 
 def _exchange(model: nn.Module) -> nn.Module:
     model.DCA.upconvs[0].conv.conv = nn.Conv2d(8, 8, 1).double()
-    model.DCA.bn_relu = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()) for c in FEATURES).double()
+    model.DCA.bn_relu = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Tanh()) for c in FEATURES).double()
     return model
 
 

@@ -7,7 +7,8 @@ from tests.mutants.blind.fifth import FIFTH
 from tests.mutants.blind.first import FIRST
 from tests.mutants.blind.fourth import FOURTH
 from tests.mutants.blind.second import SECOND
+from tests.mutants.blind.seventh import SEVENTH
 from tests.mutants.blind.sixth import SIXTH
 from tests.mutants.blind.third import THIRD
 
-BLIND = [*FIRST, *SECOND, *THIRD, *FOURTH, *FIFTH, *SIXTH]
+BLIND = [*FIRST, *SECOND, *THIRD, *FOURTH, *FIFTH, *SIXTH, *SEVENTH]
