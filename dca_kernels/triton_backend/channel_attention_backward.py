@@ -19,7 +19,13 @@ from dca_kernels.triton_backend.channel_attention import (
     tiles_of_product,
 )
 from dca_kernels.triton_backend.layer_norm import store_norm_gradients
-from dca_kernels.triton_backend.parameters import attention_gradients, cancels_of, heads_of, projections_of
+from dca_kernels.triton_backend.parameters import (
+    attention_gradients,
+    cancels_of,
+    gradient_dtype,
+    heads_of,
+    projections_of,
+)
 from dca_kernels.triton_backend.primitives import (
     first_blocks,
     kernel,
@@ -212,7 +218,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
-        """Fresh memory for those of an attention of these tokens, in the parameters' dtype."""
+        """Fresh memory for those of an attention of these tokens, of `gradient_dtype`."""
         scales, total = len(tokens.channels), tokens.shape.total
         return cls(*(tokens.empty(*rows, total, dtype=dtype) for rows in ((scales, 4), (4,), (2,))))
 
@@ -275,7 +281,7 @@ def channel_attention_backward(
 
     config = launcher.config("channel_gradients")
     tiles = launch.blocks(PARAMETERS.value * shape.total, config["block_c"])
-    gradients = Gradients.empty(tokens, attention[0].norm.weight.dtype)
+    gradients = Gradients.empty(tokens, gradient_dtype(contract))
     launcher(
         _channel_gradients_kernel, config,
         (len(shape.channels) + 1) * tiles + launch.blocks(2 * shape.total, config["block_c"]),

@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 from dca_kernels.contract import Contract, flatten, in_place_of, learned, unflatten
 from dca_kernels.triton_backend import launch, passes
 from dca_kernels.triton_backend.operator import TWICE
+from dca_kernels.triton_backend.parameters import gradient_dtype
 from dca_kernels.triton_backend.plan import Plan
 
 MOST = 64  # plans that are kept, the latest
@@ -161,7 +162,7 @@ class Backward:
             dmaps, raw = passes.backward(its_maps, contract, forward.saved, its_douts, wanted)
         gradients = in_place_of(learned(contract), passes.split(raw, contract))
         asked = [g if want else None for g, want in zip(gradients, wanted[len(maps) :], strict=True)]
-        kept, dtype = flatten((raw,)), contract.upsample[0].weight.dtype
+        kept, dtype = flatten((raw,)), gradient_dtype(contract)
         saved = list(zip(forward.kept, forward.plan.kept_offsets, strict=False))
         given = [saved, *[[(t, 0)] for t in (*its_maps, *its_douts, *parameters)]]
         outs = [g for g in dmaps if g is not None]

@@ -33,7 +33,7 @@ from dca_kernels.triton_backend.layout import (
     strides_of,
     tiles_of,
 )
-from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
+from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, gradient_dtype
 from dca_kernels.triton_backend.primitives import (
     argument,
     divide,
@@ -193,7 +193,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
-        """Fresh memory for those of an embedding into these tokens, in the parameters' dtype."""
+        """Fresh memory for those of an embedding into these tokens, of `gradient_dtype`."""
         return cls(tokens.empty(2, tokens.shape.total, dtype=dtype))
 
     def split(self, channels: Sequence[int]) -> tuple[Affine, ...]:
@@ -251,7 +251,7 @@ def map_gradients(
     )  # fmt: skip
 
     config = launcher.config("patch_embed_gradients")
-    gradients = Gradients.empty(tokens, contract.patch_embed[0].weight.dtype)
+    gradients = Gradients.empty(tokens, gradient_dtype(contract))
     launcher(
         _patch_embed_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         sums=sums, out=gradients.projections, batch=batch, blocks=tuple(map(argument, tiles.rows)),

@@ -3,12 +3,14 @@
 Of 32 pointers in eight tuples Triton's JIT launches in 13 us, of the same in a nested structure a scale in 22.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dca_kernels.contract import Affine, Attention, BatchNorm, Buffers, Projections
+from dca_kernels.contract import Affine, Attention, BatchNorm, Buffers, Contract, Projections, flatten, learned
 
 Tensors = tuple[Tensor, ...]
 Optionals = tuple[Tensor | None, ...]
@@ -83,6 +85,16 @@ def eps_of(attention: Sequence[Attention]) -> tuple[float, ...]:
 def cancels_of(attention: Sequence[Attention]) -> tuple[bool, ...]:
     """For each scale, whether a constant added to a channel changes nothing."""
     return tuple([scale.shift_cancels for scale in attention])
+
+
+def promoted(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What their dtypes promote to."""
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+
+
+def gradient_dtype(contract: Contract) -> torch.dtype:
+    """Of all parameters' gradients, as the kernels write them: they share one allocation."""
+    return promoted(flatten(learned(contract)))
 
 
 def attention_gradients(

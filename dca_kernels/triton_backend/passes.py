@@ -32,7 +32,7 @@ from dca_kernels.triton_backend import (
     upsample_backward,
 )
 from dca_kernels.triton_backend.layout import taken_by_rows
-from dca_kernels.triton_backend.parameters import heads_of
+from dca_kernels.triton_backend.parameters import gradient_dtype, heads_of, promoted
 from dca_kernels.triton_backend.tokens import Tokens
 
 MAX_OFFSET = 2**31  # elements: within one image the kernels' indices have 32 bit
@@ -146,7 +146,7 @@ def empty_gradients(
 ) -> tuple[list[Tensor | None], Gradients]:
     """Fresh memory of the shapes of what `backward` returns."""
     tokens, first = Tokens.beside(maps, contract), first_wanted(contract, wanted)
-    dtype = _promoted(flatten(learned(contract)))
+    dtype = gradient_dtype(contract)
     attentions = [
         stage.gradients.empty(tokens, dtype) if first <= n + 1 else None
         for n, (_, stage) in enumerate(_attentions(contract))
@@ -242,20 +242,26 @@ def _last(x: Tensor) -> int:
 
 
 def as_taken(contract: Contract) -> Contract:
-    """With its parameters as the kernels take them: `aligned`, and all of one dtype, the promoted one.
+    """With its parameters as the kernels take them: `aligned`, and in all scales of one dtype, the promoted one.
 
-    A kernel chooses among the pointers of all scales, which have to be of one type; gradients share an allocation.
+    A kernel chooses among the pointers of all scales, which have to be of one type.
     """
     parameters = flatten(learned(contract))
-    dtype = _promoted(parameters)
-    its = aligned([t.to(dtype) for t in parameters])
+    dtypes = _taken_dtypes(contract) if len({t.dtype for t in parameters}) > 1 else []
+    its = aligned([t.to(dtype) for t, dtype in zip(parameters, dtypes, strict=True)] if dtypes else parameters)
     if all(map(operator.is_, its, parameters)):
         return contract
     return unflatten(learned(contract), iter(its))._replace(buffers=contract.buffers)
 
 
-def _promoted(tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+def _taken_dtypes(contract: Contract) -> list[torch.dtype]:
+    """Of each parameter: what it and those in its place in the other scales promote to; of BatchNorms, all of them."""
+    found = []
+    for scales in (contract.patch_embed, *attentions_of(contract), contract.upsample):
+        places = zip(*[flatten((scale,)) for scale in scales], strict=True)
+        found += [promoted(tensors) for tensors in places] * len(scales)
+    norms = flatten(contract.norms)
+    return found + [promoted(norms) for _ in norms]
 
 
 def aligned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -10,7 +10,13 @@ from torch import Tensor
 from dca_kernels.contract import Attention, Contract
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.layer_norm import store_norm_gradients
-from dca_kernels.triton_backend.parameters import attention_gradients, cancels_of, heads_of, projections_of
+from dca_kernels.triton_backend.parameters import (
+    attention_gradients,
+    cancels_of,
+    gradient_dtype,
+    heads_of,
+    projections_of,
+)
 from dca_kernels.triton_backend.primitives import (
     LN_2,
     LOG2_E,
@@ -441,7 +447,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
-        """Fresh memory for those of an attention of these tokens, in the parameters' dtype."""
+        """Fresh memory for those of an attention of these tokens, of `gradient_dtype`."""
         scales, total = len(tokens.channels), tokens.shape.total
         return cls(*(tokens.empty(*rows, total, dtype=dtype) for rows in ((scales, 4), (4,), (2,))))
 
@@ -499,7 +505,7 @@ def spatial_attention_backward(
     dtokens, dnorm = layer_norm_backward(tokens, attention, dvalues, dattended, parts=dnormalised)
 
     config = launcher.config("spatial_gradients")
-    gradients = Gradients.empty(tokens, projections.query_weight[0].dtype)
+    gradients = Gradients.empty(tokens, gradient_dtype(contract))
     tiles, norm_tiles = (launch.blocks(size, config["block_c"]) for size in (shape.total, 2 * shape.total))
     launcher(
         _spatial_gradients_kernel, config, (scales + 1) * tiles + norm_tiles,

@@ -49,7 +49,7 @@ from dca_kernels.triton_backend.layout import (
     strides_of,
     tiles_of,
 )
-from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of
+from dca_kernels.triton_backend.parameters import affines_of, batch_norms_of, gradient_dtype
 from dca_kernels.triton_backend.partials import sum_partials
 from dca_kernels.triton_backend.primitives import (
     argument,
@@ -473,7 +473,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: Tokens, dtype: torch.dtype) -> "Gradients":
-        """Fresh memory for those of an upsampling of these tokens, in the parameters' dtype."""
+        """Fresh memory for those of an upsampling of these tokens, of `gradient_dtype`."""
         squares = sum(c * c for c in tokens.channels)
         return cls(tokens.empty(squares, dtype=dtype), tokens.empty(3, tokens.shape.total, dtype=dtype))
 
@@ -546,8 +546,7 @@ def upsample_backward(
     )  # fmt: skip
 
     config = launcher.config("norm_gradients")
-    dtype = contract.upsample[0].weight.dtype
-    gradients, through_statistics = Gradients.empty(tokens, dtype), tokens.empty(2, shape.total)
+    gradients, through_statistics = Gradients.empty(tokens, gradient_dtype(contract)), tokens.empty(2, shape.total)
     launcher(
         _norm_gradients_kernel, config, 2 * sum([launch.blocks(c, config["block_c"]) for c in shape.channels]),
         sums=sums, used=saved.used, affines=affines, out=gradients.norms, through_statistics=through_statistics,

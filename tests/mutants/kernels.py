@@ -889,8 +889,8 @@ PLUMBING = [
     Mutant(
         "parameters-of-unequal-dtypes",
         "triton_backend/passes.py",
-        "its = aligned([t.to(dtype) for t in parameters])",
-        "its = aligned(parameters)",
+        "return found + [promoted(norms) for _ in norms]",
+        "return found + [t.dtype for t in norms]",
         (PLAN + "test_parameters_of_unequal_dtypes",),
     ),
     Mutant(

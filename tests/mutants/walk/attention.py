@@ -10,6 +10,13 @@ SPATIAL = "stages/test_spatial_attention.py::test_spatial_attention_is_the_refer
 
 ATTENTION = [
     Mutant(
+        "walk-gradients-in-the-convolutions-dtype",
+        "triton_backend/parameters.py",
+        "return promoted(flatten(learned(contract)))",
+        "return contract.upsample[0].weight.dtype",
+        ("module/test_plan.py::test_stages_of_unequal_dtypes",),
+    ),
+    Mutant(
         "walk-spatial-size-of-the-narrowest-head",
         "triton_backend/spatial_attention.py",
         "min(heads_of(attention))",

@@ -6,8 +6,8 @@ LAUNCHES = [
     Mutant(
         "walk-gradients-without-memory-of-the-convolutions-dtype",
         "triton_backend/passes.py",
-        "dtype = _promoted(flatten(learned(contract)))",
-        "dtype = contract.upsample[0].weight.dtype",
+        "dtype = gradient_dtype(contract)\n    attentions",
+        "dtype = contract.upsample[0].weight.dtype\n    attentions",
         ("module/test_triton_operator.py::test_fake_tensors_are_as_real_ones[narrow_convolutions]",),
     ),
     Mutant(
