@@ -1,4 +1,5 @@
-"""`pytest benchmarks/`: the fused module over the reference, in time and memory, against the committed ratios.
+"""`pytest benchmarks/`: the fused module over the reference, in time and memory, against the committed ratios; and what
+a call costs the host, over its bare launches.
 
 Ratios, not seconds: they are of calls that take turns in one process, so that they hold on another machine.
 `--benchmark-autosave` keeps the seconds, `--benchmark-compare` compares them with the last ones kept, and
@@ -15,6 +16,8 @@ import torch
 
 from benchmarks import cases, group, measure, providers
 from benchmarks.cases import Problem
+from benchmarks.offline import stand_in
+from tests.compiled import output_of
 
 RATIOS = Path(__file__).parent / "results" / "ratios.json"
 TIME_MARGIN = 1.5  # other processes, another CPU: the ratio moves; a lost fusion moves it further
@@ -54,3 +57,19 @@ def test_fused_over_reference(phase: str, benchmark, request: pytest.FixtureRequ
     known = json.loads(RATIOS.read_text())[phase]
     assert ratios["time"] <= TIME_MARGIN * known["time"]
     assert ratios["memory"] <= MEMORY_MARGIN * known["memory"]
+
+
+@pytest.mark.skipif(stand_in.why_no_launches() is not None, reason=stand_in.why_no_launches() or "")
+def test_host_over_its_launches(tmp_path: Path) -> None:
+    """With a margin for another CPU. At first, both were above 60."""
+    output_of("-m", "benchmarks", "host", "--size", "tiny", "--dtype", "float32", "--json", str(tmp_path / "host.json"))
+    found = json.loads((tmp_path / "host.json").read_text())
+    times = {(row["mode"], row["what"]): row["p20"] for row in found["rows"]}
+    bare = times["eval", "its 9 launches by the compiled kernels' run"]
+    assert times["eval", "forward"] <= 5 * bare  # 3.1
+    launches, autograd = times["train", "its 26 launches by the compiled kernels' run"], "autograd of 54 tensors"
+    assert times["train", "training step"] <= 4 * (launches + times["train", autograd])  # 2.1
+    assert times["eval", "forward, torch backend, tiny maps"] <= 1.6 * times["eval", "the backend alone"]  # 1.1
+    kernels = {row["what"]: row["kernels"] for row in found["compiling"]}
+    assert kernels["the first forward"] == 9
+    assert kernels["the first training step"] <= 22

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,16 +90,13 @@ def test_the_smoke_test_sees_launches_by_a_plan() -> None:
 
 
 @pytest.mark.usefixtures("launches")
-def test_a_call_costs_the_host_little_more_than_its_launches(tmp_path: Path) -> None:
-    """As ratios, with a margin: other processes, another CPU. At first, both were above 60."""
-    output_of("-m", "benchmarks", "host", "--size", "tiny", "--dtype", "float32", "--json", str(tmp_path / "host.json"))
-    found = json.loads((tmp_path / "host.json").read_text())
-    times = {(row["mode"], row["what"]): row["us"] for row in found["rows"]}
-    bare = times["eval", "its 9 launches by the compiled kernels' run"]
-    assert times["eval", "forward"] <= 5 * bare  # 2.8
-    launches, autograd = times["train", "its 26 launches by the compiled kernels' run"], "autograd of 54 tensors"
-    assert times["train", "training step"] <= 4 * (launches + times["train", autograd])  # 2.1
-    assert times["eval", "forward, torch backend, tiny maps"] <= 1.6 * times["eval", "the backend alone"]  # 1.1
-    kernels = {row["what"]: row["kernels"] for row in found["compiling"]}
-    assert kernels["the first forward"] == 9
-    assert kernels["the first training step"] <= 22
+def test_a_call_costs_the_host_little_more_than_its_launches() -> None:
+    """In functions that are called, of which there is one number; `make regression` has the times."""
+    counts = {(mode, what): count for mode, what, count in json.loads(output_of("-m", "tests.tools.counted"))}
+    bare = counts["eval", "its 9 launches by the compiled kernels' run"]
+    assert counts["eval", "forward"] <= 3 * bare  # 2.5
+    launches, autograd = counts["train", "its 26 launches by the compiled kernels' run"], "autograd of 54 tensors"
+    assert counts["train", "training step"] <= 1.5 * (launches + counts["train", autograd])  # 1.3
+    for mode, call in (("eval", "forward"), ("train", "training step")):
+        around = counts[mode, f"{call}, torch backend, tiny maps"] - counts[mode, "the backend alone"]
+        assert around <= 1000  # 830
