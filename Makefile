@@ -42,7 +42,7 @@ fuzz: .venv/test  ## Draw calls of any modules for 10 minutes, and compare them 
 mutants: .venv/test  ## Put mistakes into a copy of the package, and see that the tests notice them, two hours (ARGS="--help")
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-capabilities: .venv/test  ## Run `make test` at every instruction set of this CPU, with one thread and two: half an hour
+capabilities: .venv/test  ## Run `make test` at every instruction set of this CPU, with one thread and two: an hour
 	$(BIN)/python -m tests.capabilities $(ARGS)
 
 # Others each time, whose seeds are printed. Both at a time, on a core each.
