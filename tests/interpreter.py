@@ -4,8 +4,9 @@ Casts and `tl.dot` become right, and the latter sums in one order everywhere. Ar
 kernels compute in float32. A mask into which a scalar's comparison went holds integers, which 3.9.0 no longer takes: it
 is made a mask again. What a load leaves out, without a word of what is there instead, is NaN and not zero.
 
-And what took half of the time is done once: the language is prepared once a launch, not anew in each call of a function
-within a kernel, types and shapes are kept, and what is the same already is not compared part by part.
+And what took most of the time is done once: the language is prepared once a launch, not anew in each call of a function
+within a kernel, types and shapes are kept, and what is the same already is not compared part by part. What an operation
+makes of the types of its two operands is found once; later pairs of these types only take NumPy's broadcasting.
 """
 
 import functools
@@ -33,10 +34,12 @@ _check_reduced = ReduceScanOpInterface.check_tensor
 _patch_always = interpreter._patch_lang
 _describe_block = tl.block_type.__init__
 _compare_others = tl.dtype.__eq__
-_broadcast_others = TritonSemantic.broadcast_impl_value
+_unwrap_others = tl.core._unwrap_if_constexpr
 _dtype_of = interpreter._get_np_dtype
 _NUMPY_DTYPES: dict = {}
 _BLOCK_TYPES: dict = {}
+_OPERANDS: dict = {}
+_EXPANDED: dict = {}
 _load_masked = InterpreterBuilder.create_masked_load
 _store_masked = InterpreterBuilder.create_masked_store
 
@@ -58,7 +61,8 @@ def install() -> None:
     tl.block_type.__init__ = _init_block_type
     tl.dtype.__eq__ = _is_dtype
     tl.tensor.__init__ = _init_tensor
-    TritonSemantic.broadcast_impl_value = _broadcast
+    tl.core._unwrap_if_constexpr = _unwrap
+    interpreter._patch_attr = _patch_builtin
     interpreter._get_np_dtype = _numpy_dtype
 
 
@@ -87,6 +91,7 @@ def _init_block_type(self, element_ty, shape) -> None:
     key = element_ty.name, shape
     if key not in _BLOCK_TYPES:
         _describe_block(self, element_ty, list(shape))
+        self.sizes, self.of_tensor = shape, _shape(shape)
         _BLOCK_TYPES[key] = vars(self).copy()
     vars(self).update(_BLOCK_TYPES[key])
 
@@ -94,20 +99,85 @@ def _init_block_type(self, element_ty, shape) -> None:
 def _init_tensor(self, handle, type) -> None:
     """As the language's own, but that equal shapes are one."""
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _shape(tuple(type.shape) if type.is_block() else ())
+    self.shape, self.numel = type.of_tensor if type.is_block() else _SCALAR
 
 
-@functools.cache
 def _shape(sizes: tuple[int, ...]) -> tuple:
     return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+_SCALAR = _shape(())
 
 
 def _is_dtype(self, other) -> bool:
     return self.name == other.name if type(other) is tl.dtype else _compare_others(self, other)
 
 
-def _broadcast(self, lhs, rhs):
-    return (lhs, rhs) if lhs.shape is rhs.shape else _broadcast_others(self, lhs, rhs)
+def _patch_builtin(owner, name, member, builder, scope) -> None:
+    """The interpreter's meaning of a function of the language, without what looks at its keywords on the way."""
+    function, semantic = getattr(member, "__wrapped__", member), _Semantic(builder)
+
+    def interpreted(*args, **keywords):
+        keywords["_semantic"] = semantic
+        return function(*args, **keywords)
+
+    scope.set_attr(owner, name, interpreted)
+
+
+class _Semantic(TritonSemantic):
+    """Triton's own, but that what an operation makes of its operands' types is found once."""
+
+    def binary_op_type_checking_impl(self, lhs, rhs, *flags, **named_flags):
+        key = _kind(lhs), _kind(rhs), flags, *named_flags.items()
+        return _operands(self, super().binary_op_type_checking_impl, key, lhs, rhs, *flags, **named_flags)
+
+    def broadcast_impl_value(self, lhs, rhs):
+        if lhs.type.name == rhs.type.name:
+            return lhs, rhs
+        return _operands(self, super().broadcast_impl_value, (lhs.type.name, rhs.type.name), lhs, rhs)
+
+    def expand_dims(self, input, axis):
+        key = input.type.name, axis
+        if key not in _EXPANDED:
+            expanded = super().expand_dims(input, axis)
+            _EXPANDED[key] = expanded.type
+            return expanded
+        type = _EXPANDED[key]
+        return tl.tensor(TensorHandle(input.handle.data.reshape(type.sizes), input.handle.dtype), type)
+
+
+def _kind(operand):
+    """What decides how an operand is converted: a tensor's type, a number itself (0.0 and -0.0 are equal, but two)."""
+    return operand.type.name if isinstance(operand, tl.tensor) else (type(operand), repr(operand))
+
+
+def _operands(semantic, find, key, lhs, rhs, *flags, **named_flags):
+    known = _OPERANDS.get(key)
+    if known is None:
+        left, right = find(lhs, rhs, *flags, **named_flags)
+        _OPERANDS[key] = _becomes(lhs, left), _becomes(rhs, right)
+        return left, right
+    left, right = known
+    return _converted(semantic, lhs, left), _converted(semantic, rhs, right)
+
+
+def _becomes(operand, converted):
+    """What all operands of its kind become: tensors of this type, or of a number this tensor."""
+    return converted.type if isinstance(operand, tl.tensor) else converted
+
+
+def _converted(semantic, operand, found):
+    if isinstance(found, tl.tensor):
+        return found
+    if operand.dtype.name != found.scalar.name:
+        operand = semantic.cast(operand, found.scalar)
+    if operand.type.name == found.name:
+        return operand
+    return tl.tensor(TensorHandle(np.broadcast_to(operand.handle.data, found.sizes), operand.handle.dtype), found)
+
+
+def _unwrap(value):
+    return value if isinstance(value, tl.tensor) else _unwrap_others(value)
 
 
 def _load(self, pointers, mask, other, *args):
@@ -131,19 +201,16 @@ def _as_mask(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(handle.data.astype(bool), tl.int1)
 
 
-def _is_bfloat16(operand) -> bool:
-    return isinstance(operand, (TensorHandle, tl.tensor)) and operand.dtype.scalar.name == "bf16"
-
-
 def _refuse(operands) -> None:
-    if any(map(_is_bfloat16, operands)):
-        raise TypeError("bfloat16 arithmetic in the interpreter: cast to float32 first")
+    for operand in operands:
+        if isinstance(operand, (TensorHandle, tl.tensor)) and operand.dtype.scalar.name == "bf16":
+            raise TypeError("bfloat16 arithmetic in the interpreter: cast to float32 first")
 
 
 def _refusing(method):
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        _refuse((*args, *kwargs.values()))
+        _refuse((*args, *kwargs.values()) if kwargs else args)
         return method(self, *args, **kwargs)
 
     return checked
@@ -157,7 +224,7 @@ def _check(self, tensors) -> None:
 
 def _widened(handle: TensorHandle) -> TensorHandle:
     """Bfloat16 is the upper half of a float32."""
-    if not _is_bfloat16(handle):
+    if handle.dtype.scalar.name != "bf16":
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 

@@ -305,6 +305,82 @@ def test_a_second_installation_changes_nothing() -> None:
     assert dict(vars(builder)) == before
 
 
+# Operands, whose conversions are kept
+
+
+@triton.jit
+def operands_kernel(x, y, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A column, a row and a scalar, in each turn of the same types with other values."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    for turn in range(3):
+        a, b = tl.load(x + turn * ROWS + row), tl.load(y + turn * COLUMNS + column)
+        tile = tl.where(turn != 1, a[:, None] * b[None, :], b[None, :] - a[:, None])
+        tl.store(out + (turn * ROWS + row[:, None]) * COLUMNS + column[None, :], tile + tl.load(y + turn))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.float32),
+        (torch.int32, torch.int64),
+        (torch.int32, torch.float32),
+    ],
+    ids=str,
+)
+def test_operands_of_types_that_were_seen(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    rows, columns = 4, 8
+    numbers = torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randint(-8, 8, (3, size), generator=numbers).to(dtype) * (0.5 if dtype.is_floating_point else 1)
+        for size, dtype in zip((rows, columns), dtypes, strict=True)
+    )
+    out = torch.zeros(3, rows, columns, dtype=torch.promote_types(*dtypes))
+    operands_kernel[(1,)](x, y, out, rows, columns, **OPTIONS)
+    expected = x[:, :, None] * y[:, None, :]
+    expected[1] = y[1] - x[1, :, None]
+    torch.testing.assert_close(out, expected + y.flatten()[:3, None, None], rtol=0, atol=0)
+
+
+@triton.jit
+def quotient_kernel(x, y, out, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    a, b = tl.load(x + offsets), tl.load(y + offsets)
+    tl.store(out + offsets, a * b)
+    tl.store(out + BLOCK + offsets, a / b)
+
+
+def test_a_quotient_of_the_types_of_a_product() -> None:
+    """Triton takes quotients of float16 in float32, and products in float16."""
+    x, y, out = torch.full((4,), 1.0).half(), torch.full((4,), 3.0).half(), torch.zeros(8)
+    quotient_kernel[(1,)](x, y, out, 4, **OPTIONS)
+    assert_equal(out, torch.tensor([3.0] * 4 + [1 / 3] * 4))
+
+
+@triton.jit
+def number_kernel(x, out, NUMBER: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.load(x + offsets) * NUMBER)
+    tl.store(out + BLOCK + offsets, NUMBER - tl.load(x + offsets))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+def test_numbers_that_are_equal_are_not_one_operand(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.0 and -0.0, 1 and 1.0: each as if it came first."""
+
+    def multiplied(number: float | int) -> Tensor:
+        out = torch.full((8,), math.nan)
+        number_kernel[(1,)](torch.tensor([-2, -1, 0, 3], dtype=dtype), out, number, 4, **OPTIONS)
+        return out
+
+    numbers = [1, 1.0, True, 0, 0.0, -0.0, False, 2]
+    after_others = [multiplied(number) for number in numbers]
+    for number, actual in zip(numbers, after_others, strict=True):
+        monkeypatch.setattr(interpreter, "_OPERANDS", {})
+        assert_equal(actual, multiplied(number))
+
+
 # A kernel
 
 
