@@ -114,6 +114,11 @@ def _is_dtype(self, other) -> bool:
 
 
 def _patch_builtin(owner, name, member, builder, scope) -> None:
+    scope.set_attr(owner, name, _interpreted(member, builder))
+
+
+@functools.cache
+def _interpreted(member, builder):
     """The interpreter's meaning of a function of the language, without what looks at its keywords on the way."""
     function, semantic = getattr(member, "__wrapped__", member), _Semantic(builder)
 
@@ -121,7 +126,7 @@ def _patch_builtin(owner, name, member, builder, scope) -> None:
         keywords["_semantic"] = semantic
         return function(*args, **keywords)
 
-    scope.set_attr(owner, name, interpreted)
+    return interpreted
 
 
 class _Semantic(TritonSemantic):
