@@ -10,6 +10,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ.get("DCA_TEST_THREADS", "1")
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import gc
 import importlib.util
 import sys
 import warnings
@@ -42,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton 3.6's interpreter takes int() of an array of one element, which NumPy will no longer allow.
     message = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton.runtime.interpreter"
     config.addinivalue_line("filterwarnings", message)
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector leaves alone what was imported, and comes once in 20,000 new objects, not in 700."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -163,12 +163,17 @@ def _operands(semantic, find, key, lhs, rhs, *flags, **named_flags):
         _OPERANDS[key] = _becomes(lhs, left), _becomes(rhs, right)
         return left, right
     left, right = known
-    return _converted(semantic, lhs, left), _converted(semantic, rhs, right)
+    return (
+        lhs if left is None else _converted(semantic, lhs, left),
+        rhs if right is None else _converted(semantic, rhs, right),
+    )
 
 
 def _becomes(operand, converted):
-    """What all operands of its kind become: tensors of this type, or of a number this tensor."""
-    return converted.type if isinstance(operand, tl.tensor) else converted
+    """What all operands of its kind become: tensors of this type, None as they are, or of a number this tensor."""
+    if not isinstance(operand, tl.tensor):
+        return converted
+    return None if converted.type.name == operand.type.name else converted.type
 
 
 def _converted(semantic, operand, found):
