@@ -52,15 +52,19 @@ COLUMNS = {
 Group = tuple[str | int, ...]
 
 
+def folders(results: Path) -> list[Path]:
+    """One a machine: the subfolders of `results`, or itself where it has rows."""
+    inner = [p for p in results.iterdir() if p.is_dir() and p.name != rows.LATEST.name]
+    return [results] if any(results.glob("*.jsonl")) else sorted(inner)
+
+
 def machines(results: Path) -> dict[Path, list[Row]]:
-    """Rows by the folder that they lie in: the subfolders of `results`, or itself where it has rows.
+    """Rows by the folder that they lie in.
 
     Raises:
         ValueError: a row's provider is not known, of which no table and no figure says anything.
     """
-    inner = [p for p in results.iterdir() if p.is_dir() and p.name != rows.LATEST.name]
-    folders = [results] if any(results.glob("*.jsonl")) else sorted(inner)
-    found = {folder: rows.load(folder) for folder in folders}
+    found = {folder: rows.load(folder) for folder in folders(results)}
     for folder, row in ((folder, row) for folder, of_machine in found.items() for row in of_machine):
         if row.provider not in PROVIDERS:
             known = ", ".join(PROVIDERS)
@@ -311,7 +315,7 @@ def block(name: str, results: Path, document: Path, figures: bool = True) -> str
 def host(results: Path) -> str:
     """What a call costs the host, and what it compiles: of host.json in each machine's folder."""
     parts = []
-    for path in sorted(folder / "host.json" for folder in machines(results)):
+    for path in (folder / "host.json" for folder in folders(results)):
         if path.exists():
             its = json.loads(path.read_text())
             subject = f"triton {its['environment']['triton']}, {its['size']}, batch {its['batch']}, {its['dtype']}"
