@@ -62,7 +62,7 @@ def install() -> None:
     tl.dtype.__eq__ = _is_dtype
     tl.tensor.__init__ = _init_tensor
     tl.core._unwrap_if_constexpr = _unwrap
-    interpreter._patch_attr = _patch_builtin
+    interpreter._patch_attr = _patch_attr
     interpreter._get_np_dtype = _numpy_dtype
 
 
@@ -113,7 +113,7 @@ def _is_dtype(self, other) -> bool:
     return self.name == other.name if type(other) is tl.dtype else _compare_others(self, other)
 
 
-def _patch_builtin(owner, name, member, builder, scope) -> None:
+def _patch_attr(owner, name, member, builder, scope) -> None:
     scope.set_attr(owner, name, _interpreted(member, builder))
 
 
