@@ -153,7 +153,7 @@ class _Semantic(TritonSemantic):
 
 def _kind(operand):
     """What decides how an operand is converted: a tensor's type, a number itself (0.0 and -0.0 are equal, but two)."""
-    return operand.type.name if isinstance(operand, tl.tensor) else (type(operand), repr(operand))
+    return operand.type.name if isinstance(operand, tl.tensor) else repr(operand)
 
 
 def _operands(semantic, find, key, lhs, rhs, *flags, **named_flags):
