@@ -134,7 +134,7 @@ class _Groups:
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """Note what the stages are given inside the `with` block, by the structures that they are given it in."""
-        from dca_kernels.triton_backend import batch_statistics, eager, plan, upsample_backward
+        from dca_kernels.triton_backend import batch_statistics, eager, grid_gradient, plan
 
         def forward(method: Callable, its: Any, maps: Any, parameters: Any, tensors: Any, addresses: Any) -> Any:
             outs = method(its, maps, parameters, tensors, addresses)
@@ -157,7 +157,7 @@ class _Groups:
             (eager.Forward, "__call__", forward),
             (eager.Backward, "__call__", backward),
             (batch_statistics, "interpolation_tables", tables),
-            (upsample_backward, "interpolation_tables", tables),
+            (grid_gradient, "interpolation_tables", tables),
         )
         with contextlib.ExitStack() as stack:
             for owner, name, wrapper in wrappers:

@@ -28,6 +28,7 @@ from dca_kernels.triton_backend import (
     patch_embed,
     spatial_attention,
     spatial_attention_backward,
+    spatial_gradients,
     upsample,
     upsample_backward,
 )
@@ -39,7 +40,7 @@ MAX_OFFSET = 2**31  # elements: within one image the kernels' indices have 32 bi
 ALIGNMENT = 16  # bytes
 
 Attended = channel_attention.Saved | spatial_attention.Saved
-OfAttention = channel_attention_backward.Gradients | spatial_attention_backward.Gradients
+OfAttention = channel_attention_backward.Gradients | spatial_gradients.Gradients
 
 
 class Saved(NamedTuple):
@@ -68,7 +69,7 @@ class Stage(NamedTuple):
 
 
 CHANNEL_ATTENTION = Stage(channel_attention_backward.channel_attention_backward, channel_attention_backward.Gradients)
-SPATIAL_ATTENTION = Stage(spatial_attention_backward.spatial_attention_backward, spatial_attention_backward.Gradients)
+SPATIAL_ATTENTION = Stage(spatial_attention_backward.spatial_attention_backward, spatial_gradients.Gradients)
 
 
 def forward(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], Saved]:

@@ -41,7 +41,7 @@ import triton.language as tl
 
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.primitives import kernel, sum_images
-from dca_kernels.triton_backend.spatial_attention_backward import sum_with_level
+from dca_kernels.triton_backend.spatial_gradients import sum_with_level
 
 TINY = Config((4, 6), (2, 3), channel_head=(2, 1), spatial_head=(1, 2), sizes=((4, 6), (2, 3)), batch=1)
 SMALL = Config((4, 8), 2, sizes=((5, 4), (2, 3)), spatial_head=(2, 4))

@@ -125,7 +125,7 @@ FIRST = [
     ),
     Mutant(
         "drawn-grid-gradient-block-of-a-step",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "here = (start // BLOCK_C == block)",
         "here = (start // STEP == block)",
         ("module/test_triton_backward.py::test_parity_of_the_backward_in_blocks[halved]",),

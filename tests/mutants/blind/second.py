@@ -203,7 +203,7 @@ SECOND = [
     ),
     Mutant(
         "again-output-weight-without-bias",
-        "triton_backend/spatial_attention_backward.py",
+        "triton_backend/spatial_gradients.py",
         "dp_weight = v_weight * dweight + v_bias * dbias",
         "dp_weight = v_weight * dweight",
         ("stages/test_spatial_attention.py::test_spatial_attention_is_the_references[triton-eval-ragged]",),
@@ -217,7 +217,7 @@ SECOND = [
     ),
     Mutant(
         "again-diagonal-above",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "above = row_table(tables, NEXT_DIAGONAL, p - 1, GRID)",
         "above = row_table(tables, NEXT_DIAGONAL, p, GRID)",
         ("stages/test_upsample.py::test_upsample_is_the_references[triton-train-ragged]",),

@@ -40,7 +40,7 @@ SEVENTH = [
     ),
     Mutant(
         "seventh-channels-without-offset",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "    offs_all = offset + offs_c\n",
         "    offs_all = offs_c\n",
         ("stages/test_upsample.py::test_upsample_is_the_references[triton-train-ragged]",),
@@ -163,7 +163,7 @@ SEVENTH = [
     ),
     Mutant(
         "seventh-diagonal-for-next",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "above = row_table(tables, NEXT_DIAGONAL, p - 1, GRID)",
         "above = row_table(tables, DIAGONAL, p - 1, GRID)",
         ("stages/test_upsample.py::test_upsample_is_the_references[triton-train-ragged]",),
@@ -205,7 +205,7 @@ SEVENTH = [
     ),
     Mutant(
         "seventh-dz-without-offset",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "tl.store(dz + row[:, None] + (offset + offs_c)[None, :], gradient, mask=here)",
         "tl.store(dz + row[:, None] + offs_c[None, :], gradient, mask=here)",
         ("stages/test_upsample.py::test_upsample_is_the_references[triton-train-ragged]",),

@@ -16,7 +16,7 @@ SIXTH = [
     ),
     Mutant(
         "sixth-norm-of-group-number",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "NORM: tl.constexpr = LAYOUT.of[GROUP.scales[0]].norm\n    GRID: tl.constexpr = LAYOUT.grid",
         "NORM: tl.constexpr = LAYOUT.of[g].norm\n    GRID: tl.constexpr = LAYOUT.grid",
         ("module/test_triton_backward.py::test_one_scale_of_three_differs[2-it_alone_trains]",),
@@ -100,7 +100,7 @@ SIXTH = [
     ),
     Mutant(
         "sixth-values-and-outputs-swapped",
-        "triton_backend/spatial_attention_backward.py",
+        "triton_backend/spatial_gradients.py",
         "v_weight, v_bias, p_weight = _load_values_and_outputs(",
         "p_weight, v_bias, v_weight = _load_values_and_outputs(",
         ("stages/test_spatial_attention.py::test_spatial_attention_is_the_references[triton-train-ragged]",),
@@ -233,7 +233,7 @@ SIXTH = [
     ),
     Mutant(
         "sixth-sum-with-level-of-one-image",
-        "triton_backend/spatial_attention_backward.py",
+        "triton_backend/spatial_gradients.py",
         "for start in range(0, batch * BLOCKS, ROWS):",
         "for start in range(0, BLOCKS, ROWS):",
         ("module/test_triton_backward.py::test_sums_over_images_that_take_several_steps[40-28-28]",),

@@ -19,7 +19,7 @@ THIRD = [
     ),
     Mutant(
         "third-grid-gradient-without-origin",
-        "triton_backend/upsample_backward.py",
+        "triton_backend/grid_gradient.py",
         "apart = (origin + token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)",
         "apart = (token - load_vector(used, offs_all, mask_c, tl.float64)).to(ACC)",
         ("stages/test_upsample.py::test_upsample_is_the_references[triton-train-ragged]",),
@@ -40,7 +40,7 @@ THIRD = [
     ),
     Mutant(
         "third-spatial-terms-of-a-scale",
-        "triton_backend/spatial_attention_backward.py",
+        "triton_backend/spatial_gradients.py",
         "partials.terms + i * 2 * TOTAL, level, offs_c",
         "partials.terms + i * TOTAL, level, offs_c",
         ("stages/test_spatial_attention.py::test_spatial_attention_is_the_references[triton-train-ragged]",),

@@ -81,7 +81,7 @@ ATTENTION = [
     ),
     Mutant(
         "walk-level-of-no-image",
-        "triton_backend/spatial_attention_backward.py",
+        "triton_backend/spatial_gradients.py",
         "of_level = tl.load(level + (b * TOTAL)[:, None] + offs[None, :], mask=here, other=0.0)",
         "of_level = tl.load(level + (b * TOTAL)[:, None] + offs[None, :], mask=here)",
         (SPATIAL,),
