@@ -219,9 +219,9 @@ def sum_images(ptr, offs, mask, batch, blocks, STRIDE: tl.constexpr, image_strid
 
 @triton.jit
 def zero_where_it_cancels(gradient, offs_all, SHIFT_CANCELS: tl.constexpr, SHAPE: tl.constexpr):
-    """A bias's gradient, zero in the scales where the BatchNorm behind takes off what the bias adds."""
+    """A bias's gradient, zero in the scales where the BatchNorm behind takes off what the bias adds: of NaN too."""
     for i in tl.static_range(len(SHAPE.channels)):
         if SHIFT_CANCELS[i]:
             inside = (offs_all >= SHAPE.offsets[i]) & (offs_all < SHAPE.offsets[i] + SHAPE.channels[i])
-            gradient = tl.where(inside, gradient * 0.0, gradient)
+            gradient = tl.where(inside, 0.0, gradient)
     return gradient

@@ -26,6 +26,7 @@ from tests.oracle import (
     assert_identical,
     assert_same,
     both_modes,
+    each_backend,
     evaluate,
     not_finite,
     pair,
@@ -192,6 +193,21 @@ def test_what_cancels_has_a_gradient_of_zero(name: str) -> None:
     results = evaluate(pair(CONFIGS[name], "triton")[0], random_maps(CONFIGS[name], backend="triton"))
     zeros = {n.removeprefix("grad.") for n, g in results.items() if n.startswith("grad.") and not g.any()}
     assert zeros == zero_gradients(CONFIGS[name], train=True)
+
+
+@not_finite
+@pytest.mark.parametrize("name", ["two_blocks", "spatial_only", "channel_only"])
+@each_backend
+def test_what_cancels_is_zero_whatever_comes_from_behind(backend: str, name: str) -> None:
+    """Of NaN too, and nothing else is: who looks for what is not finite, as GradScaler does, finds it there."""
+    config = CONFIGS[name]
+    maps = random_maps(config, backend=backend)
+    upstream = [torch.full_like(x, float("nan")) for x in maps]
+    results = evaluate(pair(config, backend)[0], maps, upstream)
+    gradients = {n.removeprefix("grad."): g for n, g in results.items() if n.startswith("grad.")}
+    zeros = {n for n, g in gradients.items() if not g.isnan().any()}
+    assert zeros == zero_gradients(config, train=True)
+    assert not any(gradients[n].any() for n in zeros)
 
 
 @each_kind_of_windows

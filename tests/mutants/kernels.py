@@ -440,6 +440,13 @@ SPATIAL_ATTENTION = [
         (BACKWARD + "test_what_cancels_has_a_gradient_of_zero[spatial_only]",),
     ),
     Mutant(
+        "zeros-by-a-product",
+        "triton_backend/primitives.py",
+        "tl.where(inside, 0.0, gradient)",
+        "tl.where(inside, gradient * 0.0, gradient)",
+        (BACKWARD + "test_what_cancels_is_zero_whatever_comes_from_behind[triton-spatial_only]",),
+    ),
+    Mutant(
         "spatial-keys-beyond-the-last",
         "triton_backend/spatial_attention_backward.py",
         'score = tl.where(mask_m[:, None], score, float("-inf"))',
