@@ -325,28 +325,48 @@ def _one_apart(base: Tensor, noise: Tensor) -> Tensor:
     return x
 
 
+def _small_on_average(base: Tensor, noise: Tensor) -> Tensor:
+    """One channel and its negative are all that the mean token has: its LayerNorm is far above every token's there."""
+    signs = noise[:, 1:8, :2].sign()
+    signs = torch.cat([signs, -signs], 2)  # of four rows
+    one = torch.full_like(noise[:, :1], 0.3)
+    return torch.cat([one, signs, -signs, -one], 1)
+
+
+def _of_queries_far_below(tokens: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """The one channel's products are -40, and what each key adds is 20."""
+    one = torch.eye(len(level), device=level.device)[0]
+    return -40 * one / tokens[:, 0].square().mean(), 20 * one / tokens[:, 0].mean()
+
+
+# The scores' bilinear and linear terms, as powers of two.
 SCORES = {
     # No sum of weights shows that one is 2^-20 for every query, and float16 lacks its inverse.
-    "of_one_key_far_below": (_one_apart, lambda tokens, level: -20 * tokens[7] / tokens[7].square().sum()),
+    "of_one_key_far_below": (
+        _one_apart,
+        lambda tokens, level: (0 * level, -20 * tokens[7] / tokens[7].square().sum()),
+    ),
     # Normalised tokens are as long as the level is: all are below it. Beyond the last key the score is zero.
     "all_far_below_zero": (
         lambda base, noise: base + 0.7 * noise,
-        lambda tokens, level: 20 * level / (tokens @ level).max().abs(),
+        lambda tokens, level: (0 * level, 20 * level / (tokens @ level).max().abs()),
     ),
+    # But for what keys add, which is above zero as far: the weights' shares are about 1.
+    "all_far_below_zero_but_of_keys": (_small_on_average, _of_queries_far_below),
 }
 
 
-@pytest.mark.parametrize("change, direction", SCORES.values(), ids=SCORES)
-def test_gradients_of_scores_of_keys_alone(
-    change: Callable, direction: Callable, monkeypatch: pytest.MonkeyPatch, flags: list[Tensor]
+@pytest.mark.parametrize("change, terms", SCORES.values(), ids=SCORES)
+def test_gradients_of_scores_far_apart(
+    change: Callable, terms: Callable, monkeypatch: pytest.MonkeyPatch, flags: list[Tensor]
 ) -> None:
-    """In float16: queries are about the same, a bias."""
+    """In float16, which has few digits for what is small."""
     config = Config((16,), (4, 5), spatial_head=(1,), sizes=((4, 5),), channel_att=False, batch=1)
-    found: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     look_after(
         monkeypatch,
         "spatial_attention",
-        lambda its: found.append(direction(its["normalised"][0].float(), its["level"][0])),
+        lambda its: found.append((its["normalised"][0].float(), its["level"][0].clone())),
     )
     draws = []
     for seed in range(4):
@@ -355,14 +375,17 @@ def test_gradients_of_scores_of_keys_alone(
         maps = [change(other[:, :, :1, :1], noise).half()]
         for model in (ours, theirs):
             model.attention[0].spatial_norm[0].reset_parameters()
+            model.avg_map[0].proj.depthwise.weight.data.fill_(1)
+            model.avg_map[0].proj.depthwise.bias.data.fill_(0)
         forward(ours, maps)
-        bias = found[-1] * math.log(2) * 16**0.5
+        tokens, level = found[-1]
+        bilinear, linear = (math.log(2) * 16**0.5 * term for term in terms(tokens, level))
         with torch.no_grad():
             for attention in (model.attention[0].s_attention[0] for model in (ours, theirs)):
                 q_map, k_map = attention.q_map.proj.depthwise, attention.k_map.proj.depthwise
-                q_map.weight.mul_(0.01)
+                q_map.weight.mul_(0.01).view(-1).add_(bilinear)
                 k_map.weight.fill_(1.0)
-                q_map.bias.copy_(bias)
+                q_map.bias.copy_(linear - level * bilinear)
         upstream = random_like(maps)
         exact = evaluate(promoted(theirs, config), [x.double() for x in maps], [g.double() for g in upstream])
         draws.append((evaluate(ours, maps, upstream), evaluate(theirs, maps, upstream), exact))

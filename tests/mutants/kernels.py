@@ -447,6 +447,13 @@ SPATIAL_ATTENTION = [
         (BACKWARD + "test_what_cancels_is_zero_whatever_comes_from_behind[triton-spatial_only]",),
     ),
     Mutant(
+        "spatial-sums-of-weights-near-zero",
+        "triton_backend/spatial_attention_backward.py",
+        "(tl.abs(normaliser - SHIFT) < LIMIT)",
+        "(normaliser - SHIFT < LIMIT)",
+        (TRITON + "test_gradients_of_scores_far_apart[all_far_below_zero_but_of_keys]",),
+    ),
+    Mutant(
         "spatial-keys-beyond-the-last",
         "triton_backend/spatial_attention_backward.py",
         'score = tl.where(mask_m[:, None], score, float("-inf"))',

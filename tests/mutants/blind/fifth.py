@@ -111,14 +111,14 @@ FIFTH = [
         "triton_backend/spatial_attention_backward.py",
         'score = tl.where(mask_n[None, :], score, float("-inf"))',
         'score = tl.where(mask_m[:, None], score, float("-inf"))',
-        ("module/test_triton.py::test_gradients_of_scores_of_keys_alone[all_far_below_zero]",),
+        ("module/test_triton.py::test_gradients_of_scores_far_apart[all_far_below_zero]",),
     ),
     Mutant(
         "fifth-sound-either",
         "triton_backend/spatial_attention_backward.py",
         "sound = (tl.abs(normaliser - SHIFT) < LIMIT) & (tl.abs(of_column) < LIMIT)",
         "sound = (tl.abs(normaliser - SHIFT) < LIMIT) | (tl.abs(of_column) < LIMIT)",
-        ("module/test_triton.py::test_gradients_of_scores_of_keys_alone[of_one_key_far_below]",),
+        ("module/test_triton.py::test_gradients_of_scores_far_apart[of_one_key_far_below]",),
     ),
     Mutant(
         "fifth-parts-step-of-map-rows",
