@@ -99,12 +99,15 @@ def _is_plan(plan: Any) -> bool:
 
 
 def alike(state: Any, expected: Any) -> bool:
-    """Whether a state of any file has the keys and types of another one, and tensors of its shapes and dtypes."""
+    """Whether a state of any file has the keys and types of another one, and tensors of its shapes and dtypes.
+
+    A list is as good as a tuple: `set_state_dict` makes the betas of a fresh optimizer a list.
+    """
     if isinstance(expected, dict):
         same = isinstance(state, dict) and state.keys() == expected.keys()
         return same and all(alike(state[key], value) for key, value in expected.items())
     if isinstance(expected, list | tuple):
-        same = type(state) is type(expected) and len(state) == len(expected)
+        same = isinstance(state, list | tuple) and len(state) == len(expected)
         return same and all(map(alike, state, expected))
     if isinstance(expected, Tensor):
         same = isinstance(state, Tensor) and not state.is_meta and state.layout == expected.layout

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from examples.data import Data
 from examples.files import DataError
 from examples.network import Plan, alike, load_checkpoint, save_network, write, write_json
 from examples.processes import Process, together
 from examples.scores import Row
 
 FREE = ("epochs", "out", "restart", "workers")  # arguments that a resumed run may change
+INSTEAD = "choose another --out, or --restart, which deletes the old run"
 
 
 class Run:
@@ -30,6 +32,7 @@ class Run:
         self.arguments = {k: str(v) for k, v in vars(chosen).items() if k not in FREE} | {
             "processes": str(process.count)
         }
+        self.samples: dict[str, list[str]] = {}  # their names
         self.history: list[Row] = []
         self.last, self.best = self.folder / "last.pt", self.folder / "best.pt"
         together(process, lambda: require_writable(self.folder))
@@ -39,14 +42,14 @@ class Run:
         """The state at the end of the last epoch that was saved, if any was."""
         if not self.last.exists():
             return None
-        state = load_checkpoint(self.last, ("arguments", "history", "model", "optimizer"))
+        state = load_checkpoint(self.last, ("arguments", "samples", "history", "model", "optimizer"))
         if not _is_run(state):
             raise DataError(f"{self.last}: expected the arguments and the history of a run, got other values")
         for name, value in self.arguments.items():
             if value != state["arguments"].get(name):
                 raise DataError(
                     f"{self.last}: expected a run with {name} {value}, got {state['arguments'].get(name, 'no such')}: "
-                    "choose another --out, or --restart, which deletes the old run"
+                    f"{INSTEAD}"
                 )
         return state
 
@@ -54,8 +57,14 @@ class Run:
     def best_row(self) -> Row:
         return max(self.history, key=lambda row: row["dice"] if row["dice"] == row["dice"] else -1)
 
-    def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Make the folder, and go back to what was read of it. A run that is begun anew loses the old one here."""
+    def begin(self, network: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> None:
+        """Make the folder, and go back to what was read of it. A run that is begun anew loses the old one here.
+
+        Raises:
+            DataError: the folder holds a run of other samples, or of other states; in every process.
+        """
+        self.samples = {"train": [s.name for s in data.train], "validation": [s.name for s in data.validation]}
+        together(self.process, self._require_samples)
         if self.process.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.state is None:
@@ -67,6 +76,15 @@ class Run:
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(network, optimizer, model_state_dict=state[0], optim_state_dict=state[1], options=options)
         self.history, self.state = self.state["history"], None
+
+    def _require_samples(self) -> None:
+        """One that was trained on would be validated on: the split is drawn from all samples that there are."""
+        if self.state is not None and self.state["samples"] != self.samples:
+            train, validation = (len(names) for names in self.samples.values())
+            raise DataError(
+                f"{self.last}: expected a run of the samples that are there, {train} to train on and {validation} to "
+                f"validate on, got others: {INSTEAD}"
+            )
 
     def _states(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
         """The whole states of both, in the first process; every process takes part."""
@@ -85,7 +103,8 @@ class Run:
             return
         if self.best_row is row:
             save_network(self.best, plan, model)
-        state = {"arguments": self.arguments, "history": self.history, "model": model, "optimizer": optimizer_state}
+        state = {"arguments": self.arguments, "samples": self.samples, "history": self.history}
+        state |= {"model": model, "optimizer": optimizer_state}
         write(self.last, lambda path: torch.save(state, path))
         write_json(self.folder / "history.json", self.history)
 

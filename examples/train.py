@@ -240,7 +240,7 @@ def train(chosen: argparse.Namespace, process: Process) -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     network = distribute(network, process, chosen.fsdp)
     optimizer = torch.optim.AdamW(network.parameters(), chosen.lr)
-    run.begin(network, optimizer)
+    run.begin(network, optimizer, data)
     begin, events = len(run.history), None
     if process.first:
         print(f"network: {chosen.host}, attention {chosen.dca}, {parameters / 1e6:.2f} M parameters")

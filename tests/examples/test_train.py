@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,43 @@ def test_more_epochs_of_a_finished_run_learn(run, tmp_path: Path) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
 
 
+def test_a_run_may_be_stopped_many_times(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every epoch but the last, after its validation: the numbers are those of one that was not stopped."""
+    kvasir(tmp_path / "data")
+    given = ["--data", tmp_path / "data", *TINY, "--epochs", 3]
+    assert run(*given, "--out", tmp_path / "whole") == 0
+    validate, epochs = train.validate, []
+
+    def stop(*arguments: object) -> dict:
+        epochs.append(True)
+        if len(epochs) in (2, 4):
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    monkeypatch.setattr(train, "validate", stop)
+    assert [run(*given, "--out", tmp_path / "stopped") for _ in range(3)] == [130, 130, 0]
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole") and len(epochs) == 5
+    states = [torch.load(tmp_path / name / "last.pt")["model"] for name in ("stopped", "whole")]
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_is_resumed_with_its_own_samples(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another image, and one that was trained on may be validated on."""
+    kvasir(tmp_path / "data")
+    given = ["--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT]
+    assert run(*given) == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    for kind in ("images", "masks"):
+        folder = tmp_path / "data" / kind
+        shutil.copy(sorted(folder.iterdir())[0], folder / "another.jpg")
+    capsys.readouterr()
+    assert run(*given, "--epochs", 2) == 2
+    said = "last.pt: expected a run of the samples that are there, 4 to train on and 1 to validate on, got others"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
 def test_restart(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kvasir(tmp_path / "data")
     given = ["--data", tmp_path / "data", "--out", tmp_path / "run", *SHORT]
@@ -235,7 +273,7 @@ def test_restart(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def run_of(**changes: object) -> Callable[[Path], None]:
-    state = {"arguments": {"data": "other"}, "history": [], "model": {}, "optimizer": {}} | changes
+    state = {"arguments": {"data": "other"}, "samples": {}, "history": [], "model": {}, "optimizer": {}} | changes
     return lambda folder: torch.save(state, folder / "last.pt")
 
 
@@ -306,11 +344,13 @@ STATE = {"weight": torch.ones(2, 3), "groups": [{"lr": 0.1, "betas": (0.9, 0.999
         {"groups": {}},
         {"groups": [{"lr": 0.1}]},
         {"groups": [{"lr": torch.ones(()), "betas": (0.9, 0.999)}]},
-        {"groups": [{"lr": 0.1, "betas": [0.9, 0.999]}]},
+        {"groups": [{"lr": 0.1, "betas": [0.9]}]},
+        {"groups": [{"lr": 0.1, "betas": 0.9}]},
     ],
 )
 def test_states_that_are_not_alike(changes: dict) -> None:
     assert network.alike(STATE | {"weight": torch.zeros(2, 3)}, STATE)
+    assert network.alike(STATE | {"groups": [{"lr": 0.2, "betas": [0.9, 0.999]}]}, STATE)  # of a run that was resumed
     assert not network.alike(STATE | changes, STATE)
     assert not network.alike([STATE], STATE) and not network.alike({}, STATE)
 
