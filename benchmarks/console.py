@@ -84,4 +84,4 @@ def times(a: float | None, b: float | None) -> str:
     """How many times b is a, or nothing where one was not measured or is too small to measure."""
     if not a or not b:
         return ""
-    return f"{a / b:.2f}x" if a < 10 * b else f"{number(a / b)}x"
+    return f"{a / b:.2f}x" if 0.1 < a / b < 10 else f"{number(a / b)}x"

@@ -238,6 +238,12 @@ def conclude(found: Sequence[Row]) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
+    if chosen.patch == 1:
+        print(
+            "--patch: expected 2 or more, got 1: the last map is one pixel, of which BatchNorm cannot train",
+            file=sys.stderr,
+        )
+        return 2
     try:
         image = cases.load_image(chosen.image)
     except (OSError, ValueError) as error:

@@ -29,6 +29,9 @@ IMAGES = {".bmp", ".png", ".tif", ".tiff"} | JPEG
 ONE_CHANNEL = ("1", "F", "I", "I;16", "I;16B", "L", "P")
 DEEP = ("F", "I", "I;16", "I;16B")  # more than 8 bits a channel
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # Pillow knows more, and starts Ghostscript for one of them
+BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF
+WHITE_IS_ZERO = 0
+SPREAD = {"L;2": 85, "L;4": 17}  # grey of fewer bits, that Pillow brings to 0 .. 255
 
 COLOURS = 2**8  # of a mask, that are counted
 
@@ -76,7 +79,7 @@ class Values(Enum):
     FOREGROUND: 0 is background, the one other value foreground. Where there are more values they are grey levels, and
         the upper half of the dtype's range is foreground. Colours are as bright as their brightest channel. Where alpha
         varies and the colours do not, alpha is the mask; else it lies over black. Indices of a coloured palette are
-        values, a grey palette is its grey levels.
+        values, unless black has another one than 0; a grey palette is its grey levels.
     INSTANCES: 0 is background, every other value an object, and foreground.
     CLASSES: indices of classes, 0 is background; of a palette image its indices, whatever their colours.
     """
@@ -227,18 +230,32 @@ def _open(path: Path) -> Image.Image:
         try:
             image = Image.open(path, formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise DataError(f"{path}: expected an image, got another file, or a damaged one") from error
+            said = "another file, another type of pixels, or a damaged one"
+            raise DataError(f"{path}: expected an image of 8 or 16 bits, got {said}") from error
         with image:
             if image.width * image.height > PIXELS:
                 size = f"{image.height} x {image.width}"
                 raise DataError(f"{path}: expected an image of at most {PIXELS} pixels, got {size}")
             several = image.format != "MPO" and getattr(image, "is_animated", False)  # a photograph and its preview
-            cut = image.mode not in DEEP and any(";16" in str(tile[3]) for tile in image.tile)
+            tags = getattr(image, "tag_v2", {})  # of a TIFF, whose planes do not say how many bits they have
+            deep = np.max(tags.get(BITS, 8)) > 8
+            raw = " ".join(str(tile[3]) for tile in image.tile)
+            cut = image.mode not in DEEP and (deep or ";16" in raw)
+            inverse = deep and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+            turned = image.getexif().get(ORIENTATION, 1)
             image.load()
+            image.info["raw"] = raw
     if several:
         raise DataError(f"{path}: expected one image, got several in one file")
     if cut:
         raise DataError(f"{path}: expected 8 bits a colour, got 16, of which Pillow keeps 8: save it with 8")
+    if inverse:
+        raise DataError(f"{path}: expected 0 to be black, got a TIFF of more than 8 bits in which it is white")
+    if turned > 1:
+        raise DataError(
+            f"{path}: expected pixels as they are seen, got EXIF orientation {turned}: save it turned "
+            "(PIL.ImageOps.exif_transpose) if its mask was drawn so, else without EXIF"
+        )
     return image
 
 
@@ -248,6 +265,8 @@ def _image(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"), np.float32) / 255
     grey = np.asarray(image, np.float32)  # a camera of more than 8 bits uses some of them
     least, largest = grey.min(), grey.max()  # NaN if any is
+    if least == largest == 0:  # black
+        return np.zeros((*grey.shape, 3), np.float32)
     white = np.percentile(grey, 99.8) if least >= 0 and largest < np.inf else 0
     if not white > 0:
         raise DataError(
@@ -259,15 +278,36 @@ def _image(path: Path) -> np.ndarray:
 
 def _mask_image(path: Path, meaning: Values, columns: slice) -> Mask:
     image = _open(path)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        raise DataError(
+            f"{path}: expected 0 to be black, got a TIFF in which it is white, and writers do not agree on what its "
+            'mask is then: save it as PNG, or as TIFF with photometric="minisblack"'
+        )
     if meaning is Values.CLASSES:
         if image.mode not in ONE_CHANNEL:
             raise DataError(f"{path}: expected class indices in one channel or in a palette, got {image.mode}")
-        return Mask(_whole(path, np.asarray(image)[:, columns]))
+        indices = np.asarray(image)[:, columns]
+        for mode, step in SPREAD.items():
+            if mode in image.info["raw"]:
+                indices = indices // step
+        return Mask(_whole(path, indices))
+    if meaning is Values.FOREGROUND:
+        image = _by_colour(image)
     if meaning is Values.FOREGROUND and ending(path) not in JPEG:
         _require_one_colour(path, image)
     levels = _levels(image)[:, columns]
     whole = _whole(path, levels)
     return Mask((whole != 0).astype(np.int64)) if meaning is Values.INSTANCES else _foreground(path, levels, whole)
+
+
+def _by_colour(image: Image.Image) -> Image.Image:
+    """An image with a palette of colours in which some pixels are black, but not those of index 0: without it."""
+    if image.mode != "P":
+        return image
+    palette = np.reshape(image.getpalette(), (-1, 3))
+    used = np.unique(np.asarray(image))
+    black = used[~palette[used].any(axis=1)]
+    return image.convert("RGB") if black.size and 0 not in black else image
 
 
 def _require_one_colour(path: Path, image: Image.Image) -> None:

@@ -65,12 +65,14 @@ def draw(scenes: Sequence[Scene], classes: Sequence[str], path: Path) -> None:
         ]
         for axis, (title, panel) in zip(row, panels, strict=True):
             axis.imshow(panel)
-            axis.set_title(title, fontsize=10)
+            axis.set_title(title, fontsize=10, parse_math=False)  # a file may be called a$b$
             axis.axis("off")
         for index in np.unique(scene.true[scene.true > 0]):
             row[2].contour(scene.true == index, [0.5], colors="white", linewidths=1.2).set_path_effects(edge)
     keys = [Patch(color=colour(i), label=name) for i, name in enumerate(classes, start=1)]
     keys.append(Line2D([], [], color="white", linewidth=1.2, path_effects=edge, label="outline of the mask"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=9)
+    legend = figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=150, format="png", bbox_inches="tight")
     plt.close(figure)

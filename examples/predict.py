@@ -132,7 +132,8 @@ def predict_set(predict: Predictor, samples: Sequence[Sample], folder: Path) -> 
     for case, of_case in itertools.groupby(bar, key=lambda sample: sample.case):  # slices of a volume are neighbours
         found, true = zip(*(predict_one(predict, sample, folder) for sample in of_case), strict=True)
         if true[0] is not None:
-            scores[case] = score(np.squeeze(found), np.squeeze(true), len(predict.plan.classes))
+            whole = (slices[0] if len(slices) == 1 else np.stack(slices) for slices in (found, true))
+            scores[case] = score(*whole, len(predict.plan.classes))
     if scores:
         report(scores, predict.plan.classes, folder / "scores.csv")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from examples import check, data, files
@@ -142,6 +143,28 @@ def large_image(root: Path) -> None:
     Image.new("1", (8192, 8193)).save(root / "images" / "cju0c.png")
 
 
+def turned(name: str, orientation: int) -> Callable[[Path], None]:
+    """The same pixels, and EXIF data that say how they are seen."""
+
+    def save(root: Path) -> None:
+        exif = Image.Exif()
+        exif[files.ORIENTATION] = orientation
+        with Image.open(root / name) as image:
+            image.copy().save(root / name, exif=exif)
+
+    return save
+
+
+def written(name: str, array: np.ndarray, **layout: str) -> Callable[[Path], None]:
+    """A file of Kvasir-SEG's as the TIFF that tifffile makes of an array."""
+
+    def save(root: Path) -> None:
+        (root / f"{name}.jpg").unlink()
+        tifffile.imwrite(root / f"{name}.tif", array, **layout)
+
+    return save
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
     # the data set, what happens to it, what is said of it
     "glas without a mask": (glas, remove("train_2_anno.bmp"), r"train_2\.bmp: expected a mask of this name in"),
@@ -151,7 +174,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         truncate("train_2.bmp"),
         r"train_2\.bmp: expected an image that can be read, got OSError",
     ),
-    "glas not an image": (glas, overwrite("train_1_anno.bmp", "<html>"), r"train_1_anno\.bmp: expected an image, got"),
+    "glas not an image": (
+        glas,
+        overwrite("train_1_anno.bmp", "<html>"),
+        r"train_1_anno\.bmp: expected an image of 8 or 16 bits, got",
+    ),
     "glas wrong size": (
         glas,
         image_of("train_1_anno.bmp", SMALL),
@@ -210,17 +237,43 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
     "kvasir empty file": (
         kvasir,
         overwrite("masks/cju0c.jpg", b""),
-        r"cju0c\.jpg: expected an image, got another file",
+        r"cju0c\.jpg: expected an image of 8 or 16 bits, got another file",
     ),
     "kvasir for Ghostscript": (
         kvasir,
         overwrite("images/cju0c.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
-        r"cju0c\.jpg: expected an image, got another file",
+        r"cju0c\.jpg: expected an image of 8 or 16 bits, got another file",
     ),
     "kvasir large": (
         kvasir,
         large_image,
         r"cju0c\.png: expected an image of at most 67108864 pixels, got 8193 x 8192",
+    ),
+    "kvasir turned": (
+        kvasir,
+        turned("images/cju0c.jpg", 3),
+        r"cju0c\.jpg: expected pixels as they are seen, got EXIF orientation 3: save it turned",
+    ),
+    "kvasir mask turned": (kvasir, turned("masks/cju0c.jpg", 6), r"masks/cju0c\.jpg: expected pixels as they are seen"),
+    "kvasir planes of 16 bits": (
+        kvasir,
+        written("images/cju0c", np.zeros((3, 42, 48), np.uint16), photometric="rgb", planarconfig="separate"),
+        r"cju0c\.tif: expected 8 bits a colour, got 16",
+    ),
+    "kvasir white is zero, 16 bits": (
+        kvasir,
+        written("images/cju0c", np.ones((42, 48), np.uint16), photometric="miniswhite"),
+        r"cju0c\.tif: expected 0 to be black, got a TIFF of more than 8 bits in which it is white",
+    ),
+    "kvasir mask white is zero": (
+        kvasir,
+        written("masks/cju0c", np.eye(42, 48, dtype=bool)),
+        r'cju0c\.tif: expected 0 to be black, .* save it as PNG, or as TIFF with photometric="minisblack"',
+    ),
+    "kvasir of 64 bits": (
+        kvasir,
+        written("images/cju0c", np.ones((42, 48))),
+        r"cju0c\.tif: expected an image of 8 or 16 bits, got another file, another type of pixels",
     ),
     "kvasir infinite": (
         kvasir,
@@ -432,3 +485,10 @@ def test_a_resized_mask_has_the_pixels_in_the_middle(tmp_path: Path) -> None:
         write_image(tmp_path / f"{name}.png", classes)
     sample = files.Sample(tmp_path / "image.png", tmp_path / "mask.png", "", files.Values.CLASSES)
     np.testing.assert_array_equal(files.load(sample, 3)[1], classes[1::3, 1::3])
+
+
+def test_an_image_may_be_black(tmp_path: Path) -> None:
+    """An empty frame of a camera of 16 bits, as of one of 8."""
+    Image.fromarray(np.zeros((4, 5), np.uint16)).save(tmp_path / "a.png")
+    image = files.read_image(files.Sample(tmp_path / "a.png", None, ""))
+    assert image.dtype == np.float32 and image.shape == (4, 5, 3) and not image.any()

@@ -1,5 +1,7 @@
 """How the pixels of mask files are read, what is said of it, and what is refused."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,11 @@ FOREGROUND: dict[str, tuple[Callable[[np.ndarray], object], str, Callable[[np.nd
         lambda i: i == 2,
     ),
     "coloured palette": (lambda i: palette((i > 0).astype(np.uint8)), ".png", lambda i: i > 0),
+    "coloured palette, black last": (
+        lambda i: palette((i == 0).astype(np.uint8), COLOURS[[1, 0]]),
+        ".png",
+        lambda i: i > 0,
+    ),
     "alpha alone": (lambda i: with_alpha(i * 0 + np.uint8(255), white(i)), ".png", lambda i: i > 0),
     "alpha alone, black": (lambda i: with_alpha(i * 0, white(i)), ".png", lambda i: i > 0),
     "alpha that hides": (lambda i: with_alpha(white(i), (i == 1) * np.uint8(255)), ".png", lambda i: i == 1),
@@ -145,6 +152,29 @@ def labelled(name: str, label: np.ndarray) -> Callable[[Path], None]:
         np.savez(root / "train_npz" / name, image=np.zeros(label.shape, np.float32), label=label)
 
     return make
+
+
+def of_few_bits(path: Path, values: np.ndarray, bits: int) -> None:
+    """A grey PNG, which Pillow writes of 1, 8 and 16 bits alone."""
+    each = ((values[..., None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8).reshape(len(values), -1)
+    lines = b"".join(b"\0" + np.packbits(line).tobytes() for line in each)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_class_indices_of_few_bits(bits: int, tmp_path: Path) -> None:
+    """Pillow brings them to 0 .. 255, which grey levels are. An odd width: bytes are not full."""
+    path, indices = tmp_path / "a.png", np.array([[0, 1, 2, 3, 1]] * 2)
+    of_few_bits(path, indices, bits)
+    for values, expected in ((files.Values.CLASSES, indices), (files.Values.INSTANCES, indices > 0)):
+        sample = files.Sample(path, path, "", values)
+        np.testing.assert_array_equal(files.read_mask(sample, np.zeros((2, 5, 3), np.float32)).classes, expected)
+    of_few_bits(path, np.array([[0, 2**bits - 1]] * 2), bits)
+    mask = files.read_mask(files.Sample(path, path, ""), np.zeros((2, 2, 3), np.float32))
+    assert mask.reading.foreground == 255
 
 
 def two_pages(path: Path, to: Path) -> None:

@@ -29,6 +29,13 @@ def test_colours_differ() -> None:
     assert away[~np.eye(8, dtype=bool)].min() > 0.25
 
 
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """A file may be called so, and a class."""
+    scene = picture.Scene("a$$b", np.zeros((9, 9, 3)), *np.zeros((2, 9, 9), np.int64), 0.5)
+    picture.draw([scene], ["$x^{$", "c$"], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
 def test_the_figure_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     close = picture.plt.close

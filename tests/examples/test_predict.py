@@ -194,6 +194,20 @@ def test_volumes_are_scored_whole(run, best, tmp_path: Path, capsys: pytest.Capt
         assert float(line["Dice"] or "nan") == pytest.approx(expected, nan_ok=True)
 
 
+def test_an_image_of_one_row_is_scored_as_one(run, best, tmp_path: Path) -> None:
+    """It has two axes: a surface has neighbours along both."""
+    weights = best()
+    true = np.zeros((1, 48), np.uint8)
+    true[:, 10:30] = 255
+    for name in ("images", "masks"):
+        write_image(tmp_path / "rows" / name / "a$$b.png", true)
+    assert run(weights, tmp_path / "rows", "--out", tmp_path / "out") == 0
+    (line,) = rows(tmp_path / "out" / "scores.csv")
+    found = np.asarray(Image.open(tmp_path / "out" / "masks" / "a$$b.png"))
+    expected = hd95_by_pairs(found > 0, true > 0) if found.any() else np.hypot(1, 48)
+    assert float(line["HD95"]) == pytest.approx(expected)
+
+
 def test_prediction_for_two_folders(run, best, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = best()
     isic(tmp_path / "ISIC")
@@ -264,7 +278,7 @@ def test_what_prediction_refuses(run, best, tmp_path: Path, capsys: pytest.Captu
         ([weights, tmp_path / "none"], "none: expected a folder with data, found none"),
         ([weights, tmp_path / "empty"], "empty: expected NAME.bmp"),
         ([weights, tmp_path / "scans"], "found 1.dcm"),
-        ([weights, tmp_path / "broken"], "broken/b.png: expected an image, got another file"),
+        ([weights, tmp_path / "broken"], "broken/b.png: expected an image of 8 or 16 bits, got another file"),
         ([weights, tmp_path / "masks", "--out", tmp_path], "expected another folder"),
         ([weights, tmp_path / "new", "--out", image], "a.png: expected a folder, got a file"),
     ]:

@@ -205,6 +205,13 @@ def test_the_main_job_measures_the_user_s_image(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_array_equal(taken[1], cases.load_image(None))
 
 
+def test_the_main_job_refuses_a_map_of_one_pixel(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured: BatchNorm would raise in the middle."""
+    assert quick.main(["--patch", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("--patch: expected 2 or more, got 1") and not said.out
+
+
 def test_the_main_job_explains_the_columns_that_there_are(main_job: MainJob) -> None:
     def explained(out: str) -> set[str]:
         return {line[2:].partition(":")[0] for line in out.splitlines() if line.startswith("- ")}
@@ -268,4 +275,5 @@ def test_times_are_written_as_people_do(milliseconds: float | None, written: str
 
 def test_numbers_have_no_exponent() -> None:
     assert [console.number(x) for x in (3e3, 1594.0, 62.34, 0.7471, 0.0)] == ["3000", "1590", "62.3", "0.747", "0.00"]
-    assert [console.times(a, 1.0) for a in (0.6432, 2.271, 32.53, None)] == ["0.64x", "2.27x", "32.5x", ""]
+    ratios = [console.times(a, 1.0) for a in (0.00234, 0.6432, 2.271, 32.53, None)]
+    assert ratios == ["0.00234x", "0.64x", "2.27x", "32.5x", ""]
