@@ -4,6 +4,7 @@ Where an encoder hands its maps to a decoder, a hook of the decoder calls the DC
 found in the graph of its forward, and the network's class becomes a subclass that calls the DCA.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -13,17 +14,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
 from dca_kernels.arguments import check_model
 from dca_kernels.graph import CHILD, NoSkips, class_of, recipe_of
-from dca_kernels.module import DCA
-from dca_kernels.skips import Search, Traced
+from dca_kernels.module import DCA, weigh
+from dca_kernels.skips import Search, Traced, stack_of
 from dca_kernels.trace import Untraceable, attributes_of, in_mode, put_back
 
 IMAGE_SIDE = 256  # of the image that shows the skips: two pixels are left after seven halvings
 STARTS = ("official", "identity")
 SAME = 1e-3  # of the largest output: a GPU may add up in another order
+LINES = ((0.5, 1.0), (-100.0, 0.0), (100.0, 0.0))  # for what shows that a map counts: few classes change by a little
 
 _logger = logging.getLogger("dca_kernels")
 
@@ -46,7 +49,7 @@ def add_dca(
     wrapper), and the network's class becomes a subclass with this forward. It takes one image; other arguments of its
     forward keep their defaults.
 
-    A skip that changes nothing is left out, so every parameter of the DCA gets a gradient, as
+    A skip that changes nothing is left out if it is not named, so every parameter of the DCA gets a gradient, as
     DistributedDataParallel needs it. The log and `inspect` say which skips were taken. No key of the state dict
     changes. A state dict without any key of the DCA, such as a checkpoint of the plain model, loads strictly: the DCA
     keeps the values that it has, and a warning says so.
@@ -93,7 +96,7 @@ def add_dca(
         dca = DCA([skip.shape[0] for skip in place.skips], patch=patch, **arguments)
         if start == "identity":
             dca.gates = nn.ParameterList(nn.Parameter(torch.zeros(skip.shape[0], 1, 1)) for skip in place.skips)
-            dca.register_forward_hook(_weigh)
+            dca.register_forward_hook(weigh, with_kwargs=True)
         dca.to(image.device, next(model.parameters()).dtype).train(place.network.training)
     vars(dca)["_skips"] = place.skips
     dca.register_load_state_dict_pre_hook(_keep_where_absent)
@@ -132,6 +135,10 @@ def _check_unwrapped(model: nn.Module) -> None:
         raise ValueError(f"model: expected the network itself, got it in a {type(model).__name__}: wrap it afterwards")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: expected a network in Python, got one of TorchScript")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor) or tensor.is_meta:
+            got = "lazy: call it once, before" if is_lazy(tensor) else "on the meta device: give it memory before"
+            raise ValueError(f"model: expected parameters with values, got {name}, which is {got}")
 
 
 def _check_free(network: nn.Module) -> None:
@@ -179,8 +186,11 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
     first = int(torch.equal(maps[0], image))
     positions = range(first - len(maps), -1)
 
-    changed = [_outputs(model, image, decoder, functools.partial(_change, position=n)) for n in positions]
-    used = [n for n, outputs in zip(positions, changed, strict=True) if _differ(outputs, plain)]
+    def changes(position: int, line: tuple[float, float]) -> bool:
+        change = functools.partial(_change, position=position, line=line)
+        return _differ(_outputs(model, image, decoder, change), plain)
+
+    used = [position for position in positions if any(changes(position, line) for line in LINES)]
     if not used:
         return None
     skips = [Named(f"map {position + len(maps)} of the decoder", tuple(maps[position].shape[1:])) for position in used]
@@ -210,7 +220,10 @@ def _maps(args: tuple[object, ...]) -> list[Any] | tuple[Any, ...]:
 
 def _with_maps(args: tuple[object, ...], maps: Sequence[object]) -> tuple[object, ...]:
     given = _maps(args)
-    return tuple(maps) if given is args else (type(given)(maps), *args[1:])
+    if given is args:
+        return tuple(maps)
+    make = getattr(given, "_make", type(given))  # of a NamedTuple
+    return make(maps), *args[1:]
 
 
 def _put(maps: Sequence[Any], positions: Sequence[int], others: Sequence[Any]) -> list[Any]:
@@ -244,7 +257,16 @@ def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Plac
         traced = search.best(names)
         if traced is None:
             raise NoSkips("; ".join(dict.fromkeys(["no map that meets what it leads to", *map(str, search.closed)])))
+        within = _called_within(model, _layer_with(model, traced), image)
+        if within is not None and names is None:
+            return _wired(*within, None)
         used = _used(model, image, plain, traced)
+        if names is not None:
+            for name in set(names).difference(used):
+                _logger.warning("the skip %s changes nothing that the model returns in evaluation", name)
+            used = list(names)
+        elif not used:
+            raise NoSkips(f"skips that change nothing ({', '.join(skip.name for skip in traced.skips)})")
         recipe = recipe_of(model, image, traced, used)
     except (NoSkips, Untraceable) as error:
         raise ValueError(
@@ -256,6 +278,13 @@ def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Plac
         ) from error
     skips = [Named(skip.name, skip.shape) for skip in traced.skips if skip.name in used]
     return Place(model, skips, lambda: setattr(model, "__class__", class_of(recipe)))
+
+
+def _layer_with(model: nn.Module, traced: Traced) -> str | None:
+    """The layer of a list of layers that has all skips in its forward; None where there is none, or no list."""
+    ends = [end for skip in traced.skips for end in (skip.node, *skip.uses)]
+    outermost = {next(iter(stack_of(end)), None) for end in ends}
+    return outermost.pop() if isinstance(model, nn.Sequential) and len(outermost) == 1 else None
 
 
 def _called_within(model: nn.Module, path: str | None, image: Tensor) -> tuple[nn.Module, Tensor] | None:
@@ -277,7 +306,7 @@ def _used(model: nn.Module, image: Tensor, plain: Any, traced: Traced) -> list[s
     """The names of the skips that change what the model makes of the image.
 
     Raises:
-        NoSkips: there are none, or the graph computes something else than the forward.
+        NoSkips: the graph computes something else than the forward.
     """
     forward = class_of(recipe_of(model, image, traced, [skip.name for skip in traced.skips])).forward
 
@@ -295,10 +324,8 @@ def _used(model: nn.Module, image: Tensor, plain: Any, traced: Traced) -> list[s
         raise NoSkips("a forward that its graph does not compute")
     used = []
     for i, skip in enumerate(traced.skips):
-        if _differ(same, outputs(functools.partial(_change, position=i))):
+        if any(_differ(same, outputs(functools.partial(_change, position=i, line=line))) for line in LINES):
             used.append(skip.name)
-    if not used:
-        raise NoSkips(f"skips that change nothing ({', '.join(skip.name for skip in traced.skips)})")
     return used
 
 
@@ -336,29 +363,31 @@ def _run(model: nn.Module, image: Tensor, call: Callable[..., Any] = operator.ca
                 buffer.data.copy_(value)
 
 
-def _change(maps: Sequence[Any], position: int) -> list[Any]:
-    """Maps, one of them another."""
-    return _put(maps, [position], [0.5 * maps[position] + 1.0])
+def _change(maps: Sequence[Any], position: int, line: tuple[float, float]) -> list[Any]:
+    """Maps, one of them another: a factor times it, and a number."""
+    factor, number = line
+    return _put(maps, [position], [factor * maps[position] + number])
 
 
 def _differ(outputs: object, others: object, tolerance: float = 0.0) -> bool:
     """Whether tensors differ by more than a share of their largest value."""
-    for a, b in zip(_pytree.tree_leaves(outputs), _pytree.tree_leaves(others), strict=True):
-        if isinstance(a, Tensor) and a.numel():
+    for a, b in zip(_leaves(outputs), _leaves(others), strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.numel():
             a, b = a.double().nan_to_num(), b.double().nan_to_num()
             if (a - b).abs().max() > tolerance * a.abs().max():
                 return True
     return False
 
 
+def _leaves(outputs: object) -> list[object]:
+    """What containers hold, dataclasses among them."""
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        outputs = [getattr(outputs, field.name) for field in dataclasses.fields(outputs)]
+    leaves = _pytree.tree_leaves(outputs)
+    return leaves if leaves == [outputs] else [leaf for part in leaves for leaf in _leaves(part)]
+
+
 # What belongs to an added DCA
-
-
-def _weigh(dca: nn.Module, args: tuple[Sequence[Tensor]], refined: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Forward hook of a DCA that changes nothing at first."""
-    return tuple(
-        x + gate.to(y.dtype) * y for x, gate, y in zip(args[0], cast(nn.ParameterList, dca.gates), refined, strict=True)
-    )
 
 
 def _keep_where_absent(dca: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

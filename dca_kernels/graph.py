@@ -10,6 +10,7 @@ import inspect
 import itertools
 import linecache
 import operator
+import re
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from dca_kernels.trace import Untraceable, expect, in_mode
 
 CHILD = "dca"  # the name of the DCA in its network
 PLAIN = {bool, int, float, str, type(None)}
+PRECISION = re.compile(r"\.(dtype|device|is_cuda|is_cpu)\b|is_floating_point\(")
 FORWARD = """
 def forward(self, {image}):
     return forwards.of(self, {image})(self, {image})
@@ -49,6 +51,7 @@ class Recipe(NamedTuple):
         base: the network's own class.
         view: what of it is traced.
         shape: (B, C, H, W) of the example.
+        precision: see `precision_of`, of the example.
         settings: see `settings_of`.
         training, evaluation: the forward for the example.
     """
@@ -56,6 +59,7 @@ class Recipe(NamedTuple):
     base: type[nn.Module]
     view: "View"
     shape: tuple[int, ...]
+    precision: tuple[object, ...]
     settings: tuple[object, ...]
     training: Code
     evaluation: Code
@@ -106,7 +110,8 @@ def recipe_of(network: nn.Module, example: Tensor, traced: Traced, used: Sequenc
     for training in (True, False):
         with in_mode(network, training):
             codes.append(code_of(network, example, view))
-    return Recipe(type(network), view, tuple(example.shape), settings_of(network, view), codes[0], codes[1])
+    settings = settings_of(network, view)
+    return Recipe(type(network), view, tuple(example.shape), precision_of(example), settings, codes[0], codes[1])
 
 
 @torch._disable_dynamo  # where compiled code falls back to this, without an import of the compiler
@@ -221,18 +226,27 @@ def settings_of(network: nn.Module, view: View) -> tuple[object, ...]:
     return tuple([value if type(value) in PLAIN else type(value).__name__ for value in found])
 
 
+def precision_of(image: Tensor) -> tuple[object, ...]:
+    """What dtypes and devices within a forward follow from."""
+    device = image.device.type
+    return image.dtype, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class Forwards:
     """The forwards of a class of networks with a DCA: for training and for evaluation, and for each setting.
 
-    Where a forward's code asks for numbers of the image's size, there is one for each size, traced when it comes.
+    Where a forward's code asks for numbers of the image's size, there is one for each size, traced when it comes; where
+    it asks for dtypes or devices, one for each of these.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         codes = {True: recipe.training, False: recipe.evaluation}
         self._recipe, self._differ = recipe, recipe.training.text != recipe.evaluation.text
         self._asks = any(value is expect for code in codes.values() for _, value in code.names)
+        self._asks_precision = self._asks and any(PRECISION.search(code.text) for code in codes.values())
         self._of_code: dict[Code, Callable[..., Any]] = {}
-        self._of_kind = {(t, recipe.shape, recipe.settings): self._function_of(code) for t, code in codes.items()}
+        usual = recipe.shape, recipe.precision, recipe.settings
+        self._of_kind = {(training, *usual): self._function_of(code) for training, code in codes.items()}
         evaluation = self._function_of(recipe.evaluation)
         self.image = next(itertools.islice(inspect.signature(evaluation).parameters, 1, None))
 
@@ -245,10 +259,12 @@ class Forwards:
         recipe = self._recipe
         for path in recipe.view.opened:
             _check(network, path, self._differ)
-        compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        compiles = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(image, fx.Proxy)
         shape = tuple(image.shape) if self._asks and not compiles else recipe.shape
+        precision = precision_of(image) if self._asks_precision and not compiles else recipe.precision
         settings = settings_of(network, recipe.view)
-        found = self._of_kind.get((network.training, shape, settings))
+        kind = network.training, shape, precision, settings
+        found = self._of_kind.get(kind)
         if found is not None:
             return found
         if compiles:
@@ -260,7 +276,7 @@ class Forwards:
                 f"input: expected one for which the skips {', '.join(recipe.view.used)} of add_dca show, as for "
                 f"{recipe.shape}, got {tuple(image.shape)}: {error}"
             ) from error
-        self._of_kind[network.training, shape, settings] = self._function_of(code)
+        self._of_kind[kind] = self._function_of(code)
         return self._function_of(code)
 
     def _function_of(self, code: Code) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -146,7 +146,7 @@ class DCA(nn.Module):
         """One call of this module in the graph of `torch.fx.symbolic_trace`: checks and algebra are for tensors."""
         if tracer.root is self:
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy: trace a network that has the DCA as a child")
-        if structure.is_hooked(self):
+        if structure.is_hooked(self, apart_from=weigh):
             raise TypeError("maps: expected tensors, got a torch.fx.Proxy, which the DCA's hooks would see: hook later")
         # The proxy stands for the outputs.
         outputs = cast(Sequence[Tensor], tracer.create_proxy("call_module", tracer.path_of_module(self), (maps,), {}))
@@ -214,6 +214,14 @@ class DCA(nn.Module):
             return [weight.dtype] * len(maps)
         autocast = torch.get_autocast_dtype(device_type)
         return [torch.promote_types(x.dtype, autocast) for x in maps]
+
+
+def weigh(dca: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], refined: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Forward hook of a DCA that changes nothing at first, see `add_dca`: maps plus what is refined times its gates."""
+    if any(isinstance(y, fx.Proxy) for y in refined):  # of a leaf, whose call runs this hook
+        return refined
+    maps, gates = args[0] if args else kwargs["maps"], cast(nn.ParameterList, dca.gates)
+    return tuple(x + gate.to(y.dtype) * y for x, gate, y in zip(maps, gates, refined, strict=True))
 
 
 def warm_up(

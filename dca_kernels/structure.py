@@ -5,7 +5,7 @@ others there, or other tensors into them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -189,11 +189,11 @@ def plain_norm(head: nn.Module) -> nn.BatchNorm2d | None:
     return norm
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something sees or changes a module's inputs, outputs or gradients."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+def is_hooked(module: nn.Module, apart_from: Callable[..., object] | None = None) -> bool:
+    """Whether something sees or changes a module's inputs, outputs or gradients, apart from one forward hook."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    return "forward" in vars(module)
+    return "forward" in vars(module) or any(hook is not apart_from for hook in module._forward_hooks.values())
 
 
 def has_global_hook() -> bool:

@@ -5,9 +5,11 @@ decides what the code does, the graph gets a node that expects this number, so a
 """
 
 import contextlib
+import dis
 import inspect
 import itertools
 import operator
+import pkgutil
 import sys
 import threading
 import traceback
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUE = "value"  # of a node, for the example
 NOT_REENTRANT = "_checkpoint_without_reentrant_generator"  # what checkpoint(..., use_reentrant=False) calls
+LOOKUPS = ("BINARY_SUBSCR", "BINARY_OP", "CONTAINS_OP")  # `of_sizes[x]` and `x in of_sizes`
 _LOCK = threading.RLock()
 SYMBOLS = {
     operator.add: "+",
@@ -40,6 +43,18 @@ SYMBOLS = {
 }
 
 
+# Whether something is on that the arguments do not say. Code may go by it: the graph would not.
+STATES = (
+    "torch.compiler.is_compiling",
+    "torch.is_autocast_enabled",
+    "torch.is_grad_enabled",
+    "torch.is_inference_mode_enabled",
+    "torch.jit.is_tracing",
+    "torch.onnx.is_in_onnx_export",
+)
+OWN = ("dca_kernels", "torch")
+
+
 class Untraceable(Exception):
     """Why the code of a module is no graph: the message says where, and what it does."""
 
@@ -54,7 +69,9 @@ def expect(value: object, expected: object, what: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if value != expected:
+    if isinstance(value, fx.Proxy) and type(value) is not Value:  # of torch.fx.symbolic_trace, whose graph checks it
+        value.tracer.create_proxy("call_function", expect, (value, expected, what), {})
+    elif value != expected:
         raise ValueError(
             f"input: expected one for which {what} is {expected}, as for the example of add_dca, got {value}: make the "
             "model anew and pass add_dca such an example"
@@ -108,7 +125,13 @@ class Value(fx.Proxy):
         return float(self._decides())
 
     def __hash__(self) -> int:
-        return id(self) if isinstance(self.node.meta[VALUE], Tensor) else hash(self._decides())
+        """A size is looked up, but is no argument of a function that keeps its results: these would be this graph's."""
+        if isinstance(self.node.meta[VALUE], Tensor):
+            return id(self)
+        frame = sys._getframe(1)
+        if dis.opname[frame.f_code.co_code[frame.f_lasti]] not in LOOKUPS:
+            raise TypeError("unhashable: a size within a graph, which a function would keep for other calls")
+        return hash(self._decides())
 
     def __format__(self, spec: str) -> str:
         return format(self._decides(), spec)
@@ -179,6 +202,9 @@ def _refusing(tracer: "Tracer") -> Iterator[None]:
             *((torch, name, refuse(vars(torch)[name], f"torch.{name}")) for name in ("tensor", "as_tensor", "asarray")),
         ):
             stack.enter_context(_replaced(owner, name, value))
+        for state in STATES:
+            owner, name = pkgutil.resolve_name(state.rpartition(".")[0]), state.rpartition(".")[2]
+            stack.enter_context(_replaced(owner, name, tracer.answering(state, vars(owner)[name])))
         stack.enter_context(_NoDraws(tracer))
         yield
 
@@ -206,12 +232,15 @@ class Tracer(fx.Tracer):
     Args:
         example: an image (B, C, H, W).
         opened: submodules whose code is wanted.
+        turned: the one of `STATES` that is said to be what it is not.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, example: Tensor, opened: Iterable[nn.Module]) -> None:
+    def __init__(self, example: Tensor, opened: Iterable[nn.Module], turned: str | None = None) -> None:
         super().__init__()
+        self._turned = turned
+        self._asked: dict[str, nn.Module] = {}  # of `STATES`, and by whom
         self._example, self._opened = example, set(opened)
         self._running: list[nn.Module] = []
         self._evaluates = False
@@ -222,8 +251,19 @@ class Tracer(fx.Tracer):
         """The graph of a module's forward, of one image; other arguments keep their defaults.
 
         Raises:
-            Untraceable: it is none.
+            Untraceable: it is none, or another one for another state of the process.
         """
+        graph = self._graph_of(root)
+        for state, module in self._asked.items():
+            try:
+                same = _effect(Tracer(self._example, self._opened, state)._graph_of(root)) == _effect(graph)
+            except Untraceable:
+                same = False
+            if not same:
+                raise Untraceable(module, f"what {type(module).__name__}.forward does depends on {state}()")
+        return graph
+
+    def _graph_of(self, root: nn.Module) -> fx.Graph:
         self._running = [root]
         with _LOCK:  # torch.fx changes nn.Module while it traces
             before = {module: attributes_of(module) for module in root.modules()}
@@ -287,6 +327,18 @@ class Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self.is_elsewhere() else super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def answering(self, state: str, original: Callable[..., bool]) -> Callable[..., bool]:
+        """One of `STATES`, which notes that the code that is traced asks for it."""
+
+        def answer(*args: Any, **kwargs: Any) -> bool:
+            caller = str(sys._getframe(1).f_globals.get("__name__"))
+            if self.is_elsewhere() or caller.partition(".")[0] in OWN:
+                return original(*args, **kwargs)
+            self._asked.setdefault(state, self._running[-1])
+            return original(*args, **kwargs) != (state == self._turned)
+
+        return answer
+
     def is_elsewhere(self) -> bool:
         """Whether what runs is no code that is traced: another thread, or a module that is called as it is."""
         return self._evaluates or threading.get_ident() != self._thread
@@ -308,6 +360,17 @@ class Tracer(fx.Tracer):
                 return _called(self.root.get_submodule(str(node.target)), self._fake, args, kwargs)
         finally:
             self._evaluates = False
+
+
+def _effect(graph: fx.Graph) -> list[str]:
+    """A graph's nodes, but for what only checks numbers."""
+    counts: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in counts or (not node.users and node.target is not expect):
+            counts.update((node, *node.all_input_nodes))
+    place = {node: f"%{i}" for i, node in enumerate(node for node in graph.nodes if node in counts)}
+    arguments = {node: fx.node.map_arg((node.args, node.kwargs), place.__getitem__) for node in place}
+    return [f"{node.op} {node.target} {arguments[node]}" for node in place]
 
 
 def has_fixed_size(module: nn.Module, value: object) -> bool:

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ class TupleDecoder(Decoder):
         return super().forward(list(maps))
 
 
+class Levels(NamedTuple):
+    large: Tensor
+    small: Tensor
+    bottom: Tensor
+
+
+class NamedTupleDecoder(Decoder):
+    def forward(self, maps: Levels) -> Tensor:
+        return super().forward([maps.large, maps.small, maps.bottom])
+
+
 class ManyDecoder(Decoder):
     def forward(self, *maps: Tensor) -> Tensor:
         return super().forward(list(maps))
@@ -88,6 +100,10 @@ def as_tuple(maps: list[Tensor]) -> tuple:
     return (tuple(maps),)
 
 
+def as_named_tuple(maps: list[Tensor]) -> tuple:
+    return (Levels(*maps),)
+
+
 def as_many(maps: list[Tensor]) -> tuple:
     return tuple(maps)
 
@@ -120,6 +136,7 @@ SEAMS = {
     "smp_with_an_empty_map": (image_and_empty_map_first, as_list, Decoder),
     "monai": (skips_only, as_list_and_more, Decoder),
     "tuple": (image_first, as_tuple, TupleDecoder),
+    "named_tuple": (skips_only, as_named_tuple, NamedTupleDecoder),
     "one_argument_each": (image_first, as_many, ManyDecoder),
     "popping": (image_first, as_list, PoppingDecoder),
 }
@@ -192,6 +209,15 @@ def test_a_first_convolution_of_groups() -> None:
     model = network()
     model.encoder.stages[0] = nn.Conv2d(6, 4, 3, 2, 1, groups=2, dtype=torch.float64)
     assert add_dca(model, patch=3).decoder.dca.features == [4, 8]
+
+
+def test_a_dca_that_starts_as_the_identity_takes_its_maps_by_name() -> None:
+    dca = add_dca(network(), patch=3, start="identity").decoder.dca.eval()
+    randomise(dca, 7)
+    maps = [torch.randn(1, c, 8, 8, dtype=torch.float64) for c in (4, 8)]
+    by_name, by_place = dca(maps=maps), dca(maps)
+    assert all(torch.equal(y, other) for y, other in zip(by_name, by_place, strict=True))
+    assert not torch.equal(by_name[0], maps[0])
 
 
 def test_a_dca_that_starts_as_the_identity_keeps_the_dtype_of_autocast() -> None:

@@ -1,8 +1,10 @@
 """A DCA on the skips of a network that has them as variables of its forward."""
 
 import copy
+import dataclasses
 import functools
 import pickle
+import pkgutil
 import random
 import re
 import threading
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from dca_kernels import DCA, add_dca, inspect
+from dca_kernels.trace import STATES
 from tests.oracle import assert_identical, assert_same, of_pytorch, randomise
 from tests.swap import networks
 from tests.swap.models import Snapshot, assert_the_same_objects, tensors, through_a_file, tracing
@@ -516,6 +519,76 @@ def test_skips_by_name() -> None:
     assert model.network.dca.features == [8]
 
 
+def test_skips_by_name_are_all_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a last layer that is zero at first, nothing counts yet."""
+    network = make("padded")
+    nn.init.zeros_(network.outc.weight)
+    with pytest.raises(ValueError, match=r"got skips that change nothing \(inc, down1\)"):
+        add_dca(copy.deepcopy(network), patch=3)
+    assert add_dca(network, patch=3, skips=["inc", "down1"]).dca.features == [4, 8]
+    assert "the skip down1 changes nothing that the model returns in evaluation" in caplog.text
+
+
+class Classified(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.down3 = (nn.Conv2d(*c, 3, 2, 1) for c in ((3, 4), (4, 8), (8, 16)))
+        self.up2, self.up1 = nn.ConvTranspose2d(16, 8, 2, 2), nn.ConvTranspose2d(16, 4, 2, 2)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.down1(x)
+        x2 = self.down2(x1)
+        y = self.up1(torch.cat([x2, self.up2(self.down3(x2))], 1))
+        y = self.last(torch.cat([x1, y], 1))
+        return y if self.training else y.argmax(1)
+
+
+def test_skips_of_outputs_that_are_classes() -> None:
+    """They change where a map changes much."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        assert add_dca(Classified(), patch=3).dca.features == [4, 8]
+
+
+def test_a_layer_that_has_the_skips_gets_the_dca() -> None:
+    """The list of layers stays one."""
+    plain = nn.Sequential(make("padded"), nn.Softmax(1)).eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, example=IMAGE, start="identity")
+    assert type(model) is nn.Sequential and len(model) == 2 and model[0].dca.features == [4, 8]
+    assert_identical({"": model(IMAGE), "first": model[:1](IMAGE)}, {"": plain(IMAGE), "first": plain[:1](IMAGE)})
+    model.append(nn.Sigmoid())
+    assert (model(IMAGE) >= 0.5).all()
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    more: list[Tensor]
+
+
+class OfADataclass(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Result:
+        return Result(super().forward(x), [])
+
+
+def test_outputs_may_be_a_dataclass() -> None:
+    model = add_dca(OfADataclass().double().eval(), patch=3)
+    assert model.dca.features == [4, 8] and model(IMAGE).logits.shape == (2, 2, 32, 48)
+
+
+def test_parameters_need_values() -> None:
+    def lazy() -> nn.Module:
+        model = make("padded")
+        model.inc[0] = nn.LazyConv2d(4, 3, padding=1)
+        return model
+
+    for model, got in ((lazy(), "lazy: call it once"), (make("padded").to("meta"), "on the meta device")):
+        for example in (None, IMAGE):
+            with pytest.raises(ValueError, match=rf"^model: expected parameters with values, got inc\..* is {got}"):
+                add_dca(model, patch=3, example=example)
+
+
 def test_a_skip_of_a_graph_that_changes_nothing_is_left_out() -> None:
     network = make("padded")
     nn.init.zeros_(network.up1.conv[0].weight[:, :8])
@@ -821,6 +894,95 @@ def test_sizes_that_are_asked_for_in_other_ways(change: Callable[[Tensor], Tenso
     model = add_dca(copy.deepcopy(plain), patch=3, example=image(16, 32), start="identity")
     given = image(32, 64, batch=3)
     assert_identical({"": model(given)}, {"": plain(given)})
+
+
+@functools.lru_cache
+def _twice(side: int) -> int:
+    return 2 * side
+
+
+def _there_and_back(x: Tensor) -> Tensor:
+    """As einops: what has no hash is computed anew."""
+    try:
+        side = _twice(x.shape[2])
+    except TypeError:
+        side = _twice.__wrapped__(x.shape[2])
+    return F.interpolate(F.interpolate(x, size=(side, side)), size=x.shape[2:])
+
+
+def test_what_a_function_keeps_is_of_no_graph() -> None:
+    """It would hand a graph's sizes to the next one, and to networks that have no DCA."""
+    torch.manual_seed(0)
+    plain = Asking(_there_and_back).double().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, example=image(16, 32), start="identity")
+    for size in OTHER_SIZES:
+        assert_identical({"": model(image(*size))}, {"": plain(image(*size))})
+
+
+class LooksAtDtypes(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if y.dtype == x.dtype else y.to(x.dtype) + 1
+
+
+def test_dtypes_that_are_asked_for() -> None:
+    torch.manual_seed(0)
+    plain = LooksAtDtypes().eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+    for low in (torch.bfloat16, torch.float16):
+        assert_identical({"": model(IMAGE.float())}, {"": plain(IMAGE.float())})
+        with torch.autocast("cpu", low):
+            given = model(IMAGE.float())
+            assert given.dtype == torch.float32
+            assert_identical({"": given}, {"": plain(IMAGE.float())})
+    for dtype in (torch.bfloat16, torch.float64):
+        assert_identical({"": model.to(dtype)(IMAGE.to(dtype))}, {"": plain.to(dtype)(IMAGE.to(dtype))})
+    with torch.autocast("cpu", torch.bfloat16):  # found under it
+        plain.float()
+        model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
+        assert_identical({"": model(IMAGE.float())}, {"": plain(IMAGE.float())})
+    assert_identical({"": model(IMAGE.float())}, {"": plain(IMAGE.float())})
+
+
+class GoesBy(networks.PaddedUNet):
+    """Classes for one state of the process, logits for the other."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__()
+        self.state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.softmax(1) if pkgutil.resolve_name(self.state)() else y
+
+
+class ChecksUnless(GoesBy):
+    def forward(self, x: Tensor) -> Tensor:
+        if not pkgutil.resolve_name(self.state)() and x.shape[2] % 4:
+            raise ValueError("expected a height of whole fours")
+        return networks.PaddedUNet.forward(self, x)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_forward_that_goes_by_the_state_of_the_process_is_refused(state: str) -> None:
+    before = pkgutil.resolve_name(state)
+    with pytest.raises(ValueError, match=rf"got what GoesBy\.forward does depends on {re.escape(state)}\(\)"):
+        add_dca(GoesBy(state), patch=3)
+    assert pkgutil.resolve_name(state) is before
+    model = add_dca(ChecksUnless(state), patch=3)  # computes the same
+    assert model.dca.features == [4, 8]
+
+
+def test_torch_fx_takes_a_network_with_an_added_dca() -> None:
+    for plain in (make("padded"), Asking(ASKING["a_set"]).double()):
+        model = add_dca(copy.deepcopy(plain.eval()), patch=3, example=IMAGE, start="identity")
+        randomise(model, 7)
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.target for node in traced.graph.nodes].count("dca") == 1
+        assert_identical({"": traced(IMAGE)}, {"": model(IMAGE)})
+        traced.graph.eliminate_dead_code()
+    with pytest.raises(ValueError, match=r"^input: expected one for which .* as for the example of add_dca"):
+        torch.fx.symbolic_trace(model)(image(32, 64))
 
 
 def with_its_own_forward() -> nn.Module:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from dca_kernels import replace_dca, restore_dca
 from dca_kernels.check import TF32, TOLERANCES, _tolerance
@@ -61,6 +62,17 @@ def test_the_first_difference_is_an_error_that_changes_nothing() -> None:
     restore_dca(model)
     assert hooks(model) == 0
     model(IMAGE)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_beside_activation_checkpointing(calls: int) -> None:
+    """It counts what a forward saves, and the last check is over before the second run."""
+    model = replace_dca(host().train(), verify=False, check_calls=calls)
+    for _ in range(calls + 1):
+        image = IMAGE.clone().requires_grad_()
+        checkpoint(model, image, use_reentrant=False).square().sum().backward()
+        assert image.grad.any()
+    assert hooks(model) == 0
 
 
 def test_a_size_that_differs_is_found_at_its_call() -> None:

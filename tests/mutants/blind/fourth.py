@@ -246,8 +246,8 @@ FOURTH = [
     Mutant(
         "fourth-forward-of-another-size-in-the-first-ones-place",
         "graph.py",
-        "self._of_kind[network.training, shape, settings] = self._function_of(code)",
-        "self._of_kind[network.training, recipe.shape, settings] = self._function_of(code)",
+        "self._of_kind[kind] = self._function_of(code)",
+        "self._of_kind[network.training, recipe.shape, precision, settings] = self._function_of(code)",
         ("swap/test_add_graph.py::test_an_image_of_the_examples_size_behind_another",),
     ),
     Mutant(

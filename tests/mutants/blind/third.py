@@ -260,8 +260,8 @@ THIRD = [
     Mutant(
         "third-graph-modes-exchanged",
         "graph.py",
-        "settings_of(network, view), codes[0], codes[1])",
-        "settings_of(network, view), codes[1], codes[0])",
+        "settings, codes[0], codes[1])",
+        "settings, codes[1], codes[0])",
         ("swap/test_add_graph.py::test_the_dca_gets_the_skips_and_all_else_is_as_it_was[dense]",),
     ),
     Mutant(

@@ -69,8 +69,8 @@ ADD = [
     Mutant(
         "walk-outputs-of-nothing",
         "add.py",
-        "if isinstance(a, Tensor) and a.numel():",
-        "if isinstance(a, Tensor):",
+        "if isinstance(a, Tensor) and isinstance(b, Tensor) and a.numel():",
+        "if isinstance(a, Tensor) and isinstance(b, Tensor):",
         ("swap/test_add.py::test_all_outputs_tell_of_the_skips",),
     ),
     Mutant(
@@ -82,7 +82,7 @@ ADD = [
     ),
     Mutant(
         "walk-gate-of-its-own-dtype",
-        "add.py",
+        "module.py",
         "gate.to(y.dtype) * y",
         "gate * y",
         ("swap/test_add.py::test_a_dca_that_starts_as_the_identity_keeps_the_dtype_of_autocast",),
