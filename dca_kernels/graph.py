@@ -229,7 +229,8 @@ def settings_of(network: nn.Module, view: View) -> tuple[object, ...]:
 def precision_of(image: Tensor) -> tuple[object, ...]:
     """What dtypes and devices within a forward follow from."""
     device = image.device.type
-    return image.dtype, device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return image.dtype, device, torch.get_autocast_dtype(device) if casts else None
 
 
 class Forwards:

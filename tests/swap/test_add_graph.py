@@ -937,6 +937,7 @@ def test_dtypes_that_are_asked_for() -> None:
             assert_identical({"": given}, {"": plain(IMAGE.float())})
     for dtype in (torch.bfloat16, torch.float64):
         assert_identical({"": model.to(dtype)(IMAGE.to(dtype))}, {"": plain.to(dtype)(IMAGE.to(dtype))})
+    assert copy.deepcopy(model).to("meta")(IMAGE.to("meta")).shape == (2, 2, 32, 48)  # which has no autocast
     with torch.autocast("cpu", torch.bfloat16):  # found under it
         plain.float()
         model = add_dca(copy.deepcopy(plain), patch=3, start="identity")
