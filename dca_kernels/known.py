@@ -7,6 +7,7 @@ call.
 """
 
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +37,7 @@ NUMBERS: dict[type[nn.Module], tuple[str, ...]] = {
     layers.ChannelAttention: ("heads",),
     layers.SpatialAttention: ("heads",),
 }
-OF_DCA = ("features", "grid", "channel_att", "spatial_att", "spatial_head", "backend")
+OF_DCA = operator.itemgetter("features", "grid", "channel_att", "spatial_att", "spatial_head", "backend")
 
 # A call that was prepared: of maps and the module's tensors. None where these are not as it was prepared for.
 Prepared = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor] | None]
@@ -69,20 +70,20 @@ class Module:
 
     def __init__(self, dca: "DCA", held: Sequence[Held]) -> None:
         submodules = list(dca.modules())[1:]
-        self._owner = vars(dca)
+        self._owner = weakref.ref(dca)  # which has this: a cycle would keep its parameters until a garbage collection
+        self._of_owner = [_kept(value) for value in OF_DCA(vars(dca))]
         # Which may not grow: there would be a `forward` put on an instance, or a block more.
         self._counted = [*map(vars, submodules), *(m._modules for m in submodules if m._modules)]
         self._counts = list(map(len, self._counted))
         self._submodules, self._classes = submodules, list(map(type, submodules))
         self._hooks = [getattr(m, name) for m in submodules for name in HOOKS]
         there = [one for one in held if one.tensors[one.name] is not None]
-        fixed: list[tuple[dict[str, Any], str]] = [(vars(dca), name) for name in OF_DCA]
-        fixed += [(one.tensors, one.name) for one in held if one not in there]  # None
+        fixed: list[tuple[dict[str, Any], str]] = [(one.tensors, one.name) for one in held if one not in there]  # None
         fixed += [(m._modules, name) for m in (dca, *submodules) for name in m._modules]
         for m in submodules:
             fixed += [(vars(m), name) for kind, names in NUMBERS.items() if isinstance(m, kind) for name in names]
         self._fixed = tuple(zip(*fixed, strict=True))
-        self._values = [value.copy() if isinstance(value, list) else value for value in _looked_up(self._fixed)]
+        self._values = list(map(_kept, _looked_up(self._fixed)))
         self._tensors = tuple(zip(*[(one.tensors, one.name) for one in there], strict=True))
 
     def tensors_of(self, dca: "DCA") -> list[Tensor] | None:
@@ -100,7 +101,8 @@ class Module:
 
     def _is_unchanged(self, dca: "DCA") -> bool:
         return (
-            vars(dca) is self._owner  # a replica's are others
+            self._owner() is dca  # and no replica
+            and list(OF_DCA(vars(dca))) == self._of_owner
             and not any(self._hooks)
             and list(map(type, self._submodules)) == self._classes
             and list(map(len, self._counted)) == self._counts
@@ -194,6 +196,11 @@ def _kind(maps: Sequence[Tensor]) -> Hashable | None:
     # No memory begins at 0: what lies there was freed.
     described = [(x.shape, x.stride(), x.dtype, x.device, (x.data_ptr() or -1) & 15, x.requires_grad) for x in maps]
     return backends.requested(), graded, autocast, tuple(described)
+
+
+def _kept(value: Any) -> Any:
+    """As it is now: someone may change a list."""
+    return value.copy() if isinstance(value, list) else value
 
 
 def _looked_up(places: Places) -> list[Any]:

@@ -163,6 +163,8 @@ class DCA(nn.Module):
     def _check_attributes(self) -> None:
         """Raise where someone has put something in the place of an argument that a call goes by."""
         arguments.integers("features", self.features)
+        if type(self.grid) not in (tuple, list):
+            raise TypeError(f"grid: expected a tuple (P_h, P_w), got {self.grid!r}")
         arguments.grid("grid", self.grid)
         arguments.flag("channel_att", self.channel_att)
         arguments.flag("spatial_att", self.spatial_att)

@@ -136,21 +136,25 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 class _ZeroGrad(torch.autograd.Function):
+    """Of one parameter: of any number, torch.compile would take `ctx` for one of them where none needs a gradient."""
+
     @staticmethod
-    def forward(ctx: Context, value: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Context, value: Tensor, parameter: Tensor) -> Tensor:
         keep_undefined(ctx)
-        ctx.shapes = [p.shape for p in parameters]
+        ctx.shape = parameter.shape
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         (dvalue,) = grads
-        return dvalue, *(None if dvalue is None else dvalue.new_zeros(shape) for shape in ctx.shapes)
+        return dvalue, None if dvalue is None else dvalue.new_zeros(ctx.shape)
 
 
 def with_zero_grad(value: Tensor, *parameters: Tensor) -> Tensor:
     """`value`, with gradients of exactly zero (not None) for parameters that it does not depend on."""
-    return _ZeroGrad.apply(value, *parameters)
+    for parameter in parameters:
+        value = _ZeroGrad.apply(value, parameter)
+    return value
 
 
 def independent(*inputs: Tensor) -> list[Tensor]:

@@ -374,7 +374,7 @@ HEADS = [0, -1, 3, 8, "2", None, True, 2.0, [2]]
 OF_DCA: dict[str, list[object]] = {
     "backend": [*BACKENDS],
     "features": [[4], [4, 9], [4, 8, 8], "48", None, 8],
-    "grid": [(0, 2), (2,), (2, 2, 2), "22", None, 2.5, (2, True), (2, "2")],
+    "grid": [(0, 2), (2,), (2, 2, 2), "22", None, 2.5, (2, True), (2, "2"), 2, torch.Size((2, 3)), torch.ones(2)],
     "channel_att": ["no", 1, None],
     "spatial_att": ["no", 0, None],
 }

@@ -84,6 +84,27 @@ def test_a_changed_batch_recompiles_once() -> None:
     assert counts == [1, 1, 2, 2, 2]
 
 
+WITHOUT_GRADIENTS: dict[str, Callable[[str], bool]] = {
+    "nothing": lambda name: False,
+    "no_attention": lambda name: not name.startswith("attention"),
+    "no_bias": lambda name: not name.endswith("bias"),
+}
+
+
+@pytest.mark.parametrize("trainable", WITHOUT_GRADIENTS.values(), ids=WITHOUT_GRADIENTS)
+def test_compiled_training_where_not_all_is_differentiated(trainable: Callable[[str], bool]) -> None:
+    """As `update_bn` calls a model, or who freezes some of it: outputs, gradients and BatchNorm's buffers."""
+    compiled, plain = pair(CONFIG)
+    for module in (compiled, plain):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trainable(name))
+    compiled.compile(backend="eager", fullgraph=True)
+    maps = random_maps(CONFIG)
+    results = [evaluate(module, maps, backward=trainable("bn_relu.0.0.weight")) for module in (compiled, plain)]
+    ours, theirs = ({name: t for name, t in of.items() if t is not None} for of in results)
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @torch._functorch.config.patch(backward_pass_autocast="off")  # by default, the forward's holds for the backward too
 def test_compiled_under_autocast(autocast: torch.dtype) -> None:

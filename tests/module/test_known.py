@@ -472,6 +472,22 @@ def test_no_tensor_is_kept(backend: str) -> None:
 
 
 @each_backend
+def test_what_is_kept_keeps_no_module(backend: str) -> None:
+    """Who deletes it has its memory back at once, and not when the garbage collector comes."""
+    module, maps = seen(backend)
+    with torch.no_grad():
+        module(maps)
+    places = [weakref.ref(p) for p in module.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert [place() for place in places] == [None] * len(places)
+    finally:
+        gc.enable()
+
+
+@each_backend
 def test_a_bounded_number_is_kept(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "MOST", 3)
     module, maps = seen(backend, train=False)
