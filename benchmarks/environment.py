@@ -50,14 +50,17 @@ def measured_on(environment: dict[str, str | int | None]) -> str:
 
 
 @functools.cache
-def source() -> str:
-    """A digest of the code that is measured and measures; results and documents do not change it."""
+def source(configured: bool = True) -> str:
+    """A digest of the code that is measured and measures, with the kernels' configurations or without.
+
+    Results and documents do not change it.
+    """
     digest = hashlib.sha256()
     for folder in ("dca_kernels", "reference", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
             if RESULTS in path.parents:  # of `gpu` a copy of the configurations, too
                 continue
-            if path.suffix in (".py", ".npy") or path.name == "configurations.json":
+            if path.suffix in (".py", ".npy") or (configured and path.name == "configurations.json"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -407,7 +407,13 @@ def main(arguments: Sequence[str]) -> int:
         return command.not_run("gpu", "no GPU", command.interpreted())
     deadline = time.monotonic() + 60 * (chosen.minutes or (20 if dry else 8))
     out = chosen.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"gpu: --out: expected a folder that can be written to, got {chosen.out}: {error.strerror}", file=sys.stderr
+        )
+        return command.NOT_RUN
     variables = os.environ | {"DCA_TEST_EXAMPLES": "10"}
     if dry:
         variables |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

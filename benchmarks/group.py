@@ -200,11 +200,11 @@ def _checked(
             subject = Graphed(subject)
         call = call_of(subject, "full" if subject.has_backward else "forward")
         second = 0.0 if effort.small else _prepared_seconds(call)
-    except (RuntimeError, MemoryError) as error:  # out of memory, a compiler's or a launch's error
+    except Exception as error:  # out of memory, a compiler's or a launch's error: Triton's are of kinds of their own
         if lost(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        return {"not_run": first_line(error)}, None
+        return {"not_run": first_line(error), "raised": provider.ours and not _wants_memory(error)}, None
     if second > effort.longest:
         return values | {"not_run": f"a call takes {second:.0f} s, more than {effort.longest:g} s"}, None
     return values, subject
@@ -214,6 +214,11 @@ def first_line(error: BaseException) -> str:
     """What rows say of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _wants_memory(error: BaseException) -> bool:
+    """Whether it says that the machine is too small."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class Lost(RuntimeError):

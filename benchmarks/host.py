@@ -241,5 +241,6 @@ def main(arguments: Sequence[str]) -> int:
     print(report.calls(found))
     if chosen.json is not None:
         kept = {"environment": its, "size": chosen.size, "dtype": chosen.dtype, "batch": chosen.batch}
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(kept | {"rows": found, "compiling": first}, indent=1) + "\n")
     return 0

@@ -21,7 +21,7 @@ class Gate:
     """The reference's results in float64, and the error that the reference itself makes in the problem's dtype.
 
     In training the gradients of the inputs are held to the same budget as the outputs; not those of a host, in which
-    rounding decides the slope of too many a ReLU.
+    rounding decides the slope of too many a ReLU. The parameters that get gradients are the same.
 
     Args:
         problem: its batch may have been made smaller for what float64 takes.
@@ -49,7 +49,9 @@ class Gate:
                 subject.gradients = [g.double() for g in self.gradients]
             self.exact_gradients = list(subject.backward())
         with budget.without_tf32():
-            baseline = self._errors(self._results(self.subject(plain)))
+            same = self.subject(plain)
+            baseline = self._errors(self._results(same))
+        self.unused = same.unused
         self.allowed = [
             budget.allowed(error, exact, problem.dtype)
             for error, exact in zip(baseline, (self.exact, self.exact_gradients), strict=False)
@@ -65,7 +67,8 @@ class Gate:
         seconds = measure.seconds(lambda: results.extend(self._results(subject)))
         errors = self._errors(results)
         within = (max(budget.used(*of)) <= 1 for of in zip(errors, self.allowed, strict=False))
-        return errors[0], all(within), seconds
+        whole = getattr(subject, "unused", self.unused) == self.unused  # a stage of kernels computes all that there are
+        return errors[0], whole and all(within), seconds
 
     def _results(self, subject: Subject) -> list[Sequence[Tensor]]:
         """Outputs, and in training what the backward gives where there is one."""

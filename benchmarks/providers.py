@@ -170,6 +170,7 @@ class AutogradSubject:
         self.has_backward = gradients is not None
         self.outputs: list[Tensor] | None = None
         self.parameter_gradients: list[Tensor] = []
+        self.unused: list[int] = []  # the parameters that got none
         self.leaves = [x for x in self.inputs if x.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
@@ -183,7 +184,9 @@ class AutogradSubject:
         wanted = [*self.leaves, *self.parameters]
         gradients = torch.autograd.grad(self.outputs, wanted, self.gradients, allow_unused=True)
         self.outputs = None
-        self.parameter_gradients = [g for g in gradients[len(self.leaves) :] if g is not None]
+        of_parameters = gradients[len(self.leaves) :]
+        self.parameter_gradients = [g for g in of_parameters if g is not None]
+        self.unused = [i for i, g in enumerate(of_parameters) if g is None]
         return list(gradients[: len(self.leaves)])
 
     def release(self) -> None:

@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compiled",
         action="store_true",
-        help="in evaluation, the reference under torch.compile as well (a minute, and a C++ compiler on a CPU)",
+        help="of the module in evaluation, the reference under torch.compile as well (a minute; on a CPU it needs a "
+        "C++ compiler)",
     )
     parser.add_argument(
         "--batch", type=command.positive_integer, nargs="+", default=[1, 4], metavar="B", help="tiles in a batch"
@@ -219,9 +220,11 @@ def show(found: Sequence[Row], file: Path, plot: Path) -> None:
 def conclude(found: Sequence[Row]) -> bool:
     """Say whether it is right and how much faster; whether nothing of ours is wrong."""
     if any(row.wrong for row in found):
-        print("parity: FAILED. A fused module is outside its error budget; nothing was timed where it is.")
+        raised = [row.not_run for row in found if row.wrong and row.raised]
+        what = f"raised an error ({raised[0]})" if raised else "is outside its error budget"
+        print(f"parity: FAILED. A fused module {what}; nothing was timed where it is.")
         return False
-    checked = any(row.parity is not None for row in found)
+    checked = any(row.parity is not None for row in found if row.provider in FUSED)
     print(f"parity: {'within the error budget everywhere' if checked else 'nothing was checked'}")
     if spread := noisy(found):
         print(

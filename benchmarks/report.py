@@ -104,7 +104,7 @@ def module(found: Sequence[Row]) -> str:
         if ours is None and theirs is None:
             continue
         plain = {row.provider: row for row in group}
-        least = min((r.peak_mb for r in group if r.provider.split()[0] in FUSED and r.peak_mb), default=None)
+        least = min((r.peak_mb for r in group if r.provider in FUSED and r.peak_mb), default=None)
         reference, first = plain.get("reference"), group[0]
         lines.append(
             [
@@ -147,20 +147,19 @@ def hosts(found: Sequence[Row]) -> str:
     for (case, _, batch, dtype, *_), group in groups.items():
         of = {name: best(group, name) for name in ("without", *EAGER)}
         ours = best(group, *FUSED)
-        if of["without"] is None or of["reference"] is None or ours is None:
+        if of["reference"] is None or ours is None:
             continue
-        bare = of["without"].p50_ms
+        bare = of["without"]
         lines.append(
             [
                 f"{case}, batch {batch}, {dtype}",
                 *(span(row) for row in of.values()),
-                console.duration(of["reference"].p50_ms - bare),
-                console.duration(ours.p50_ms - bare),
+                *(console.duration(bare and row.p50_ms - bare.p50_ms) for row in (of["reference"], ours)),
                 console.times(of["reference"].p50_ms, ours.p50_ms),
             ]
         )
     headers = ["network", "without DCA", *EAGER, "reference adds", "ours adds", BEST]
-    return _marked(console.table(lines, headers))
+    return _marked(console.table(lines, headers)) + _lost(groups)
 
 
 def not_run(found: Sequence[Row]) -> str:
@@ -303,7 +302,7 @@ def block(name: str, results: Path, document: Path, figures: bool = True) -> str
         if not table:
             continue
         tables.append(table)
-        parts += [f"{measured_on(found[0].environment)}:", table]
+        parts += [f"{' and '.join(sorted({measured_on(row.environment) for row in found}))}:", table]
         for picture in (p for p in plots.figures(found) if figures and p in PICTURES.get(name, ())):
             link = Path(os.path.relpath(folder / f"{picture}.png", document.parent)).as_posix()
             parts.append(f"![{picture.replace('_', ' ')}]({link})")

@@ -25,6 +25,7 @@ class Row:
         size: its name in `cases.SIZES`, or "grid P" of the main job.
         phase: "eval" or "train", BatchNorm's.
         mode: "forward", "backward" or "full", both.
+        raised: whether it is ours, and raised an error other than for want of memory.
         parity: whether the results are within the error budget of float64.
         parity_batch: images that this was checked on.
         max_error, rms_error: of the outputs, against float64.
@@ -46,6 +47,7 @@ class Row:
     mode: str
     provider: str
     not_run: str | None = None
+    raised: bool = False
     parity: bool | None = None
     parity_batch: int | None = None
     max_error: float | None = None
@@ -77,8 +79,8 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether it is ours and outside of its error budget; such a one was not timed."""
-        return self.parity is False and self.p50_ms is None
+        """Whether it is ours and outside of its error budget, or raised an error; such a one was not timed."""
+        return self.p50_ms is None and (self.parity is False or self.raised)
 
     @property
     def step(self) -> str:
@@ -123,10 +125,10 @@ def append(rows: Iterable[Row], path: Path) -> None:
         file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
 
-def finished(path: Path, source: str) -> dict[tuple[Any, ...], Row]:
-    """The rows of an earlier, perhaps stopped, run of the same code; a half-written last line is dropped.
+def finished(path: Path, environment: dict[str, Any]) -> dict[tuple[Any, ...], Row]:
+    """The rows of an earlier, perhaps stopped, run of the same code here; a half-written last line is dropped.
 
-    Rows of other code stay in the file until they are measured again.
+    Rows of other code, or of another machine, thread count or version, stay in the file until they are measured again.
 
     Raises:
         ValueError: a line is no row; the file stays as it is.
@@ -135,6 +137,13 @@ def finished(path: Path, source: str) -> dict[tuple[Any, ...], Row]:
         return {}
     text = _text(path)
     present = {row.key: row for row in parsed(text[: text.rfind("\n") + 1], path)}
-    path.write_text("")
-    append((present[key] for key in sorted(present)), path)  # of each key the last alone
-    return {key: row for key, row in present.items() if row.environment.get("source") == source}
+    whole = path.with_name(f"{path.name}.new")  # a process may be killed at any time
+    whole.write_text("")
+    append((present[key] for key in sorted(present)), whole)  # of each key the last alone
+    whole.replace(path)
+    return {key: row for key, row in present.items() if _lasting(row.environment) == _lasting(environment)}
+
+
+def _lasting(environment: dict[str, Any]) -> dict[str, Any]:
+    """What rows that are compared have in common; `source` says more of the code than a commit."""
+    return {name: value for name, value in environment.items() if name not in ("date", "commit")}

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
 
 from benchmarks import cases, command, console, measure, providers, rows
 from benchmarks.cases import Problem, Size
-from benchmarks.environment import describe, environment, source
+from benchmarks.environment import describe, environment
 from benchmarks.group import Effort, Group, Lost, first_line, lost, measured
 from benchmarks.rows import Row
 
@@ -61,7 +62,7 @@ def measured_in_turn(
         gone = None
         try:
             new = measure(group)
-        except RuntimeError as error:
+        except Exception as error:
             if quick:
                 raise
             found = {"not_run": first_line(error), "environment": environment()}
@@ -107,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "run",
         "Times cases, sizes, modes and providers, each checked against float64 first, and writes a row for each as "
         "soon as it is measured. What this machine cannot run is a row too, which says why. Rows that are there "
-        "already, from the same code, are kept: after a stop, the same command does the rest.",
+        "already, from the same code, machine and threads, are kept: after a stop, the same command does the rest.",
         "--case dca --size paper --batch 1 --phase eval --provider reference torch 'triton graph'",
         "--case UNet --phase train --mode full --batch 8 --out unet.jsonl",
     )
@@ -189,6 +190,14 @@ def _run_once(provider: providers.Provider, problem: Problem) -> None:
         subject.backward()
 
 
+def _is_done(group: Group, provider: str, mode: str, done: Mapping[Any, Row]) -> bool:
+    """Whether a row is there: measured, or not run for what is so on this machine still."""
+    row = done.get(group.row(provider, mode).key)
+    if row is None or row.not_run is None:
+        return row is not None
+    return row.not_run == providers.why_not(providers.PROVIDERS[provider], group.problem, mode, measure.device())
+
+
 def main(arguments: Sequence[str]) -> int:
     chosen = parser().parse_args(arguments)
     effort = Effort(chosen.seconds, chosen.longest, not chosen.no_memory, chosen.small)
@@ -197,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run: nothing is selected: {why_nothing(chosen)}", file=sys.stderr)
         return 2
     try:
-        done = rows.finished(chosen.out, source())
+        done = rows.finished(chosen.out, environment())
     except (OSError, ValueError) as error:
         print(f"run: --out: {error}", file=sys.stderr)
         return 2
@@ -206,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
     left = [
         group
         for group in selected
-        if any(group.row(*pair).key not in done for pair in itertools.product(group.providers, group.modes))
+        if any(not _is_done(group, *pair, done) for pair in itertools.product(group.providers, group.modes))
     ]
     if chosen.ahead:
         compile_ahead(left, chosen.ahead)
@@ -215,8 +224,8 @@ def main(arguments: Sequence[str]) -> int:
         for _, new in measured_in_turn(left, lambda group: measured(group, image, effort)):
             rows.append(new, chosen.out)
             for row in (row for row in new if row.wrong):
-                error = console.small(row.max_error)
-                console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}, max error {error}")
+                error = "" if row.raised else f", max error {console.small(row.max_error)}"
+                console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}{error}")
                 status = 1
     except Lost:
         print("the GPU answers no more; run the same command again to go on", flush=True)

@@ -24,7 +24,7 @@ import dca_kernels
 import reference
 from benchmarks import cases, command, console, journal, measure, parity, providers
 from benchmarks.cases import Size
-from benchmarks.environment import environment
+from benchmarks.environment import environment, source
 from benchmarks.group import Lost, lost
 from benchmarks.offline import compile, stand_in
 from benchmarks.offline.compile import Call, Compiled, Job, Pool, replaced
@@ -342,8 +342,8 @@ class Tuned:
 
 
 def earlier(path: Path | None, shared: dict[str, Any]) -> list[journal.Entry]:
-    """The candidates that were tried before, of the same code on the same machine."""
-    here = {key: value for key, value in environment().items() if key not in ("date", "commit")}
+    """The candidates that were tried before, of the same code on the same machine; tuning writes their table."""
+    here = {key: value for key, value in environment().items() if key not in ("date", "commit", "source")}
     return [
         entry
         for entry in journal.read(path)
@@ -508,6 +508,7 @@ def main(arguments: Sequence[str]) -> int:
         return command.not_run("tune", reason, command.interpreted("tune"))
     deadline = time.monotonic() + (chosen.seconds or math.inf)
     if not chosen.table.exists():
+        chosen.table.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(TABLE, chosen.table)
     target = compile.target_here()
     if target is None:
@@ -515,7 +516,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"no GPU: candidates are compiled for {target}, and what is timed is the interpreter", flush=True)
     calls = {kernel: calls_of(kernel, size, chosen.batch, dtype) for kernel in chosen.kernel}
     kernels = probed(calls, target, chosen.processes)
-    shared = {"dtype": chosen.dtype, "batch": chosen.batch, "size": chosen.size}
+    shared = {"dtype": chosen.dtype, "batch": chosen.batch, "size": chosen.size, "code": source(configured=False)}
 
     def put(tuned: Tuned) -> None:
         where = launch.architecture(device), chosen.dtype, tuned.probe.size

@@ -153,11 +153,57 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.main(options) == 0 and again == [] and file.read_text() == text
     file.write_text(text[: text.rindex("{") + 50])  # stopped while it wrote its last row
     assert run.main(options) == 0 and again == [2] and len(rows.load(file)) == len(once)
-    monkeypatch.setattr(run, "source", lambda: "other code")
-    assert run.main(options) == 0 and again == [2, 1, 2]
+    for other in ({"source": "other code"}, {"threads": 64}):
+        again.clear()
+        monkeypatch.setattr(run, "environment", lambda other=other: environment.environment() | other)
+        assert run.main(options) == 0 and again == [1, 2]
     options.remove("2")
-    assert run.main(options) == 0 and again == [2, 1, 2, 1]
+    assert run.main(options) == 0 and again == [1, 2, 1]
     assert [r.key for r in rows.load(file)] == [r.key for r in once]  # what was not chosen stays
+
+
+def test_a_row_that_was_not_run_is_run_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--case", "patch_embed", "--size", "tiny", "--batch", "1", "--phase", "eval", "--no-memory"]
+    options += ["--seconds", "0.1", "--provider", "torch", "torch graph", "--out", str(tmp_path / "run.jsonl")]
+    assert run.main([*options, "--longest", "1e-9"]) == 0
+    assert run.main(options) == 0
+    found = {r.provider: r for r in rows.load(tmp_path / "run.jsonl")}
+    assert found["torch"].p50_ms is not None and found["torch graph"].not_run == "no GPU"
+    monkeypatch.setattr(run, "measured", None)  # is not called: there is no GPU still
+    assert run.main(options) == 0
+
+
+class OutOfResources(Exception):
+    """As Triton's, of no kind of Python's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "wrong"), [(OutOfResources("shared memory"), True), (torch.OutOfMemoryError("full"), False)]
+)
+def test_ours_that_raises_is_wrong_and_others_go_on(
+    error: Exception, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(dca: object, maps: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dca_kernels.DCA.forward", raises)
+    one = dataclasses.replace(problem("dca"), batch=1)
+    found = {
+        r.provider: r for r in measured(Group("tiny", one, tuple(PLAIN), ("forward",)), np.zeros((9, 9, 3)), EFFORT)
+    }
+    assert found["reference"].p50_ms is not None
+    assert found["torch"].not_run.startswith(type(error).__name__) and found["torch"].wrong == wrong
+
+
+def test_a_step_without_gradients_of_parameters_is_wrong() -> None:
+    """It would be faster."""
+    one = dataclasses.replace(problem("dca", True), batch=1)
+    gate = parity.Gate(one, *providers.inputs_of(one, cases.load_image(None), measure.device()))
+    subject = gate.subject(providers.PROVIDERS["torch"])
+    assert gate.check(subject)[1]
+    module, detached = subject.module, {name: p.detach() for name, p in subject.module.named_parameters()}
+    subject.module = lambda *maps: torch.func.functional_call(module, detached, maps)
+    assert not gate.check(subject)[1]
 
 
 def test_a_run_says_what_is_wrong(
@@ -194,6 +240,10 @@ def test_results_do_not_change_the_source(tmp_path: Path, monkeypatch: pytest.Mo
     first = with_file("dca_kernels/triton_backend/configurations.json")
     assert with_file("benchmarks/results/latest/gpu/configurations.json") == first
     assert with_file("benchmarks/new.py") != first
+    unconfigured = [environment.source.__wrapped__(configured=False)]
+    (tmp_path / "dca_kernels/triton_backend/configurations.json").write_text("[]")  # as `tune` does
+    unconfigured += [environment.source.__wrapped__(configured=False)]
+    assert unconfigured[0] == unconfigured[1] != first and environment.source.__wrapped__() != first
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:

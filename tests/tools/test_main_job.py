@@ -178,6 +178,9 @@ def test_the_main_job_says_what_is_wrong(main_job: MainJob) -> None:
     wrong = {"parity": False, "not_run": "outside its error budget"}
     status, out = main_job(lambda group: [timed(group, "reference", 1.0), group.row("torch", "forward", **wrong)])
     assert status == 1 and "parity: FAILED" in out and "within the error budget" not in out
+    raised = {"raised": True, "not_run": "OutOfResources: shared memory"}
+    status, out = main_job(lambda group: [timed(group, "reference", 1.0), group.row("torch", "forward", **raised)])
+    assert status == 1 and "parity: FAILED. A fused module raised an error (OutOfResources: shared memory)" in out
     status, out = main_job(lambda group: [timed(group, name, 1.0) for name in PLAIN])
     assert status == 0 and "parity: within the error budget everywhere" in out
 

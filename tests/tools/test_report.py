@@ -149,6 +149,27 @@ def test_nothing_is_said_of_no_comparison() -> None:
     assert "Slower" not in report.module([row("reference", 8.0)])
 
 
+def test_memory_is_that_of_eager_calls() -> None:
+    """As the reference's beside it."""
+    peaks = {"reference": 9.0, "reference compiled": 4.0, "torch": 5.0, "torch compiled": 3.0}
+    text = report.module([row(provider, peak_mb=peak) for provider, peak in peaks.items()])
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[-3:-1]] == ["9.00", "5.00"]
+
+
+def test_a_network_is_shown_without_its_bare_one() -> None:
+    """And where it is slower."""
+    step = {"case": "UNet", "phase": "train", "mode": "full"}
+    text = report.hosts([row(provider, t, **step) for provider, t in (("reference", 8.0), ("torch", 10.0))])
+    assert "8.00 ms" in text and "0.80x" in text and "Slower than the best reference: UNet" in text
+
+
+def test_rows_of_several_environments_say_so(results: Path) -> None:
+    found = [row("reference"), row("torch", environment={"cpu": "a CPU", "threads": 64, "torch": "2.13.0"})]
+    rows.append(found, results / "a" / "run.jsonl")
+    text = report.block("module", results, results.parent / "report.md", figures=False)
+    assert "a CPU, 2 threads, torch 2.13.0 and a CPU, 64 threads, torch 2.13.0:" in text
+
+
 def test_a_row_of_an_unknown_provider_is_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = results.parent / "report.md"
     for provider in ("magic", "torch magic"):
