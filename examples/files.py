@@ -242,7 +242,7 @@ def _open(path: Path) -> Image.Image:
             raw = " ".join(str(tile[3]) for tile in image.tile)
             cut = image.mode not in DEEP and (deep or ";16" in raw)
             inverse = deep and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
-            turned = image.getexif().get(ORIENTATION, 1)
+            orientation = image.getexif().get(ORIENTATION, 1)
             image.load()
             image.info["raw"] = raw
     if several:
@@ -251,9 +251,9 @@ def _open(path: Path) -> Image.Image:
         raise DataError(f"{path}: expected 8 bits a colour, got 16, of which Pillow keeps 8: save it with 8")
     if inverse:
         raise DataError(f"{path}: expected 0 to be black, got a TIFF of more than 8 bits in which it is white")
-    if turned > 1:
+    if orientation not in (0, 1):  # of any type
         raise DataError(
-            f"{path}: expected pixels as they are seen, got EXIF orientation {turned}: save it turned "
+            f"{path}: expected pixels as they are seen, got EXIF orientation {orientation!r:.9}: save it turned "
             "(PIL.ImageOps.exif_transpose) if its mask was drawn so, else without EXIF"
         )
     return image
@@ -304,7 +304,9 @@ def _by_colour(image: Image.Image) -> Image.Image:
     """An image with a palette of colours in which some pixels are black, but not those of index 0: without it."""
     if image.mode != "P":
         return image
-    palette = np.reshape(image.getpalette(), (-1, 3))
+    palette = np.zeros((COLOURS, 3), np.uint8)  # as Pillow takes indices beyond it
+    known = np.reshape(image.getpalette(), (-1, 3))
+    palette[: len(known)] = known
     used = np.unique(np.asarray(image))
     black = used[~palette[used].any(axis=1)]
     return image.convert("RGB") if black.size and 0 not in black else image

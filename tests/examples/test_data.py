@@ -1,6 +1,7 @@
 """The folders that the training example reads, what it makes of them, and what it refuses."""
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -143,12 +144,13 @@ def large_image(root: Path) -> None:
     Image.new("1", (8192, 8193)).save(root / "images" / "cju0c.png")
 
 
-def turned(name: str, orientation: int) -> Callable[[Path], None]:
-    """The same pixels, and EXIF data that say how they are seen."""
+def turned(name: str, orientation: int | bytes) -> Callable[[Path], None]:
+    """The same pixels, and EXIF data that say how they are seen: in a number, or in words of four letters."""
+    kind, value = (3, struct.pack(">HH", orientation, 0)) if isinstance(orientation, int) else (2, orientation)
+    count = 1 if isinstance(orientation, int) else 4
+    exif = b"Exif\0\0" + struct.pack(">2sHIHHHI4sI", b"MM", 42, 8, 1, files.ORIENTATION, kind, count, value, 0)
 
     def save(root: Path) -> None:
-        exif = Image.Exif()
-        exif[files.ORIENTATION] = orientation
         with Image.open(root / name) as image:
             image.copy().save(root / name, exif=exif)
 
@@ -253,6 +255,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = 
         kvasir,
         turned("images/cju0c.jpg", 3),
         r"cju0c\.jpg: expected pixels as they are seen, got EXIF orientation 3: save it turned",
+    ),
+    "kvasir turned in words": (
+        kvasir,
+        turned("images/cju0c.jpg", b"abc\0"),
+        r"cju0c\.jpg: expected pixels as they are seen, got EXIF orientation 'abc': save it turned",
     ),
     "kvasir mask turned": (kvasir, turned("masks/cju0c.jpg", 6), r"masks/cju0c\.jpg: expected pixels as they are seen"),
     "kvasir planes of 16 bits": (

@@ -67,6 +67,11 @@ FOREGROUND: dict[str, tuple[Callable[[np.ndarray], object], str, Callable[[np.nd
         ".png",
         lambda i: i > 0,
     ),
+    "coloured palette, too short": (
+        lambda i: palette((i == 0).astype(np.uint8), COLOURS[[1]]),
+        ".png",
+        lambda i: i > 0,
+    ),
     "alpha alone": (lambda i: with_alpha(i * 0 + np.uint8(255), white(i)), ".png", lambda i: i > 0),
     "alpha alone, black": (lambda i: with_alpha(i * 0, white(i)), ".png", lambda i: i > 0),
     "alpha that hides": (lambda i: with_alpha(white(i), (i == 1) * np.uint8(255)), ".png", lambda i: i == 1),
