@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
+import torch
 from torch import Tensor, nn
 
 from reference.unets.doubleunet import DoubleUNet
@@ -36,6 +37,7 @@ def load_official(host: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         state_dict: the official network's; the official trainer keeps it under "model_state_dict" of its file.
 
     Raises:
+        TypeError: `state_dict` is no mapping.
         ValueError: a tensor has another place, kind or shape than the host's, or something is no tensor. The host is
             left as it was.
 
@@ -43,8 +45,10 @@ def load_official(host: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         UserWarning: the host computes something else with these weights: UNet and DoubleUNet without DCA, whose
             decoders get the maps after their last norm and activation, officially those before.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected tensors by their names, got {type(state_dict).__name__}")
     for key, value in state_dict.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(
                 f"state_dict: expected tensors, got {type(value).__name__} at {key!r}; "
                 "the official trainer keeps the weights under 'model_state_dict'"
@@ -56,6 +60,11 @@ def load_official(host: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 f"state_dict: expected {describe(expected, name)} of {type(host).__name__}, "
                 f"got {describe(state_dict, key)}"
             )
+    without_values = all(tensor.is_meta for tensor in expected.values())
+    for key, value in state_dict.items():
+        if (value.is_meta and not without_values) or value.layout != torch.strided:
+            got = "on the meta device" if value.is_meta else value.layout
+            raise ValueError(f"state_dict: expected dense tensors with values, got {key!r}, which is {got}")
     if isinstance(host, OTHER_MAPS) and host.dca is None:
         warnings.warn(
             f"{type(host).__name__} without DCA gives its decoder the skip maps after their last norm and activation, "
@@ -91,9 +100,19 @@ def block_and_part(key: str) -> tuple[str, int]:
 
 
 def kind_and_shape(tensors: Mapping[str, Tensor], key: str | None) -> tuple | None:
-    """Such as ("running_mean", (32,)); None where there is no key."""
-    return None if key is None else (key.rpartition(".")[2], tuple(tensors[key].shape))
+    """Such as ("running_mean", (32,), "floats"); None where there is no key."""
+    if key is None:
+        return None
+    return key.rpartition(".")[2], tuple(tensors[key].shape), numbers(tensors[key])
+
+
+def numbers(tensor: Tensor) -> str:
+    """What a tensor has: floats are brought to the host's dtype, whatever theirs is."""
+    return "floats" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def describe(tensors: Mapping[str, Tensor], key: str | None) -> str:
-    return "no further tensor" if key is None else f"{key!r} of shape {tuple(tensors[key].shape)}"
+    if key is None:
+        return "no further tensor"
+    its = "" if numbers(tensors[key]) == "floats" else f" of {numbers(tensors[key])}"
+    return f"{key!r} of shape {tuple(tensors[key].shape)}{its}"

@@ -106,6 +106,23 @@ REFUSED = {
         without("norm1.running_mean"),
         r"expected 'levels.0.head.0.running_mean' of shape \(4,\) of UNet, got 'norm1.running_var' of shape \(4,\)",
     ),
+    "complex numbers": (
+        lambda state: state | {"out.conv.bias": torch.zeros(2, dtype=torch.complex64)},
+        r"expected 'head.bias' of shape \(2,\) of UNet, got 'out.conv.bias' of shape \(2,\) of complex64",
+    ),
+    "quantized": (
+        lambda state: state | {"out.conv.bias": torch.zeros(2, dtype=torch.int8)},
+        r"expected 'head.bias' of shape \(2,\) of UNet, got 'out.conv.bias' of shape \(2,\) of int8",
+    ),
+    "without values": (
+        lambda state: state | {"out.conv.bias": torch.zeros(2, device="meta")},
+        "expected dense tensors with values, got 'out.conv.bias', which is on the meta device",
+    ),
+    "sparse": (
+        lambda state: state | {"out.conv.bias": torch.zeros(2).to_sparse()},
+        "expected dense tensors with values, got 'out.conv.bias', which is torch.sparse_coo",
+    ),
+    "numbers for names": (lambda state: dict(enumerate(state.values())), "expected tensors, got Tensor at 0"),
     "the trainer's whole file": (
         lambda state: {"epoch": 3, "model_state_dict": state},
         "expected tensors, got int at 'epoch'; the official trainer keeps the weights under 'model_state_dict'",
@@ -121,6 +138,11 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
     with pytest.raises(ValueError, match=f"state_dict: {message}"):
         load_official(host, damage(state))
     before.assert_unchanged(host)
+
+
+def test_a_list_is_no_state() -> None:
+    with pytest.raises(TypeError, match=r"^state_dict: expected tensors by their names, got list$"):
+        load_official(build("UNet", True, widths=NARROW), [])
 
 
 @each_host
