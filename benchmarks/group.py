@@ -204,7 +204,7 @@ def _checked(
         if lost(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        return {"not_run": first_line(error), "raised": provider.ours and not _wants_memory(error)}, None
+        return {"not_run": first_line(error), "raised": provider.ours and not wants_memory(error)}, None
     if second > effort.longest:
         return values | {"not_run": f"a call takes {second:.0f} s, more than {effort.longest:g} s"}, None
     return values, subject
@@ -216,7 +216,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _wants_memory(error: BaseException) -> bool:
+def wants_memory(error: BaseException) -> bool:
     """Whether it says that the machine is too small."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 

@@ -25,7 +25,7 @@ class Row:
         size: its name in `cases.SIZES`, or "grid P" of the main job.
         phase: "eval" or "train", BatchNorm's.
         mode: "forward", "backward" or "full", both.
-        raised: whether it is ours, and raised an error other than for want of memory.
+        raised: whether it raised an error that may be ours, other than for want of memory.
         parity: whether the results are within the error budget of float64.
         parity_batch: images that this was checked on.
         max_error, rms_error: of the outputs, against float64.
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether it is ours and outside of its error budget, or raised an error; such a one was not timed."""
+        """Whether what is ours is outside of its error budget, or raised an error; such a one was not timed."""
         return self.p50_ms is None and (self.parity is False or self.raised)
 
     @property
@@ -141,9 +141,9 @@ def finished(path: Path, environment: dict[str, Any]) -> dict[tuple[Any, ...], R
     whole.write_text("")
     append((present[key] for key in sorted(present)), whole)  # of each key the last alone
     whole.replace(path)
-    return {key: row for key, row in present.items() if _lasting(row.environment) == _lasting(environment)}
+    return {key: row for key, row in present.items() if lasting(row.environment) == lasting(environment)}
 
 
-def _lasting(environment: dict[str, Any]) -> dict[str, Any]:
-    """What rows that are compared have in common; `source` says more of the code than a commit."""
+def lasting(environment: dict[str, Any]) -> dict[str, Any]:
+    """What results that belong together have in common; `source` says more of the code than a commit."""
     return {name: value for name, value in environment.items() if name not in ("date", "commit")}

@@ -21,7 +21,7 @@ import torch
 from benchmarks import cases, command, console, measure, providers, rows
 from benchmarks.cases import Problem, Size
 from benchmarks.environment import describe, environment
-from benchmarks.group import Effort, Group, Lost, first_line, lost, measured
+from benchmarks.group import Effort, Group, Lost, first_line, lost, measured, wants_memory
 from benchmarks.rows import Row
 
 BROKEN = 3  # exit status: the GPU's context is lost, and another process must go on
@@ -56,7 +56,7 @@ def measured_in_turn(
 
     Raises:
         Lost: the GPU answers no more; the last rows say why.
-        RuntimeError: of a quick job.
+        Exception: of a quick job.
     """
     for group in console.progress(wanted, Group.__str__, leave=not quick):
         gone = None
@@ -65,9 +65,10 @@ def measured_in_turn(
         except Exception as error:
             if quick:
                 raise
-            found = {"not_run": first_line(error), "environment": environment()}
-            new = [group.row(*pair, **found) for pair in itertools.product(group.providers, group.modes)]
             gone = Lost(first_line(error)) if lost(error) else None
+            found = {"not_run": first_line(error), "environment": environment()}
+            found["raised"] = gone is None and not wants_memory(error)  # no one knows whose error it is
+            new = [group.row(*pair, **found) for pair in itertools.product(group.providers, group.modes)]
         yield group, new
         if gone is not None:
             raise gone
@@ -225,7 +226,8 @@ def main(arguments: Sequence[str]) -> int:
             rows.append(new, chosen.out)
             for row in (row for row in new if row.wrong):
                 error = "" if row.raised else f", max error {console.small(row.max_error)}"
-                console.say(f"parity: FAILED: {row.title}: {row.provider}: {row.not_run}{error}")
+                what = "error" if row.raised else "parity"
+                console.say(f"{what}: FAILED: {row.title}: {row.provider}: {row.not_run}{error}")
                 status = 1
     except Lost:
         print("the GPU answers no more; run the same command again to go on", flush=True)

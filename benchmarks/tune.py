@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dca_kernels
 import reference
-from benchmarks import cases, command, console, journal, measure, parity, providers
+from benchmarks import cases, command, console, journal, measure, parity, providers, rows
 from benchmarks.cases import Size
 from benchmarks.environment import environment, source
 from benchmarks.group import Lost, lost
@@ -343,7 +343,7 @@ class Tuned:
 
 def earlier(path: Path | None, shared: dict[str, Any]) -> list[journal.Entry]:
     """The candidates that were tried before, of the same code on the same machine; tuning writes their table."""
-    here = {key: value for key, value in environment().items() if key not in ("date", "commit", "source")}
+    here = {key: value for key, value in rows.lasting(environment()).items() if key != "source"}
     return [
         entry
         for entry in journal.read(path)

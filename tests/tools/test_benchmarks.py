@@ -227,6 +227,24 @@ def test_a_run_says_what_is_wrong(
     assert run.main([*options, "--batch", "2", "--out", str(tmp_path / "other.jsonl")]) == 0
 
 
+@pytest.mark.parametrize(("error", "status"), [(OutOfResources("shared memory"), 1), (MemoryError("full"), 0)])
+def test_an_error_of_a_whole_group_fails_the_run(
+    error: Exception, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the rest is measured."""
+
+    def measured(group: Group, *rest: object) -> list[Row]:
+        if group.problem.batch == 1:
+            raise error
+        return [timed(group, "torch", 1.0)]
+
+    monkeypatch.setattr(run, "measured", measured)
+    options = ["--case", "dca", "--size", "tiny", "--batch", "1", "2", "--phase", "eval", "--provider", "torch"]
+    assert run.main([*options, "--out", str(tmp_path / "run.jsonl")]) == status
+    first, second = rows.load(tmp_path / "run.jsonl")
+    assert first.not_run.startswith(type(error).__name__) and first.raised == bool(status) and second.p50_ms == 1.0
+
+
 def test_results_do_not_change_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`gpu` copies the configurations beside its results: what it found after that was another code's."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
