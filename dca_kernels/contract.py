@@ -251,7 +251,7 @@ def update_buffers(norm: BatchNorm, buffers: Buffers, mean: Tensor, variance: Te
         return
     unbiased = variance * (count / (count - 1))
     for buffer, value in ((buffers.mean, mean), (buffers.variance, unbiased)):
-        buffer.copy_(torch.lerp(buffer.to(value.dtype), value, momentum))
+        buffer.copy_((1 - momentum) * buffer.to(value.dtype) + momentum * value)  # infinite stays infinite
 
 
 # Structures: tuples, named or not, of structures, tensors and whatever else

@@ -82,7 +82,7 @@ def _attend_tiles_backward(
                 )
             else:
                 dtokens[b], dvalues[b], of_weight, dkey_scores[b] = _rows_backward(
-                    tokens[b], values[b], query_key_weight, key_scores[b], out[b], dout[b]
+                    tokens[b], values[b], query_key_weight, key_scores[b], dout[b]
                 )
             dweight += of_weight
     return dtokens, dvalues, dweight, dkey_scores
@@ -267,18 +267,19 @@ def _row_weights(rows: slice, tokens: Tensor, query_key_weight: Tensor, key_scor
 
 
 def _rows_backward(
-    tokens: Tensor, values: Tensor, query_key_weight: Tensor, key_scores: Tensor, out: Tensor, dout: Tensor
+    tokens: Tensor, values: Tensor, query_key_weight: Tensor, key_scores: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One image's gradients of tokens, values, query_key_weight and key scores."""
     heads = len(key_scores)
     keys, by_head, upstream = (split_heads(t, heads) for t in (tokens, values, dout))  # (h, N, dk or dv)
-    centre = (upstream * split_heads(out, heads)).sum(-1, keepdim=True)  # (h, N, 1)
     dqueries, dkeys, dvalues = (torch.zeros_like(t) for t in (keys, keys, by_head))
     dkey_scores = torch.zeros_like(key_scores)
     for rows in _row_spans(key_scores):
         weights = _row_weights(rows, tokens, query_key_weight, key_scores)  # (h, rows, N)
         dvalues += weights.mT @ upstream[:, rows]
-        dscores = weights.mul_(upstream[:, rows] @ by_head.mT - centre[:, rows]).mul_(math.log(2))
+        dweights = upstream[:, rows] @ by_head.mT
+        dweights -= (weights * dweights).sum(-1, keepdim=True)  # of a weight of 1, nothing is left
+        dscores = dweights.mul_(weights).mul_(math.log(2))
         dqueries[:, rows] = dscores @ keys
         dkeys += dscores.mT @ split_heads(tokens[rows] * query_key_weight, heads)
         dkey_scores += dscores.sum(1)

@@ -58,7 +58,7 @@ def load_scale(
     factor = tl.rsqrt(load_vector(used + TOTAL, offs_all, mask_c, ACC) + NORM.eps)
     if affines.weight[GROUP.scales[0]] is not None:
         factor *= load_vector(of_scale(affines.weight, scale, SCALES), offs_c, mask_c, ACC)
-    return factor
+    return tl.where(mask_c, factor, 0.0)  # with an eps of 0, it is not finite beyond the channels, and products take it
 
 
 @triton.jit

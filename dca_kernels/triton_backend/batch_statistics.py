@@ -358,8 +358,8 @@ def _update_buffers(
     old_mean = load_vector(buffers.mean[i], offs_c, mask_c, ACC)
     old_variance = load_vector(buffers.variance[i], offs_c, mask_c, ACC)
     unbiased = variance * (count.to(ACC) / (count - 1).to(ACC))
-    tl.store(buffers.mean[i] + offs_c, old_mean + momentum * (mean - old_mean), mask=mask_c)
-    tl.store(buffers.variance[i] + offs_c, old_variance + momentum * (unbiased - old_variance), mask=mask_c)
+    tl.store(buffers.mean[i] + offs_c, (1 - momentum) * old_mean + momentum * mean, mask=mask_c)
+    tl.store(buffers.variance[i] + offs_c, (1 - momentum) * old_variance + momentum * unbiased, mask=mask_c)
 
 
 def batch_statistics(tokens: Tokens, z: Tensor, used: Tensor, maps: Maps, contract: Contract) -> None:

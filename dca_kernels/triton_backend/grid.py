@@ -232,11 +232,12 @@ def load_transposed(
 def load_origin(ptrs, mask, height, width, row_stride, column_stride, ACC: tl.constexpr):
     """What is taken off a map before it is summed, since any constant does: the median of three pixels, [channels].
 
-    The first, the middle and the last: one pixel that is far off spoils no other. ptrs [channels] point to the first.
+    On the diagonal, away from the corners, which may have much in common: one pixel that is far off spoils no other.
+    ptrs [channels] point to the first of all.
     """
-    first = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+    first = tl.load(ptrs + (height // 4 * row_stride + width // 4 * column_stride), mask=mask, other=0.0).to(ACC)
     middle = tl.load(ptrs + (height // 2 * row_stride + width // 2 * column_stride), mask=mask, other=0.0).to(ACC)
-    last = tl.load(ptrs + ((height - 1) * row_stride + (width - 1) * column_stride), mask=mask, other=0.0).to(ACC)
+    last = tl.load(ptrs + (3 * height // 4 * row_stride + 3 * width // 4 * column_stride), mask=mask, other=0.0).to(ACC)
     return median(first, middle, last)
 
 

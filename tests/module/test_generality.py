@@ -79,6 +79,16 @@ def test_numbers_of_the_norms(backend: str) -> None:
     assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
 
 
+@each_backend
+def test_a_running_variance_that_overflowed_stays_infinite(backend: str) -> None:
+    config = Config(spatial_att=False, sizes=((4, 6), (2, 3)))
+    modules = pair(config, backend)
+    for module in modules:
+        module.bn_relu[0][0].running_var[0] = torch.inf
+    maps = random_maps(config, backend=backend)
+    assert_same(*(evaluate(module, maps, backward=False) for module in modules))
+
+
 # Layouts
 
 

@@ -121,6 +121,20 @@ def test_error_budget_of_gradients(kind: str, train: bool, dtype: torch.dtype, b
 
 
 @torch.no_grad()
+def _saturated(maps: list[Tensor], module: nn.Module) -> None:
+    """Scores of thousands in the spatial attention."""
+    for name, parameter in module.named_parameters():
+        if re.search(r"spatial_norm.*weight|s_attention.*q_map.*weight", name):
+            parameter.mul_(16)
+
+
+@torch.no_grad()
+def _hot_corners(maps: list[Tensor], module: nn.Module) -> None:
+    for x in maps:
+        x[..., 0, 0] = x[..., -1, -1] = 1000
+
+
+@torch.no_grad()
 def _large_affine(maps: list[Tensor], module: nn.Module) -> None:
     for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm)):
         norm.weight.mul_(8)
@@ -147,7 +161,9 @@ CASES: dict[str, Callable[[list[Tensor], nn.Module], None]] = {
     "hot_pixel": _change_maps(lambda x: x[0, 0, 0, 0].fill_(1e4)),
     "zero_maps": _change_maps(lambda x: x.zero_()),
     "zero_gamma": _zero_gamma,
+    "hot_corners": _hot_corners,
     "large_affine": _large_affine,
+    "saturated": _saturated,
 }
 
 
@@ -306,6 +322,21 @@ def test_gradients_of_scores_of_some_hundreds(dtype: torch.dtype) -> None:
         for seed in MORE_SEEDS["large_affine"]
     ]
     assert_all_within_budget(draws, dtype)
+
+
+def test_gradients_of_scores_of_thousands() -> None:
+    """Where one weight is 1, what its gradient is centred on is the gradient itself, to the bit."""
+    draws = [runs("torch", torch.float32, True, "saturated", seed, config=SATURATED) for seed in range(16)]
+    assert_all_within_budget(draws, torch.float32)
+
+
+WIDE = Config((4,), 4, sizes=((64, 64),), batch=1)  # a hot pixel leaves its map's variance as it was, or nearly
+
+
+@needs_triton
+def test_gradients_of_maps_with_hot_corners() -> None:
+    draws = [runs("triton", torch.bfloat16, True, "hot_corners", seed, backward=True, config=WIDE) for seed in SEEDS]
+    assert_all_within_budget(draws, torch.bfloat16)
 
 
 def test_zero_gamma_stops_the_gradient_of_the_maps() -> None:

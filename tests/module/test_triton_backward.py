@@ -99,6 +99,12 @@ def _differ_in_eps(module: nn.Module) -> None:
         norm.eps = 0.1 * (i + 1)
 
 
+def _freeze_without_eps(module: nn.Module) -> None:
+    module.bn_relu.eval()
+    for head in module.bn_relu:
+        head[0].eps = 0.0
+
+
 def _train_second_alone(module: nn.Module) -> None:
     module.bn_relu[0].eval()
 
@@ -115,6 +121,7 @@ def _stride(module: nn.Module) -> None:
 
 NUMBERS = {
     "eps": _differ_in_eps,
+    "frozen_without_eps": _freeze_without_eps,
     "only_second_in_training": _train_second_alone,
     "no_first_weight": _drop_first_weight,
     "strided": _stride,
