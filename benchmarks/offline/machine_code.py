@@ -30,6 +30,7 @@ import dca_kernels
 from benchmarks import cases, command
 from benchmarks.offline import stand_in
 from benchmarks.rows import RESULTS
+from dca_kernels.triton_backend import launch
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ class Case:
     batch: int = 8
     train: bool = False
     channels_last: bool = False
-    precision: str = "highest"  # of float32 products: torch.set_float32_matmul_precision
+    products: str = "ieee"  # of float32: torch.backends.cuda.matmul.fp32_precision
     side: int = 224  # of the largest map; with windows of 10 pixels programs cannot have rows of them
 
 
@@ -58,7 +59,7 @@ CASES = (
     Case("train, channels_last", torch.float16, train=True, channels_last=True),
     Case("eval", torch.float32),
     Case("train", torch.float32, train=True),
-    Case("train, high", torch.float32, train=True, precision="high"),
+    Case("train, high", torch.float32, train=True, products="tf32"),
     Case("train, any windows", torch.float32, train=True, side=280),
     Case("eval", torch.float64),
     Case("train", torch.float64, train=True),
@@ -113,7 +114,7 @@ def record(case: Case, target: str) -> list[Launch]:
         torch.empty(case.batch, c, side, side, dtype=case.dtype, memory_format=layout)
         for c, side in zip(size.features, sides, strict=True)
     ]
-    with mock.patch.object(torch, "get_float32_matmul_precision", lambda: case.precision):
+    with mock.patch.object(launch, "float32_products", lambda: case.products):
         return launches_of(module, maps, case.train, target)
 
 

@@ -1,5 +1,6 @@
 """Between a skip map and the token grid: pooling windows, interpolation, and tiles of maps."""
 
+import concurrent.futures
 import functools
 
 import torch
@@ -181,6 +182,15 @@ def interpolation_tables(
             f"maps: expected sizes that were run before a CUDA graph is captured, got {sizes} for the first time: run "
             "the module once with such maps, then capture"
         )
+    # By a thread of its own: torch.compile's CUDA graphs take all that this one allocates for theirs, and refuse what
+    # is kept; and it has no default device.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(_interpolation_tables, sizes, grid, dtype, device).result()
+
+
+def _interpolation_tables(
+    sizes: tuple[tuple[int, int], ...], grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     rows = []
     for size in sizes:
         for high, low in zip(size, grid, strict=True):

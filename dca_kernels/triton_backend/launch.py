@@ -87,14 +87,22 @@ def _gpu_architecture(index: int) -> str:
 def precision(dtype: torch.dtype, target: str) -> str:
     """`input_precision` of products of operands in the tokens' dtype.
 
-    float32 follows `torch.get_float32_matmul_precision()`: "highest" is three tf32 products (on AMD: plain float32),
-    anything else one.
+    float32 follows `float32_products`: "ieee" is three tf32 products (on AMD: plain float32), "tf32" one.
     """
     if dtype == torch.float64:
         return "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and float32_products() != "tf32":
         return "ieee" if target.startswith("gfx") else "tf32x3"
     return "tf32"
+
+
+def float32_products() -> str:
+    """What PyTorch's products of float32 on GPUs have: "tf32", or anything else for all digits.
+
+    By `torch.set_float32_matmul_precision`, `allow_tf32` or `fp32_precision`, whichever was set last: where both are in
+    use, `torch.get_float32_matmul_precision` raises.
+    """
+    return torch.backends.cuda.matmul.fp32_precision
 
 
 def padded(size: int) -> int:
@@ -199,8 +207,12 @@ def compile_all(launches: Sequence[Launch]) -> None:
     Errors are the launch's to raise, which compiles again. At times Python 3.11 makes one: its parser counts the depth
     of recursion for all threads together ("AST constructor recursion depth mismatch").
     """
-    if not all(isinstance(one.kernel, JITFunction) for one in launches):  # interpreted
-        return
+    if all(isinstance(one.kernel, JITFunction) for one in launches):  # not interpreted
+        # In a context without the caller's `AsyncCompileMode`; and Triton leaves its own one set where Ctrl-C ends it.
+        contextvars.Context().run(_compile_in_threads, launches)
+
+
+def _compile_in_threads(launches: Sequence[Launch]) -> None:
     for one in launches:
         one.kernel.cache_key  # noqa: B018  # parses, once: not while the threads do
     threads = len(os.sched_getaffinity(0))
@@ -263,4 +275,4 @@ def circumstances(device: torch.device) -> tuple[object, ...]:
     Tools replace `configuration` and `run`, and what a device is.
     """
     knobs = triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode
-    return architecture(device), configuration, run, torch.get_float32_matmul_precision(), *knobs
+    return architecture(device), configuration, run, float32_products(), *knobs

@@ -1,5 +1,6 @@
 """The plan of a call of the kernels: where its memory lies, what it allocates, what it knows of a call."""
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dca_kernels
 from dca_kernels import contract
+from tests.compiled import output_of
 from tests.oracle import DEVICE, LAYOUTS, Config, assert_same, both_modes, evaluate, pair, random_like, random_maps
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -186,6 +188,42 @@ def test_what_products_are_computed_in_is_part_of_a_kind() -> None:
     ]
 
 
+PRECISIONS = """
+import torch
+from dca_kernels.triton_backend import launch
+found = []
+for change in (
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+):
+    exec(change)
+    found.append(launch.precision(torch.float32, "sm_90"))
+assert found == ["tf32", "tf32x3", "tf32x3"], found
+assert launch.precision(torch.bfloat16, "sm_90") == "tf32"
+"""
+
+
+def test_either_way_to_set_the_precision_counts() -> None:
+    """In a process of its own: where both were used, PyTorch's older getter raises."""
+    output_of("-c", PRECISIONS)
+
+
+def test_kernels_compile_within_a_mode_of_the_callers() -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        launch.compile_all([])
+
+
+def test_an_interrupted_compilation_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(futures: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("triton.runtime._async_compile.as_completed", interrupt)
+        launch.compile_all([])
+    launch.compile_all([])
+
+
 def test_modules_of_equal_numbers_share_a_plan() -> None:
     """And other numbers of a BatchNorm have a plan of their own."""
     modules = [pair(CONFIG, "triton", torch.float32, False, seed)[0] for seed in range(3)]
@@ -229,7 +267,7 @@ def test_warming_up_makes_the_plans_of_the_calls(frozen: str | None) -> None:
         (triton.knobs.compilation, "instrumentation_mode", "fpsan"),
         (launch, "configuration", functools.partial(launch.configuration)),
         (launch, "run", lambda *args, **arguments: None),
-        (torch, "get_float32_matmul_precision", lambda: "high"),
+        (launch, "float32_products", lambda: "tf32"),
     ],
     ids=["debug", "instrumentation_mode", "configuration", "run", "precision"],
 )

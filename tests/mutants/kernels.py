@@ -882,7 +882,7 @@ PLUMBING = [
     Mutant(
         "plan-of-another-precision",
         "triton_backend/launch.py",
-        "return architecture(device), configuration, run, torch.get_float32_matmul_precision(), *knobs",
+        "return architecture(device), configuration, run, float32_products(), *knobs",
         "return architecture(device), configuration, run, *knobs",
         (PLAN + "test_what_products_are_computed_in_is_part_of_a_kind",),
     ),

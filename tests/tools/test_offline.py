@@ -148,19 +148,19 @@ def test_bytes_are_within_the_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "precision", "products"),
+    ("target", "asked", "products"),
     [
-        ("sm_80", "highest", "ieee"),
-        ("sm_80", "high", "tf32"),
-        ("sm_90", "highest", "tf32x3"),
-        ("sm_90", "high", "tf32"),
+        ("sm_80", "ieee", "ieee"),
+        ("sm_80", "tf32", "tf32"),
+        ("sm_90", "ieee", "tf32x3"),
+        ("sm_90", "tf32", "tf32"),
     ],
 )
 def test_only_the_highest_precision_goes_without_tensor_cores(
-    target: str, precision: str, products: str, monkeypatch: pytest.MonkeyPatch
+    target: str, asked: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Hopper not even that: see benchmarks/results/NOTES.md."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(launch, "float32_products", lambda: asked)
     monkeypatch.setattr(launch, "architecture", lambda device: target)
     tokens = Tokens(torch.empty(1, 784, 480), (32, 64, 128, 256))
     nothing = Affine(torch.empty(0), torch.empty(0))
