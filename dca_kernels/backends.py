@@ -36,6 +36,7 @@ MOST_CHANNELS = 1024  # of a scale
 MOST_OF_ALL = 4096  # channels of all scales
 MOST_A_HEAD = 256  # channels of all scales a head of the spatial attention
 MOST_COLUMNS = 1024  # of a map, in training
+MOST_GRID_COLUMNS = 128  # of the token grid, in training: what programs of an H100 hold of it
 MOST_IN_A_ROW = 4096  # channels of a scale, at least 16, times columns of a window, each a power of two; in training
 
 _logger = logging.getLogger("dca_kernels")
@@ -118,6 +119,8 @@ class use_backend(_DecoratorContextManager):  # named as torch.no_grad is
 def _innermost() -> _Block:
     """The block that was entered last of those that are not left, which a generator may do in any order."""
     block = _in_context.get()
+    if block is _OUTERMOST and torch._C._is_key_in_tls("context"):  # of who called for this backward, in its threads
+        block = torch._C._get_obj_in_tls("context").get(_in_context, _OUTERMOST)
     while block.left and block.outer is not None:
         block = block.outer
     return block
@@ -151,6 +154,8 @@ def too_large(dca: "DCA", maps: Sequence[Tensor]) -> str | None:
         return f"more than {MOST_CHANNELS} channels of a scale or {MOST_OF_ALL} of all"
     if dca.spatial_att and total // min(dca.spatial_head) > MOST_A_HEAD:
         return f"more than {MOST_A_HEAD} channels a head of the spatial attention"
+    if dca.grid[1] > MOST_GRID_COLUMNS:
+        return f"more than {MOST_GRID_COLUMNS} columns of the token grid"
     for channels, x in zip(dca.features, maps, strict=True):
         columns, windows = x.shape[3], dca.grid[1]
         if columns > MOST_COLUMNS:

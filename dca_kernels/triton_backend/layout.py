@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dca_kernels.backends import power_of_two
+from dca_kernels.backends import MOST_GRID_COLUMNS, power_of_two
 from dca_kernels.contract import BatchNorm
 from dca_kernels.triton_backend import launch
 from dca_kernels.triton_backend.primitives import Divisor, Shape, argument, divide, divisor_of, number, of_scale
@@ -268,6 +268,20 @@ def norms_of(norms: Sequence[BatchNorm | None], updates: bool = False) -> tuple[
 def memory_of(maps: Sequence[Tensor]) -> str:
     """Which rows of `configurations.json` the maps' kernels take: those of channels_last where all maps are."""
     return "_channels_last" if all(x.stride(1) == 1 for x in maps) else "_contiguous"
+
+
+def backward_config(kernel: str, launcher: launch.Launcher, maps: Sequence[Tensor], grid: tuple[int, int]) -> dict:
+    """The row of `configurations.json` of a backward's kernel for maps that are not taken by rows.
+
+    Raises:
+        ValueError: a map or the token grid has more columns than the kernel's tiles hold.
+    """
+    if grid[1] > MOST_GRID_COLUMNS:
+        raise ValueError(
+            f"patch: too large for the triton backend's {kernel}: expected a token grid of at most {MOST_GRID_COLUMNS} "
+            f"columns, got {grid[1]}; the torch backend has no such limit"
+        )
+    return launcher.config(kernel + memory_of(maps), max([x.shape[3] for x in maps]))
 
 
 @functools.cache

@@ -22,9 +22,9 @@ from dca_kernels.triton_backend.grid import (
     window_end,
 )
 from dca_kernels.triton_backend.layout import (
+    backward_config,
     has_tile,
     layout_of,
-    memory_of,
     norms_of,
     size_arguments,
     size_of,
@@ -56,13 +56,15 @@ from dca_kernels.triton_backend.upsample_rows import _map_gradient_rows_kernel, 
 def _map_gradient_kernel(
     maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums, sizes, counts,
     sum_blocks,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
-    maps, douts, dmaps (B, C_i, H_i, W_i), z, dtokens (B, N, C), used, through_statistics (2, C). SHARED is how many
-    windows at most have a row of each map in common. sums (B, sum_blocks, 2, C): over the tile, of the pooling's
-    gradient times x, and of the pooling's gradient: the shares of the depthwise projection.
+    maps, douts, dmaps (B, C_i, H_i, W_i), z, dtokens (B, N, C), used, through_statistics (2, C). SHARED_ROWS
+    and SHARED_COLUMNS are how many windows at most have a row, a column of each map in common. sums (B, sum_blocks, 2,
+    C): over the tile, of the pooling's gradient times x, and of the pooling's gradient: the shares of the depthwise
+    projection.
     """
     b, tile = split_tiles(counts)
     for i in tl.static_range(len(SHAPE.channels)):
@@ -71,15 +73,15 @@ def _map_gradient_kernel(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used, through_statistics=through_statistics,
                 dtokens=dtokens, weight=weights[i], dmap=dmaps[i], sums=sums + b * sum_blocks * 2 * SHAPE.total,
                 b=b, tile=tile - number(counts.first[i]), sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT,
-                SHARED=SHARED[i], PRECISION=PRECISION, ACC=ACC,
+                SHARED_ROWS=SHARED_ROWS[i], SHARED_COLUMNS=SHARED_COLUMNS[i], PRECISION=PRECISION, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _map_gradient(
     x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile, sizes, counts,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_map_gradient_kernel` for tile `tile` of image b and scale i; sums are those of image b."""
     GRID: tl.constexpr = LAYOUT.grid
@@ -111,9 +113,9 @@ def _map_gradient(
     image = dtokens + b * GRID[0] * GRID[1] * TOTAL + SHAPE.offsets[i]
     rows = _load_windows(
         dtokens_ptrs=image + pair_c[:, None] + (offs_q * TOTAL)[None, :], pair_h=pair_h, mask_pair=mask_pair,
-        offs_q=offs_q, height=height, GRID=GRID, SHARED=SHARED, TOTAL=TOTAL, ACC=ACC,
+        offs_q=offs_q, height=height, GRID=GRID, SHARED=SHARED_ROWS, TOTAL=TOTAL, ACC=ACC,
     )  # fmt: skip
-    pooled = _unpool(rows, offs_q, offs_w, width, MAP.windows[1], GRID[1], PRECISION, ACC)
+    pooled = _unpool(rows, offs_q, offs_w, width, MAP.windows[1], GRID[1], SHARED_COLUMNS, ACC)
     if dmap is not None:
         weights = load_vector(weight, offs_c, mask_c, ACC)
         gradient += pooled * of_pairs(weights, TILE.rows)[:, None]
@@ -146,9 +148,9 @@ def _load_windows(
 @triton.jit
 def _unpool(
     rows, offs_q, offs_w, width,
-    WINDOW: tl.constexpr, GRID_WIDTH: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    WINDOW: tl.constexpr, GRID_WIDTH: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where two windows meet.
+    """[pairs, windows] -> [pairs, columns]: each window's value over its width, summed where windows meet.
 
     WINDOW is the width of all, where the padded windows are the padded columns.
     """
@@ -156,10 +158,16 @@ def _unpool(
         repeated = tl.broadcast_to(rows[:, :, None], [rows.shape[0], rows.shape[1], WINDOW])
         return tl.reshape(repeated, [rows.shape[0], offs_w.shape[0]]) / WINDOW
     else:
-        begin, end = window_begin(offs_q, width, GRID_WIDTH), window_end(offs_q, width, GRID_WIDTH)
-        inside = (begin[:, None] <= offs_w[None, :]) & (offs_w[None, :] < end[:, None]) & (offs_q < GRID_WIDTH)[:, None]
-        windows = tl.where(inside, 1.0 / (end - begin).to(ACC)[:, None], 0.0)
-        return tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)  # [pairs, windows] [windows, columns]
+        # Not by a product with a matrix of all windows and columns, which shared memory may not hold.
+        rows /= (window_end(offs_q, width, GRID_WIDTH) - window_begin(offs_q, width, GRID_WIDTH)).to(ACC)[None, :]
+        out = tl.zeros([rows.shape[0], offs_w.shape[0]], ACC)
+        for k in tl.static_range(SHARED):
+            q = first_window(offs_w, width, GRID_WIDTH) + k
+            begin, end = window_begin(q, width, GRID_WIDTH), window_end(q, width, GRID_WIDTH)
+            inside = (q < GRID_WIDTH) & (begin <= offs_w) & (offs_w < end)
+            taken = tl.gather(rows, tl.broadcast_to(tl.where(inside, q, 0)[None, :], out.shape), 1)
+            out += tl.where(inside[None, :], taken, 0.0)
+        return out
 
 
 @kernel
@@ -236,9 +244,10 @@ def map_gradients(
         kernel, config = _map_gradient_rows_kernel, launcher.config("map_gradient_rows", widest)
         tiles = tiles_of_rows(shape, sizes, grid, config["tile"], config["rows"])
     else:
-        kernel, config = _map_gradient_kernel, launcher.config("map_gradient" + memory_of(maps), widest)
+        kernel, config = _map_gradient_kernel, backward_config("map_gradient", launcher, maps, grid)
         tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], launch.padded(widest))
-        shared["SHARED"] = tuple([_shared_windows(size[0], grid[0]) for size in sizes])
+        shared["SHARED_ROWS"] = tuple([_shared_windows(height, grid[0]) for height, _ in sizes])
+        shared["SHARED_COLUMNS"] = tuple([_shared_windows(width, grid[1]) for _, width in sizes])
     most = max(tiles.rows)
     sums = tokens.empty(batch, most, 2, shape.total)
     layout = layout_of(maps, grid, norms_of(contract.norms), douts, dmaps, tiles.of, by_rows=by_rows)

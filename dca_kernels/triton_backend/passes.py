@@ -32,7 +32,8 @@ from dca_kernels.triton_backend import (
     upsample,
     upsample_backward,
 )
-from dca_kernels.triton_backend.layout import taken_by_rows
+from dca_kernels.triton_backend.launch import Launcher
+from dca_kernels.triton_backend.layout import backward_config, taken_by_rows
 from dca_kernels.triton_backend.parameters import gradient_dtype, heads_of, promoted
 from dca_kernels.triton_backend.tokens import Tokens
 
@@ -84,6 +85,7 @@ def forward(maps: Sequence[Tensor], contract: Contract) -> tuple[list[Tensor], S
     """
     _check(maps)
     tokens, embedded = patch_embed.patch_embed(maps, contract)
+    _check_backward(tokens.launcher, maps, contract)
     saved: list[Attended] = []
     for block in range(len(contract.blocks)):
         tokens, of_channels = channel_attention.channel_attention(tokens, contract, block)
@@ -229,10 +231,18 @@ def _check(maps: Sequence[Tensor]) -> None:
             )
 
 
+def _check_backward(launcher: Launcher, maps: Sequence[Tensor], contract: Contract) -> None:
+    """Raise for what the backward alone cannot hold, before the BatchNorms' buffers are updated."""
+    if contract.backward and any(from_batch(contract)) and not taken_by_rows(maps, contract.grid):
+        for kernel in ("upsample_backward", "map_gradient"):
+            backward_config(kernel, launcher, maps, contract.grid)
+
+
 def upstream(grads: Sequence[Tensor | None], maps: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """The gradients of all outputs, of these dtypes, as the kernels take them: zeros for one that was not used."""
     douts = [
-        torch.zeros_like(x, dtype=dtype) if g is None else g for g, x, dtype in zip(grads, maps, dtypes, strict=True)
+        torch.zeros_like(x, dtype=dtype) if g is None else g.resolve_neg()
+        for g, x, dtype in zip(grads, maps, dtypes, strict=True)
     ]
     return [g if g.is_contiguous() or _last(g) < MAX_OFFSET else g.contiguous() for g in douts]
 

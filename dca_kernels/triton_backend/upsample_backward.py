@@ -23,11 +23,11 @@ from dca_kernels.triton_backend.grid import (
 )
 from dca_kernels.triton_backend.grid_gradient import grid_gradient, strips_of
 from dca_kernels.triton_backend.layout import (
+    backward_config,
     grouped,
     has_tile,
     in_group,
     layout_of,
-    memory_of,
     norms_of,
     size_arguments,
     size_of,
@@ -334,7 +334,7 @@ def upsample_backward(
         tiles = tiles_of_rows(shape, sizes, grid, config["tile"], config["rows"])
         strips = tokens.empty(batch, ROW_PARTS.value, shape.tokens, shape.total, dtype=launcher.dtype)
     else:
-        config = launcher.config("upsample_backward" + memory_of(maps), widest)
+        config = backward_config("upsample_backward", launcher, maps, grid)
         tiles = tiles_of(shape, sizes, grid, config["tile"], config["block_c"], config["block_w"], whole_rows=True)
         elements = sum([c * height * grid[1] for c, (height, _) in zip(shape.channels, sizes, strict=True)])
         strips = tokens.empty(batch, elements, dtype=launcher.dtype)

@@ -1,6 +1,7 @@
 """Which backend runs: argument, context, environment, automatic; and never another than the one named."""
 
 import asyncio
+import contextvars
 import json
 import logging
 import re
@@ -63,6 +64,27 @@ def test_contexts_nest_and_end_with_an_exception() -> None:
 def chosen() -> str:
     """Of what a context names: here `triton` raises, so only its name is read."""
     return backends.requested()[0]
+
+
+def test_a_backward_is_in_the_context_of_its_caller() -> None:
+    """Checkpointed forwards run again in threads of autograd's, a GPU's: these have a context of their own."""
+    found = []
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, dout: torch.Tensor) -> torch.Tensor:
+            found.append(contextvars.Context().run(chosen))  # which is what those threads have
+            return dout
+
+    out = Backward.apply(torch.ones((), requires_grad=True))
+    with use_backend("triton"):
+        out.backward()
+    assert found == ["triton"]
+    assert chosen() == "auto"
 
 
 def test_a_decorated_generator_is_in_the_context_while_it_runs() -> None:

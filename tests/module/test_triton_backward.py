@@ -323,6 +323,14 @@ def test_one_graph_many_backwards_any_layout() -> None:
     assert_identical(backward(expanded), backward([g.contiguous() for g in expanded]))
 
 
+def test_upstream_gradients_that_are_negated_views() -> None:
+    """As those of `torch.complex(y, y).conj().imag` are: their memory holds the opposite."""
+    module, maps = tiny()
+    negated = [torch._neg_view(-g) for g in random_like(maps)]
+    assert all(g.is_neg() for g in negated)
+    assert_identical(evaluate(module, maps, negated), evaluate(tiny()[0], maps, [g.clone() for g in negated]))
+
+
 def test_activation_checkpointing_of_the_kernels() -> None:
     module, maps = tiny()
     forward = module.forward

@@ -47,6 +47,8 @@ def step_without_kernels(monkeypatch: pytest.MonkeyPatch, module: nn.Module, map
         ({"features": [96, 192, 384, 768], "spatial_att": False}, 8, None),
         ({"features": [8, 2048], "spatial_att": False}, 8, "more than 1024 channels of a scale or 4096 of all"),
         ({"features": [8, 16]}, 1025, "more than 1024 columns of a map"),
+        ({"features": [4, 8], "patch": (2, 128)}, 390, None),
+        ({"features": [4, 8], "patch": (2, 129)}, 390, "more than 128 columns of the token grid"),
         ({"features": [4, 8], "patch": 1}, 512, "more than 4096 values in a row of a window"),
         ({"features": [8, 256], "patch": 2, "spatial_head": [4, 4]}, 64, "more than 4096 values in a row of a window"),
     ],
@@ -73,3 +75,20 @@ def test_what_is_too_large_raises_where_triton_is_named(
     module = dca_kernels.DCA(features, patch=1, backend="triton")
     with pytest.raises(ValueError, match="too large for the triton backend"):
         step_without_kernels(monkeypatch, module, [torch.empty(1, c, 4, width) for c in features])
+
+
+@pytest.mark.parametrize(("patch", "width"), [((2, 16), 1040), ((2, 129), 390)])
+def test_what_only_the_backward_cannot_hold_raises_before_anything_changes(
+    monkeypatch: pytest.MonkeyPatch, patch: tuple[int, int], width: int
+) -> None:
+    module = dca_kernels.DCA([8, 16], patch=patch, backend="triton").bfloat16()
+    maps = [torch.empty(1, c, 4, width, dtype=torch.bfloat16, requires_grad=True) for c in (8, 16)]
+    ran: list[str] = []
+    monkeypatch.setattr(launch, "run", lambda kernel, programs, config, **arguments: ran.append(kernel.__name__))
+    with stand_in.standing_in("sm_90"):
+        with pytest.raises(ValueError, match="too large for the triton backend"):
+            module(maps)
+        assert not ran
+        assert module.bn_relu[0][0].num_batches_tracked == 0
+        module.eval()(maps)
+    assert ran

@@ -195,6 +195,31 @@ def test_shared_memory_fits_where_a_map_is_as_small_as_the_grid() -> None:
     output_of("-c", LARGE)
 
 
+WINDOWS_THAT_DIFFER = """
+import torch
+from benchmarks.offline import stand_in
+from benchmarks.offline.machine_code import launches_of
+from dca_kernels import DCA
+for target, shapes, patch, dtype in (
+    ("sm_90", ((16, 350, 350), (32, 87, 87)), 87, torch.bfloat16),
+    ("sm_90", ((16, 775, 775), (32, 96, 96)), (65, 96), torch.float32),
+    ("sm_90", ((16, 390, 390), (32, 128, 128)), (4, 128), torch.bfloat16),
+    ("sm_86", ((16, 600, 600), (32, 75, 75)), 28, torch.float32),
+):
+    module = DCA([c for c, _, _ in shapes], patch=patch, backend="triton").to(dtype)
+    launches = launches_of(module, [torch.empty(1, *shape, dtype=dtype) for shape in shapes], True, target)
+    with stand_in.standing_in(target):
+        for one in launches:
+            if one.name in ("map_gradient", "upsample_backward", "grid_gradient"):
+                shared = one.compile().metadata.shared
+                assert shared <= stand_in.TARGETS[target].shared_limit, (target, dtype, one.name, shared)
+"""
+
+
+def test_shared_memory_fits_where_windows_do_not_divide_a_wide_map() -> None:
+    output_of("-c", WINDOWS_THAT_DIFFER)
+
+
 PACKED = """
 import torch
 from benchmarks.offline import stand_in

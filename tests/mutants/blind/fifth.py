@@ -88,8 +88,8 @@ FIFTH = [
     Mutant(
         "fifth-shared-windows-of-columns",
         "triton_backend/map_gradient.py",
-        "_shared_windows(size[0], grid[0]) for size in sizes",
-        "_shared_windows(size[1], grid[1]) for size in sizes",
+        "_shared_windows(height, grid[0]) for height, _ in sizes",
+        "_shared_windows(width, grid[1]) for _, width in sizes",
         ("stages/test_patch_embed.py::test_patch_embed_is_the_references[triton-train-ragged]",),
     ),
     Mutant(

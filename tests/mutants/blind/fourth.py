@@ -146,8 +146,8 @@ FOURTH = [
     Mutant(
         "fourth-upstream-of-an-unused-output",
         "triton_backend/passes.py",
-        "torch.zeros_like(x, dtype=dtype) if g is None else g for g, x, dtype",
-        "torch.empty_like(x, dtype=dtype) if g is None else g for g, x, dtype",
+        "torch.zeros_like(x, dtype=dtype) if g is None else",
+        "torch.empty_like(x, dtype=dtype) if g is None else",
         (
             "module/test_setups.py::test_an_unused_output_gives_none_where_the_reference_does[triton-direct-eager-default-0]",
         ),

@@ -94,8 +94,8 @@ SEVENTH = [
     Mutant(
         "seventh-unpool-by-rows",
         "triton_backend/map_gradient.py",
-        "MAP.windows[1], GRID[1], PRECISION, ACC)",
-        "MAP.windows[1], GRID[0], PRECISION, ACC)",
+        "MAP.windows[1], GRID[1], SHARED_COLUMNS, ACC)",
+        "MAP.windows[1], GRID[0], SHARED_COLUMNS, ACC)",
         ("stages/test_patch_embed.py::test_patch_embed_is_the_references[triton-train-ragged]",),
     ),
     Mutant(

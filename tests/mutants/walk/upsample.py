@@ -121,11 +121,4 @@ UPSAMPLE = [
         "strip = tl.dot(gradient, tl.trans(matrix), strip, out_dtype=ACC)",
         (DIGITS,),
     ),
-    Mutant(
-        "walk-unpool-of-fewer-digits",
-        "triton_backend/map_gradient.py",
-        "return tl.dot(rows, windows, input_precision=PRECISION, out_dtype=ACC)",
-        "return tl.dot(rows, windows, out_dtype=ACC)",
-        (DIGITS,),
-    ),
 ]
