@@ -198,22 +198,23 @@ class DCA(nn.Module):
     def _output_dtypes(self, maps: Sequence[Tensor]) -> list[torch.dtype]:
         """The dtype of each output; raise for maps of another device or dtype than the parameters."""
         first = cast(DepthwiseProjection, self.avg_map[0])
-        weight = first.convolution.weight  # not of `parameters()`: replicas of nn.DataParallel have none
+        # Not the weight's, since a parametrization may count its uses; not of `parameters()`, which replicas have not.
+        bias = cast(Tensor, first.convolution.bias)
         for i, x in enumerate(maps):
-            if x.device != weight.device:
-                raise ValueError(f"maps[{i}]: expected device {weight.device}, as the parameters, got {x.device}")
+            if x.device != bias.device:
+                raise ValueError(f"maps[{i}]: expected device {bias.device}, as the parameters, got {x.device}")
         device_type = maps[0].device.type
         if maps[0].is_meta or not torch.is_autocast_enabled(device_type):
             for i, x in enumerate(maps):
-                if x.dtype != weight.dtype:
-                    raise TypeError(f"maps[{i}]: expected dtype {weight.dtype}, as the parameters, got {x.dtype}")
+                if x.dtype != bias.dtype:
+                    raise TypeError(f"maps[{i}]: expected dtype {bias.dtype}, as the parameters, got {x.dtype}")
             return [x.dtype for x in maps]
         for i, x in enumerate(maps):
-            if (x.dtype == torch.float64) != (weight.dtype == torch.float64):  # autocast leaves float64 alone
-                expected = f"a dtype that autocast brings to that of {weight.dtype}"
+            if (x.dtype == torch.float64) != (bias.dtype == torch.float64):  # autocast leaves float64 alone
+                expected = f"a dtype that autocast brings to that of {bias.dtype}"
                 raise TypeError(f"maps[{i}]: expected {expected}, got {x.dtype}")
-        if weight.dtype == torch.float64:
-            return [weight.dtype] * len(maps)
+        if bias.dtype == torch.float64:
+            return [bias.dtype] * len(maps)
         autocast = torch.get_autocast_dtype(device_type)
         return [torch.promote_types(x.dtype, autocast) for x in maps]
 

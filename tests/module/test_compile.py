@@ -114,6 +114,23 @@ def test_compiled_under_autocast(autocast: torch.dtype) -> None:
     assert_identical(evaluate(compiled, maps), evaluate(eager, maps))
 
 
+@pytest.mark.parametrize(
+    "views",
+    [lambda x: x.chunk(2, 1), lambda x: (x[:, :4, 1:], x[:, 4:, :-1]), lambda x: (x[:, :4], x[:, 4:].clone())],
+    ids=["chunk", "crops", "one"],
+)
+def test_compiled_training_with_maps_that_are_views(views: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    config = Config((4, 4), (3, 2), sizes=((7, 6), (7, 6)))
+    eager, compiled = (pair(config)[0] for _ in range(2))
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    gradients = []
+    for module in (compiled, eager):
+        x = normal(2, 8, 7, 6)
+        sum((y * y).sum() for y in module(views(2 * x))).backward()
+        gradients.append({"x": x.grad})
+    assert_same(*gradients)
+
+
 def test_inductor() -> None:
     eager, compiled = (pair(SMALL)[0] for _ in range(2))
     compiled.compile(fullgraph=True)
@@ -159,14 +176,29 @@ def test_export_with_a_dynamic_batch(strict: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
+ANY_SIZE = {0: Dim("B"), 2: Dim.AUTO, 3: Dim.AUTO}
+
+
+@pytest.mark.parametrize("example", [((5, 9), (2, 5)), ((8, 30), (4, 10))], ids=["as_the_grid", "divided"])
+def test_export_with_dynamic_sizes(example: tuple[tuple[int, int], ...]) -> None:
+    """Also of the grid's size and of sizes that it does not divide, whatever the example's was."""
+    module, _ = pair(CONFIG, train=False)
+    maps = random_maps(replace(CONFIG, sizes=example))
+    program = torch.export.export(module, (maps,), dynamic_shapes=[[ANY_SIZE] * 2])
+    for sizes in (((4, 10), (2, 5)), ((9, 33), (5, 17)), ((8, 20), (4, 15))):
+        maps = random_maps(replace(CONFIG, sizes=sizes, batch=2))
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(maps), module(maps))
+
+
 def test_aot_inductor_package(tmp_path: Path) -> None:
     module, _ = pair(replace(SMALL, channel_att=False), dtype=torch.float32, train=False)
     with torch.no_grad():
-        program = torch.export.export(module, (random_maps(SMALL, torch.float32),), dynamic_shapes=[[{0: Dim("B")}]])
+        program = torch.export.export(module, (random_maps(SMALL, torch.float32),), dynamic_shapes=[[ANY_SIZE]])
         file = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "dca.pt2"))
         loaded = torch._inductor.aoti_load_package(file)
-        for batch in (3, 5):
-            maps = random_maps(replace(SMALL, batch=batch), torch.float32)
+        for batch, size in ((3, (9, 17)), (5, (16, 4)), (2, SMALL.patch)):
+            maps = random_maps(replace(SMALL, sizes=[size], batch=batch), torch.float32)
             torch.testing.assert_close(tuple(loaded(maps)), module(maps))
 
 

@@ -392,6 +392,30 @@ def test_parametrizations(backend: str) -> None:
     assert_same(*(evaluate(module, maps, backward=backend in TRAINABLE) for module in modules))
 
 
+class _Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return weight
+
+
+@each_backend
+def test_a_parametrization_is_computed_once_a_call(backend: str) -> None:
+    module, _ = pair(Config(), backend, train=False)
+    counted = {}
+    for name, conv in list(module.named_modules()):
+        if isinstance(conv, nn.Conv1d | nn.Conv2d):
+            counted[name] = _Counted()
+            torch.nn.utils.parametrize.register_parametrization(conv, "weight", counted[name])
+    for one in counted.values():
+        one.calls = 0
+    evaluate(module, random_maps(Config(), backend=backend), backward=False)
+    assert {name: one.calls for name, one in counted.items()} == dict.fromkeys(counted, 1)
+
+
 @each_trainable
 def test_maps_of_a_frozen_encoder(backend: str) -> None:
     module, _ = pair(Config(), backend)
