@@ -313,7 +313,7 @@ def less_mean(x, up, mean, ROWS: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def interpolate(
     z_ptrs, mask_pair, pair_h, first, offs_w, row_step, column_step,
-    TOKENS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    TOKENS: tl.constexpr, GRID: tl.constexpr, TOTAL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """up(z) in a tile: rows by weighting two of them, then columns: [pairs, columns].
 

@@ -98,7 +98,7 @@ def _conv_kernel(
 @kernel
 def _upsample_kernel(
     maps, z, biases, affines, buffers, outs, used, sizes, counts,
-    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: relu(BatchNorm(up(z) + bias + x)) in one tile of channels, rows and columns of one map.
 
@@ -110,14 +110,14 @@ def _upsample_kernel(
             _upsample(
                 x=maps[i], z=z, bias=biases[i], affines=affines, buffers=buffers,
                 out=outs[i], used=used, b=b, tile=tile - number(counts.first[i]),
-                sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
+                sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _upsample(
     x, z, bias, affines, buffers, out, used, b, tile, sizes, counts,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_upsample_kernel` for tile `tile` of image b and scale i."""
     CHANNELS: tl.constexpr = SHAPE.channels[i]
@@ -142,7 +142,7 @@ def _upsample(
     first, _, _ = interpolation(w_begin, column_step, GRID[1], ACC)
     up = interpolate(
         z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=first, offs_w=offs_w, row_step=row_step,
-        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, ACC=ACC,
     )  # fmt: skip
     pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)  # [pairs, columns]

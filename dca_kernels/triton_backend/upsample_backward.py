@@ -82,7 +82,7 @@ def load_relu_gradient(
     row_step, column_step = steps_of(sizes, i, height, width, LAYOUT, i, ACC)
     up = interpolate(
         z_ptrs=z_ptrs, mask_pair=mask_pair, pair_h=pair_h, first=0, offs_w=offs_w, row_step=row_step,
-        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, PRECISION=PRECISION, ACC=ACC,
+        column_step=column_step, TOKENS=TILE.tokens, GRID=GRID, TOTAL=TOTAL, ACC=ACC,
     )  # fmt: skip
     pixels = load_map(x, b, pair_c, pair_h, offs_w, mask, strides_of(STRIDE, height, width), ACC)
     y = less_mean(pixels, up, mean, TILE.rows, ACC)
