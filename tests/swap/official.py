@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference import DCA, unets
+from reference import DCA
 
 WIDTHS = (32, 64, 128, 256, 512)
 COLOURS = 3
@@ -494,4 +494,11 @@ class MultiResUnet(nn.Module):
         return self.out(x)
 
 
-NETWORKS = dict(zip(unets.HOSTS, (Unet, Vnet, R2Unet, ResUnetPlus, DoubleUnet, MultiResUnet), strict=True))
+NETWORKS = {  # of each host that has an official network
+    "UNet": Unet,
+    "VNet": Vnet,
+    "R2UNet": R2Unet,
+    "ResUNetPP": ResUnetPlus,
+    "DoubleUNet": DoubleUnet,
+    "MultiResUNet": MultiResUnet,
+}

@@ -19,7 +19,7 @@ from tests.swap.official import NETWORKS
 SIZE, GRID, CLASSES = (16, 32), (2, 4), 2
 NARROW = (4, 8, 8, 16, 16)  # of a U-Net
 
-each_host = pytest.mark.parametrize("name", unets.HOSTS)
+each_host = pytest.mark.parametrize("name", NETWORKS)
 
 
 def build(name: str, dca: Any, **kwargs) -> nn.Module:
