@@ -233,7 +233,7 @@ def got_instead(module: nn.Module | None, kind: type[nn.Module], size: tuple[obj
 
 
 def size_of(module: Any) -> tuple[int, ...]:
-    """The size of a convolution or a LayerNorm, as in `sizes` of `dca_kernels.layers`."""
+    """The size of a convolution or a LayerNorm, as `Expected.size` has it."""
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape
     return module.in_channels, module.out_channels, module.groups

@@ -22,7 +22,7 @@ def operand_dtype(maps: Sequence[Tensor]) -> torch.dtype:
 
 
 def refine(maps: Sequence[Tensor], contract: Contract) -> list[Tensor]:
-    """The skip maps refined by a DCA's blocks: at most ten launches where it has one block.
+    """The skip maps refined by a DCA's blocks: for one block at most nine launches, in training eleven.
 
     Args:
         maps: S tensors (B, C_i, H_i, W_i), any strides.
