@@ -57,7 +57,7 @@ def _map_gradient_kernel(
     maps, z, douts, affines, used, through_statistics, dtokens, weights, dmaps, sums, sizes, counts,
     sum_blocks,
     SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of whole rows of one map, past the attention and through its pooling.
 
@@ -73,7 +73,7 @@ def _map_gradient_kernel(
                 x=maps[i], z=z, dout=douts[i], affines=affines, used=used, through_statistics=through_statistics,
                 dtokens=dtokens, weight=weights[i], dmap=dmaps[i], sums=sums + b * sum_blocks * 2 * SHAPE.total,
                 b=b, tile=tile - number(counts.first[i]), sizes=sizes, counts=counts, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT,
-                SHARED_ROWS=SHARED_ROWS[i], SHARED_COLUMNS=SHARED_COLUMNS[i], PRECISION=PRECISION, ACC=ACC,
+                SHARED_ROWS=SHARED_ROWS[i], SHARED_COLUMNS=SHARED_COLUMNS[i], ACC=ACC,
             )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _map_gradient_kernel(
 def _map_gradient(
     x, z, dout, affines, used, through_statistics, dtokens, weight, dmap, sums, b, tile, sizes, counts,
     i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SHARED_ROWS: tl.constexpr,
-    SHARED_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_map_gradient_kernel` for tile `tile` of image b and scale i; sums are those of image b."""
     GRID: tl.constexpr = LAYOUT.grid
@@ -94,7 +94,7 @@ def _map_gradient(
     c_begin, h_begin = block * TILE.channels, row * TILE.rows
     pixels, y, gradient = load_relu_gradient(
         x=x, z=z, dout=dout, affines=affines, used=used, b=b, c_begin=c_begin, h_begin=h_begin, sizes=sizes,
-        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, PRECISION=PRECISION, ACC=ACC,
+        height=height, width=width, i=i, SHAPE=SHAPE, LAYOUT=LAYOUT, ACC=ACC,
     )  # fmt: skip
     offs_c = c_begin + tl.arange(0, TILE.channels)
     mask_c = offs_c < SHAPE.channels[i]

@@ -35,7 +35,7 @@ from dca_kernels.triton_backend import (
 from dca_kernels.triton_backend.launch import Launcher
 from dca_kernels.triton_backend.layout import backward_config, taken_by_rows
 from dca_kernels.triton_backend.parameters import gradient_dtype, heads_of, promoted
-from dca_kernels.triton_backend.tokens import Tokens
+from dca_kernels.triton_backend.tokens import Tokens, widest_scale
 
 MAX_OFFSET = 2**31  # elements: within one image the kernels' indices have 32 bit
 ALIGNMENT = 16  # bytes
@@ -233,7 +233,11 @@ def _check(maps: Sequence[Tensor]) -> None:
 
 def _check_backward(launcher: Launcher, maps: Sequence[Tensor], contract: Contract) -> None:
     """Raise for what the backward alone cannot hold, before the BatchNorms' buffers are updated."""
-    if contract.backward and any(from_batch(contract)) and not taken_by_rows(maps, contract.grid):
+    if not contract.backward or not any(from_batch(contract)):
+        return
+    if list(attentions_of(contract)):
+        launcher.config("layer_norm_backward", widest_scale(launcher.shape))
+    if not taken_by_rows(maps, contract.grid):
         for kernel in ("upsample_backward", "map_gradient"):
             backward_config(kernel, launcher, maps, contract.grid)
 

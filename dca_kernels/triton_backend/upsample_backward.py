@@ -62,7 +62,7 @@ from dca_kernels.triton_backend.upsample_rows import _upsample_backward_rows_ker
 @triton.jit
 def load_relu_gradient(
     x, z, dout, affines, used, b, c_begin, h_begin, sizes, height, width,
-    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    i: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In one tile of whole rows: x; up(z) + x less its mean; and the gradient of what BatchNorm gave, through the ReLU.
 

@@ -77,12 +77,14 @@ def test_what_is_too_large_raises_where_triton_is_named(
         step_without_kernels(monkeypatch, module, [torch.empty(1, c, 4, width) for c in features])
 
 
-@pytest.mark.parametrize(("patch", "width"), [((2, 16), 1040), ((2, 129), 390)])
+@pytest.mark.parametrize(
+    ("features", "patch", "width"), [([8, 16], (2, 16), 1040), ([8, 16], (2, 129), 390), ([2048], (2, 2), 4)]
+)
 def test_what_only_the_backward_cannot_hold_raises_before_anything_changes(
-    monkeypatch: pytest.MonkeyPatch, patch: tuple[int, int], width: int
+    monkeypatch: pytest.MonkeyPatch, features: list[int], patch: tuple[int, int], width: int
 ) -> None:
-    module = dca_kernels.DCA([8, 16], patch=patch, backend="triton").bfloat16()
-    maps = [torch.empty(1, c, 4, width, dtype=torch.bfloat16, requires_grad=True) for c in (8, 16)]
+    module = dca_kernels.DCA(features, patch=patch, spatial_att=len(features) > 1, backend="triton").bfloat16()
+    maps = [torch.empty(1, c, 4, width, dtype=torch.bfloat16, requires_grad=True) for c in features]
     ran: list[str] = []
     monkeypatch.setattr(launch, "run", lambda kernel, programs, config, **arguments: ran.append(kernel.__name__))
     with stand_in.standing_in("sm_90"):
