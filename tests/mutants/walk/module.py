@@ -76,8 +76,8 @@ MODULE = [
     Mutant(
         "walk-module-float64-of-the-first-map",
         "module.py",
-        "            if (x.dtype == torch.float64) != (weight.dtype",
-        "            if (maps[0].dtype == torch.float64) != (weight.dtype",
+        "            if (x.dtype == torch.float64) != (bias.dtype",
+        "            if (maps[0].dtype == torch.float64) != (bias.dtype",
         ("module/test_errors.py::test_float64_does_not_mix_under_autocast[dtype0-own0-train]",),
     ),
     Mutant(
