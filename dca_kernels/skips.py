@@ -77,6 +77,8 @@ class Flow:
         self._bottleneck = {node for node in lowest if lowest[node] == bottom < math.inf and node in goes_up}
         self._down = self._leading_to(self._bottleneck, avoiding=self._up)
         self._meeting = self._leading_to(self._up & self._computed_from(self._bottleneck))
+        # Not the image, nor what is made of it without parameters, nor another way down with parameters in common.
+        self._behind_down = self._computed_from({n for n in self._down & learned if n.op != "get_attr"})
 
     def skips(self) -> list[Skip]:
         """From the largest to the smallest."""
@@ -85,7 +87,7 @@ class Flow:
         for node, area in self._areas.items():
             if area == math.inf or node in behind | self._up | self._bottleneck:
                 continue
-            uses = [n for n in node.users if n in self._meeting and n not in self._down]
+            uses = self._uses(node, self._meeting)
             # Where a module has both paths in it, one of its outputs is seen alone, or what meets one right away.
             if uses and (node in self._down or _is_one_of_several(node) or not self._up.isdisjoint(uses)):
                 found.append(Skip(self._name(node), node, tuple(uses)))
@@ -100,8 +102,8 @@ class Flow:
             node = nodes.get(name)
             if node is None:
                 return []
-            uses = tuple(n for n in node.users if n not in self._down and self._goes_on(n))
-            found.append(Skip(name, node, uses))
+            uses = self._uses(node, set(filter(self._goes_on, self._areas)))
+            found.append(Skip(name, node, tuple(uses)))
         return found if all(skip.uses for skip in found) else []
 
     def inside(self) -> dict[str, float]:
@@ -111,6 +113,19 @@ class Flow:
             for path in stack_of(node):
                 found[path] = min(area, found.get(path, math.inf))
         return found
+
+    def _uses(self, node: fx.Node, meeting: set[fx.Node]) -> list[fx.Node]:
+        """What takes a map to what it meets."""
+        return [n for n in node.users if n in meeting and not self._leads_down(n, node)]
+
+    def _leads_down(self, use: fx.Node, node: fx.Node) -> bool:
+        """Whether a node that a map goes into is on the contracting path, or on another way down, as of a second image.
+
+        That one begins at the image as well and ends in a skip: it gets smaller before it meets what has gone up.
+        """
+        if node in self._behind_down:
+            return use in self._down
+        return any(2 * self._areas[n] <= self._areas[node] for n in self._computed_from({use}) - self._up)
 
     def _name(self, node: fx.Node) -> str:
         """A module's path, with what is taken from its outputs, as "encoder[2]"; else the name in the graph."""

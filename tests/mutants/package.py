@@ -338,10 +338,31 @@ SWAP = [
         ("swap/test_add_graph.py::test_the_image_is_no_skip",),
     ),
     Mutant(
+        "skips-of-another-way-down",
+        "skips.py",
+        "return any(2 * self._areas[n] <= self._areas[node] for n in self._computed_from({use}) - self._up)",
+        "return False",
+        ("swap/test_add_graph.py::test_the_dca_gets_the_skips_and_all_else_is_as_it_was[edge]",),
+    ),
+    Mutant(
+        "skips-that-are-pooled-for-smaller-levels",
+        "skips.py",
+        "if node in self._behind_down:\n            return use in self._down",
+        "if node in self._down:\n            return use in self._down",
+        ("swap/test_add_graph.py::test_it_is_what_one_would_write_by_hand[eval-full_scale_of_backbone]",),
+    ),
+    Mutant(
+        "skips-of-another-way-down-with-the-same-parameters",
+        "skips.py",
+        'for n in self._down & learned if n.op != "get_attr"}',
+        "for n in self._down & learned}",
+        ("swap/test_add_graph.py::test_it_is_what_one_would_write_by_hand[eval-siamese]",),
+    ),
+    Mutant(
         "skips-that-only-lead-further-down",
         "skips.py",
-        "uses = [n for n in node.users if n in self._meeting and n not in self._down]",
-        "uses = [n for n in node.users if n in self._meeting]",
+        "return [n for n in node.users if n in meeting and not self._leads_down(n, node)]",
+        "return [n for n in node.users if n in meeting]",
         ("swap/test_add_graph.py::test_the_dca_gets_the_skips_and_all_else_is_as_it_was[concatenating]",),
     ),
     Mutant(

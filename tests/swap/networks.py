@@ -266,6 +266,91 @@ class FullScaleUNet(nn.Module):
         return self.d1(torch.cat(d1, 1))
 
 
+class FullScaleOfBackbone(nn.Module):
+    """The same of a backbone's outputs, which nothing leads down from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c = WIDTHS
+        self.backbone = Backbone()
+        self.h1_to_2, self.h1_to_1, self.h2_to_2 = (nn.Conv2d(w, 4, 1) for w in (a, a, b))
+        self.d2, self.d1 = double(8 + c, 4), double(4 + 4 + c, 2)
+
+    def refine(self, h1: Tensor, h2: Tensor) -> tuple[Tensor, ...]:
+        return h1, h2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h1, h2, h3 = self.backbone(x).values()
+        h1, h2 = self.refine(h1, h2)
+        small, large = h2.shape[2:], h1.shape[2:]
+        d2 = torch.cat([self.h1_to_2(F.max_pool2d(h1, 2)), self.h2_to_2(h2), F.interpolate(h3, size=small)], 1)
+        d1 = [self.h1_to_1(h1), F.interpolate(self.d2(d2), size=large), F.interpolate(h3, size=large)]
+        return self.d1(torch.cat(d1, 1))
+
+
+class SiameseUNet(nn.Module):
+    """Compares two images, here one and its mirror image: of the first one's way down there are skips only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c = WIDTHS
+        self.conv1, self.conv2, self.conv3 = double(3, a), double(a, b), double(b, c)
+        self.up2, self.up1 = nn.ConvTranspose2d(c, b, 2, 2), nn.ConvTranspose2d(b, a, 2, 2)
+        self.conv_up2, self.conv_up1 = double(3 * b, b), double(3 * a, a)
+        self.out, self.scale = nn.Conv2d(a, 2, 1), nn.Parameter(torch.ones(a, 1, 1))
+
+    def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        a1 = self.conv1(x.flip(3)) * self.scale
+        b1 = self.conv2(F.max_pool2d(a1, 2))
+        a2 = self.conv1(x) * self.scale
+        b2 = self.conv2(F.max_pool2d(a2, 2))
+        y = self.conv3(F.max_pool2d(b2, 2))
+        a1, a2, b1, b2 = self.refine(a1, a2, b1, b2)
+        y = self.conv_up2(torch.cat([self.up2(y), b1, b2], 1))
+        return self.out(self.conv_up1(torch.cat([self.up1(y), a1, a2], 1)))
+
+
+class Halving(nn.Module):
+    """A level: its skip map, and what leads down."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.conv = double(before, after)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, F.max_pool2d(y, 2)
+
+
+class EdgeUNet(nn.Module):
+    """A second encoder, of edges, gives skips only; its levels return two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c = WIDTHS
+        self.edge1, self.edge2 = Halving(3, a), Halving(a, b)
+        self.level1, self.level2, self.bottom = Halving(3, a), Halving(a, b), double(b, c)
+        self.up2, self.up1 = nn.ConvTranspose2d(c, b, 2, 2), nn.ConvTranspose2d(b, a, 2, 2)
+        self.conv_up2, self.conv_up1 = double(3 * b, b), double(3 * a, a)
+        self.out = nn.Conv2d(a, 2, 1)
+
+    def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        e1, e = self.edge1(x - F.avg_pool2d(x, 3, 1, 1))
+        e2, _ = self.edge2(e)
+        x1, y = self.level1(x)
+        x2, y = self.level2(y)
+        y = self.bottom(y)
+        e1, x1, e2, x2 = self.refine(e1, x1, e2, x2)
+        y = self.conv_up2(torch.cat([self.up2(y), e2, x2], 1))
+        return self.out(self.conv_up1(torch.cat([self.up1(y), e1, x1], 1)))
+
+
 class Transformer(nn.Module):
     """Attention over the positions of a map, whose scores have four axes as maps have."""
 
@@ -337,6 +422,21 @@ class DenseByHand(DenseUNet):
         return [self.out1(x01), self.out2(x02)] if self.training else self.out2(x02)
 
 
+class FullScaleByHand(FullScaleOfBackbone):
+    def refine(self, h1: Tensor, h2: Tensor) -> tuple[Tensor, ...]:
+        return self.dca([h1, h2])
+
+
+class SiameseByHand(SiameseUNet):
+    def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return self.dca(list(maps))
+
+
+class EdgeByHand(EdgeUNet):
+    def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return self.dca(list(maps))
+
+
 # Of each: how to make it, and the channels of its skip maps.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "padded": (PaddedUNet, [4, 8]),
@@ -351,6 +451,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "scaled": (ScaledUNet, [4, 8]),
     "multiple": (MultipleUNet, [4, 8]),
     "full_scale": (FullScaleUNet, [4, 8]),
+    "full_scale_of_backbone": (FullScaleOfBackbone, [4, 8]),
+    "siamese": (SiameseUNet, [4, 4, 8, 8]),
+    "edge": (EdgeUNet, [4, 4, 8, 8]),
     "attentive": (AttentiveUNet, [4, 8]),
 }
 

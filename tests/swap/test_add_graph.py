@@ -79,7 +79,14 @@ def test_the_dca_gets_the_skips_and_all_else_is_as_it_was(name: str) -> None:
     assert [x.shape[1] for x in model.dca.seen] == channels
 
 
-BY_HAND = {"padded": networks.PaddedByHand, "nested": networks.NestedByHand, "dense": networks.DenseByHand}
+BY_HAND = {
+    "padded": networks.PaddedByHand,
+    "nested": networks.NestedByHand,
+    "dense": networks.DenseByHand,
+    "full_scale_of_backbone": networks.FullScaleByHand,
+    "siamese": networks.SiameseByHand,
+    "edge": networks.EdgeByHand,
+}
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -87,7 +94,7 @@ BY_HAND = {"padded": networks.PaddedByHand, "nested": networks.NestedByHand, "de
 def test_it_is_what_one_would_write_by_hand(name: str, training: bool) -> None:
     torch.manual_seed(0)
     by_hand = BY_HAND[name]()
-    by_hand.dca = DCA([4, 8], patch=3)
+    by_hand.dca = DCA(NETWORKS[name][1], patch=3)
     by_hand.double()
     model = add_dca(make(name), patch=3)
     assert list(model.state_dict()) == list(by_hand.state_dict())
@@ -115,7 +122,7 @@ def test_finding_skips_changes_nothing_that_was_there(name: str) -> None:
     assert add_dca(model, patch=3) is model
     drawn = torch.get_rng_state()
     torch.manual_seed(11)
-    reference.DCA([4, 8], patch=3)
+    reference.DCA(NETWORKS[name][1], patch=3)
     assert torch.equal(drawn, torch.get_rng_state())  # for the DCA's initial values alone
     torch.set_rng_state(generator)
     assert isinstance(model, kind)
@@ -517,6 +524,16 @@ def test_skips_by_name() -> None:
     assert model.dca.features == [4]
     model = add_dca(networks.Wrapper(make("padded")), patch=3, skips=["down1"])
     assert model.network.dca.features == [8]
+
+
+def test_a_skip_by_name_that_leads_further_down_for_another_image() -> None:
+    plain = make("siamese").eval()
+    model = add_dca(copy.deepcopy(plain), patch=3, skips=["mul"])
+    seen: list[Tensor] = []
+    for network in (plain, model):
+        network.conv2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        network(IMAGE)
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
 
 
 def test_skips_by_name_are_all_taken(caplog: pytest.LogCaptureFixture) -> None:

@@ -253,8 +253,8 @@ THIRD = [
     Mutant(
         "third-skips-named-lead-down-too",
         "skips.py",
-        "uses = tuple(n for n in node.users if n not in self._down and self._goes_on(n))",
-        "uses = tuple(n for n in node.users if self._goes_on(n))",
+        "uses = self._uses(node, set(filter(self._goes_on, self._areas)))",
+        "uses = list(filter(self._goes_on, node.users))",
         ("swap/test_add_graph.py::test_code_that_asks_for_the_batch",),
     ),
     Mutant(
