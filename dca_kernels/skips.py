@@ -115,8 +115,15 @@ class Flow:
         return found
 
     def _uses(self, node: fx.Node, meeting: set[fx.Node]) -> list[fx.Node]:
-        """What takes a map to what it meets."""
-        return [n for n in node.users if n in meeting and not self._leads_down(n, node)]
+        """What takes a map to what it meets, weights of channels that are pooled of it for that among them."""
+        uses = [n for n in node.users if n in meeting and not self._leads_down(n, node)]
+        for n in node.users:
+            if uses and n in self._pooled:
+                weights = self._computed_from({n}) & self._pooled
+                weighted = {user for weight in weights for user in weight.users} - self._pooled
+                if weighted & meeting and not any(self._leads_down(user, node) for user in weighted):
+                    uses.append(n)
+        return uses
 
     def _leads_down(self, use: fx.Node, node: fx.Node) -> bool:
         """Whether a node that a map goes into is on the contracting path, or on another way down, as of a second image.

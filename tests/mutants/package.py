@@ -338,6 +338,20 @@ SWAP = [
         ("swap/test_add_graph.py::test_the_image_is_no_skip",),
     ),
     Mutant(
+        "skips-whose-weights-are-of-the-map-before",
+        "skips.py",
+        "                    uses.append(n)\n",
+        "                    pass\n",
+        ("swap/test_add_graph.py::test_it_is_what_one_would_write_by_hand[eval-excited]",),
+    ),
+    Mutant(
+        "skips-with-weights-of-a-way-down",
+        "skips.py",
+        "if weighted & meeting and not any(self._leads_down(user, node) for user in weighted):",
+        "if weighted & meeting:",
+        ("swap/test_add_graph.py::test_it_is_what_one_would_write_by_hand[eval-siamese]",),
+    ),
+    Mutant(
         "skips-of-another-way-down",
         "skips.py",
         "return any(2 * self._areas[n] <= self._areas[node] for n in self._computed_from({use}) - self._up)",
@@ -361,8 +375,8 @@ SWAP = [
     Mutant(
         "skips-that-only-lead-further-down",
         "skips.py",
-        "return [n for n in node.users if n in meeting and not self._leads_down(n, node)]",
-        "return [n for n in node.users if n in meeting]",
+        "uses = [n for n in node.users if n in meeting and not self._leads_down(n, node)]",
+        "uses = [n for n in node.users if n in meeting]",
         ("swap/test_add_graph.py::test_the_dca_gets_the_skips_and_all_else_is_as_it_was[concatenating]",),
     ),
     Mutant(

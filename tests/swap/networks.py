@@ -17,6 +17,10 @@ def double(before: int, after: int) -> nn.Sequential:
     )
 
 
+def excitation(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+
+
 class PaddedUp(nn.Module):
     """Enlarges, pads to the skip map's size, concatenates: the block has both, as an argument each."""
 
@@ -298,15 +302,16 @@ class SiameseUNet(nn.Module):
         self.up2, self.up1 = nn.ConvTranspose2d(c, b, 2, 2), nn.ConvTranspose2d(b, a, 2, 2)
         self.conv_up2, self.conv_up1 = double(3 * b, b), double(3 * a, a)
         self.out, self.scale = nn.Conv2d(a, 2, 1), nn.Parameter(torch.ones(a, 1, 1))
+        self.weights = excitation(a)
 
     def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
         a1 = self.conv1(x.flip(3)) * self.scale
-        b1 = self.conv2(F.max_pool2d(a1, 2))
+        b1 = self.conv2(F.max_pool2d(a1 * self.weights(a1), 2))
         a2 = self.conv1(x) * self.scale
-        b2 = self.conv2(F.max_pool2d(a2, 2))
+        b2 = self.conv2(F.max_pool2d(a2 * self.weights(a2), 2))
         y = self.conv3(F.max_pool2d(b2, 2))
         a1, a2, b1, b2 = self.refine(a1, a2, b1, b2)
         y = self.conv_up2(torch.cat([self.up2(y), b1, b2], 1))
@@ -349,6 +354,29 @@ class EdgeUNet(nn.Module):
         e1, x1, e2, x2 = self.refine(e1, x1, e2, x2)
         y = self.conv_up2(torch.cat([self.up2(y), e2, x2], 1))
         return self.out(self.conv_up1(torch.cat([self.up1(y), e1, x1], 1)))
+
+
+class ExcitedUNet(nn.Module):
+    """Weighs its skip maps by what is pooled of them, channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c = WIDTHS
+        self.conv1, self.conv2, self.conv3 = double(3, a), double(a, b), double(b, c)
+        self.weights1, self.weights2 = excitation(a), excitation(b)
+        self.up2, self.up1 = nn.ConvTranspose2d(c, b, 2, 2), nn.ConvTranspose2d(b, a, 2, 2)
+        self.conv_up2, self.conv_up1 = double(2 * b, b), double(2 * a, 2)
+
+    def refine(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        return x1, x2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = self.conv1(x)
+        x2 = self.conv2(F.max_pool2d(x1, 2))
+        y = self.up2(self.conv3(F.max_pool2d(x2, 2)))
+        x1, x2 = self.refine(x1, x2)
+        y = self.conv_up2(torch.cat([x2 * self.weights2(x2), y], 1))
+        return self.conv_up1(torch.cat([x1 * self.weights1(x1), self.up1(y)], 1))
 
 
 class Transformer(nn.Module):
@@ -427,6 +455,11 @@ class FullScaleByHand(FullScaleOfBackbone):
         return self.dca([h1, h2])
 
 
+class ExcitedByHand(ExcitedUNet):
+    def refine(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+        return self.dca([x1, x2])
+
+
 class SiameseByHand(SiameseUNet):
     def refine(self, *maps: Tensor) -> tuple[Tensor, ...]:
         return self.dca(list(maps))
@@ -454,6 +487,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "full_scale_of_backbone": (FullScaleOfBackbone, [4, 8]),
     "siamese": (SiameseUNet, [4, 4, 8, 8]),
     "edge": (EdgeUNet, [4, 4, 8, 8]),
+    "excited": (ExcitedUNet, [4, 8]),
     "attentive": (AttentiveUNet, [4, 8]),
 }
 

@@ -86,6 +86,7 @@ BY_HAND = {
     "full_scale_of_backbone": networks.FullScaleByHand,
     "siamese": networks.SiameseByHand,
     "edge": networks.EdgeByHand,
+    "excited": networks.ExcitedByHand,
 }
 
 
