@@ -26,6 +26,7 @@ from dca_kernels.trace import Untraceable, attributes_of, in_mode, put_back
 IMAGE_SIDE = 256  # of the image that shows the skips: two pixels are left after seven halvings
 STARTS = ("official", "identity")
 SAME = 1e-3  # of the largest output: a GPU may add up in another order
+NO_CHILD = (nn.Sequential, torch.jit.ScriptModule)  # the one would call a DCA as a layer, the other takes none
 LINES = ((0.5, 1.0), (-100.0, 0.0), (100.0, 0.0))  # for what shows that a map counts: few classes change by a little
 
 _logger = logging.getLogger("dca_kernels")
@@ -169,7 +170,7 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
     The last map is the bottleneck. A copy of the image may come first; maps without channels change nothing.
     """
     encoder, decoder = (getattr(model, name, None) for name in ("encoder", "decoder"))
-    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, nn.Sequential):
+    if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, NO_CHILD):
         return None
     _check_free(decoder)
     calls: list[tuple[object, ...]] = []

@@ -316,6 +316,8 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.is_elsewhere() or m not in (self.submodule_paths or {}):  # made by the forward, it has no path
             return forward(*args, **kwargs)
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TraceError(f"it calls {self.path_of_module(m)}, which is of TorchScript: script it afterwards")
         if m not in self._opened:
             return super().call_module(m, forward, args, kwargs)
         self._running.append(m)

@@ -338,6 +338,20 @@ SWAP = [
         ("swap/test_add_graph.py::test_the_image_is_no_skip",),
     ),
     Mutant(
+        "trace-scripted-parts",
+        "trace.py",
+        "if isinstance(m, torch.jit.ScriptModule):",
+        "if False:",
+        ("swap/test_add_graph.py::test_a_network_that_is_refused_stays[scripted_level]",),
+    ),
+    Mutant(
+        "add-to-a-scripted-decoder",
+        "add.py",
+        "NO_CHILD = (nn.Sequential, torch.jit.ScriptModule)",
+        "NO_CHILD = (nn.Sequential,)",
+        ("swap/test_add_graph.py::test_a_network_that_is_refused_stays[scripted_decoder]",),
+    ),
+    Mutant(
         "skips-whose-weights-are-of-the-map-before",
         "skips.py",
         "                    uses.append(n)\n",

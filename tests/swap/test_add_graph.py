@@ -1003,6 +1003,30 @@ def test_torch_fx_takes_a_network_with_an_added_dca() -> None:
         torch.fx.symbolic_trace(model)(image(32, 64))
 
 
+class Merging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up2, self.up1 = nn.ConvTranspose2d(16, 8, 2, 2), nn.ConvTranspose2d(8, 4, 2, 2)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return maps[0] + self.up1(maps[1] + self.up2(maps[2]))
+
+
+class DecodesInTorchScript(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = networks.Backbone(), torch.jit.script(Merging())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(list(self.encoder(x).values()))
+
+
+def with_a_scripted_level() -> nn.Module:
+    model = make("padded")
+    model.down1 = torch.jit.script(model.down1)
+    return model
+
+
 def with_its_own_forward() -> nn.Module:
     model = make("padded")
     forward = model.forward
@@ -1074,6 +1098,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "wants_gradients": (WantsGradients, ".*TraceError: what it does depends on whether gradients are wanted"),
     "looks_for_a_graph": (LooksForAGraph, ".*TraceError: what it does depends on whether gradients are wanted"),
     "looks_for_a_leaf": (LooksForALeaf, ".*TraceError: what it does depends on whether gradients are wanted"),
+    "scripted_level": (with_a_scripted_level, ".*it calls down1, which is of TorchScript: script it afterwards"),
+    "scripted_decoder": (DecodesInTorchScript, ".*it calls decoder, which is of TorchScript: script it afterwards"),
     "own_forward": (with_its_own_forward, "PaddedUNet with its class's forward, got one with its own"),
     "keeps_maps": (KeepsMaps, r".*got KeepsMaps\.forward sets its attribute latest"),
     "collects": (Collects, r".*got Collects\.forward sets its attribute seen"),
@@ -1098,6 +1124,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@of_pytorch
 @pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
 def test_a_network_that_is_refused_stays(build: Callable[[], nn.Module], message: str) -> None:
     torch.manual_seed(0)
