@@ -20,13 +20,14 @@ from torch.utils import _pytree
 from dca_kernels.arguments import check_model
 from dca_kernels.graph import CHILD, NoSkips, class_of, recipe_of
 from dca_kernels.module import DCA, weigh
-from dca_kernels.skips import Search, Traced, stack_of
+from dca_kernels.skips import Search, Traced, may_be_turned, stack_of
 from dca_kernels.trace import Untraceable, attributes_of, in_mode, put_back
 
 IMAGE_SIDE = 256  # of the image that shows the skips: two pixels are left after seven halvings
 STARTS = ("official", "identity")
 SAME = 1e-3  # of the largest output: a GPU may add up in another order
 NO_CHILD = (nn.Sequential, torch.jit.ScriptModule)  # the one would call a DCA as a layer, the other takes none
+TURNED = "maps (B, H, W, C) as skips ({}), which have to be permuted to (B, C, H, W)"
 LINES = ((0.5, 1.0), (-100.0, 0.0), (100.0, 0.0))  # for what shows that a map counts: few classes change by a little
 
 _logger = logging.getLogger("dca_kernels")
@@ -173,13 +174,7 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
     if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module) or isinstance(decoder, NO_CHILD):
         return None
     _check_free(decoder)
-    calls: list[tuple[object, ...]] = []
-    handle = decoder.register_forward_pre_hook(lambda _, args: calls.append(_with_maps(args, _maps(args))))  # copied
-    try:
-        plain = _run(model, image)
-    finally:
-        handle.remove()
-    given = _maps(calls[0]) if calls else []
+    plain, given = _decoded(model, image, decoder)
     maps = [x for x in given if isinstance(x, Tensor) and x.dim() == 4]
     areas = [math.prod(x.shape[2:]) for x in maps]
     if not maps or len(maps) < len(given) or 0 in areas or sorted(areas, reverse=True) != areas:
@@ -195,8 +190,38 @@ def _seam(model: nn.Module, image: Tensor) -> Place | None:
     if not used:
         return None
     skips = [Named(f"map {position + len(maps)} of the decoder", tuple(maps[position].shape[1:])) for position in used]
+    turned = _turned(model, image, decoder, skips, used)
+    if turned:
+        raise ValueError(
+            f"model: expected a decoder that is called with maps (B, C, H, W), got {TURNED.format(', '.join(turned))}"
+        )
     hook = functools.partial(_refine_skips, positions=used)
     return Place(decoder, skips, lambda: decoder.register_forward_pre_hook(hook))
+
+
+def _decoded(model: nn.Module, image: Tensor, decoder: nn.Module) -> tuple[Any, Sequence[Any]]:
+    """What the model makes of the image in evaluation mode, and the maps that its decoder is called with at first."""
+    calls: list[tuple[object, ...]] = []
+    handle = decoder.register_forward_pre_hook(lambda _, args: calls.append(_with_maps(args, _maps(args))))  # copied
+    try:
+        plain = _run(model, image)
+    finally:
+        handle.remove()
+    return plain, _maps(calls[0]) if calls else []
+
+
+def _turned(
+    model: nn.Module, image: Tensor, decoder: nn.Module, skips: Sequence[Named], positions: Sequence[int]
+) -> list[str]:
+    """The names of maps (B, H, W, C) among the skips: of a larger image they have more where channels should be."""
+    if not any(may_be_turned(skip.shape, image) for skip in skips):
+        return []
+    try:
+        _, larger = _decoded(model, image[:1].repeat(1, 1, 2, 2), decoder)
+    except ValueError:  # it takes images of one size
+        return []
+    pairs = zip(skips, positions, strict=True)
+    return [skip.name for skip, position in pairs if larger[position].shape[1] > skip.shape[0]]
 
 
 def _outputs(
@@ -261,6 +286,9 @@ def _wired(model: nn.Module, image: Tensor, names: Sequence[str] | None) -> Plac
         within = _called_within(model, _layer_with(model, traced), image)
         if within is not None and names is None:
             return _wired(*within, None)
+        turned = search.turned(traced)
+        if turned:
+            raise NoSkips(TURNED.format(", ".join(turned)))
         used = _used(model, image, plain, traced)
         if names is not None:
             for name in set(names).difference(used):

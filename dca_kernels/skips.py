@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -163,13 +163,12 @@ class Flow:
     def _area(self, node: fx.Node) -> float:
         """H W of a map, infinite of all else: scores of an attention, say, have sides of another ratio."""
         value = node.meta.get(VALUE)
-        if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point() or node in self._pooled:
+        if not _is_map(value) or not value.is_floating_point() or node in self._pooled:
             return math.inf
         height, width = value.shape[2:]
         if self._ratio is None:
             self._ratio = height / width
-        is_map = 1 / SKEW <= height / width / self._ratio <= SKEW
-        return height * width if is_map else math.inf
+        return height * width if _are_alike(height / width, self._ratio) else math.inf
 
     def _has_parameters(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
@@ -245,6 +244,19 @@ class Search:
         found = [skip.name for skip in traced.skips]
         return traced if found == list(names) else traced._replace(skips=traced.flow.named(names))
 
+    def turned(self, traced: Traced) -> list[str]:
+        """The names of maps (B, H, W, C) among the skips: of a larger image they have more where channels should be."""
+        if not any(may_be_turned(skip.shape, self._example) for skip in traced.skips):
+            return []
+        larger = self._example.new_empty((*self._example.shape[:2], *(2 * side for side in self._example.shape[2:])))
+        try:
+            with in_mode(self._root, training=False):
+                nodes = Search(self._root, larger)._traced(traced.opened).graph.nodes
+        except Untraceable:  # it takes images of one size
+            return []
+        channels = {n.name: n.meta[VALUE].shape[1] for n in nodes if _is_map(n.meta.get(VALUE))}
+        return [skip.name for skip in traced.skips if channels.get(skip.node.name, 0) > skip.shape[0]]
+
     def wrapped(self) -> str | None:
         """The path of the submodule that the network is a wrapper of: the only one that it calls, if no container."""
         with in_mode(self._root, training=False):
@@ -299,10 +311,20 @@ class Search:
         return True
 
 
+def may_be_turned(shape: Sequence[int], image: Tensor) -> bool:
+    """Whether what is read as (C, H, W) may be (H, W, C), by the ratio of what the sides would be then."""
+    return image.dim() == 4 and _are_alike(shape[0] / shape[1], image.shape[2] / image.shape[3])
+
+
 def stack_of(node: fx.Node) -> list[str]:
     """The paths of the submodules whose code a node is of, from the outermost."""
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return [path for path in paths if not (node.op == "call_module" and path == node.target)]
+
+
+def _are_alike(ratio: float, other: float) -> bool:
+    """Whether two maps may be of one image, by the ratios of their sides."""
+    return 1 / SKEW <= ratio / other <= SKEW
 
 
 def _around(skip: Skip) -> set[str]:
@@ -325,6 +347,10 @@ def _has_code(module: nn.Module) -> bool:
     """Whether a module's forward may show skips: it has submodules, is not one of PyTorch's, and has no hooks."""
     own = isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.")
     return own and bool(module._modules) and not is_hooked(module)
+
+
+def _is_map(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() == 4
 
 
 def _has_tensors(value: object) -> bool:

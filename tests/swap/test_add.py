@@ -76,6 +76,11 @@ class PoppingDecoder(Decoder):
         return super().forward([maps.pop(0) for _ in range(len(maps))])
 
 
+class ChannelsLastDecoder(Decoder):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return super().forward([x.permute(0, 3, 1, 2) for x in maps])
+
+
 def skips_only(x: Tensor) -> list[Tensor]:
     return []
 
@@ -102,6 +107,10 @@ def as_tuple(maps: list[Tensor]) -> tuple:
 
 def as_named_tuple(maps: list[Tensor]) -> tuple:
     return (Levels(*maps),)
+
+
+def with_channels_last(maps: list[Tensor]) -> tuple:
+    return ([x.permute(0, 2, 3, 1) for x in maps],)
 
 
 def as_many(maps: list[Tensor]) -> tuple:
@@ -478,6 +487,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict, type[Exception], str]] =
         ValueError,
         "example: expected an input that the model's forward takes, got shape (1, 3, 256, 256), at which it raises "
         "RuntimeError: too bright",
+    ),
+    "channels_last": (
+        lambda: network(skips_only, with_channels_last, ChannelsLastDecoder),
+        {},
+        ValueError,
+        "model: expected a decoder that is called with maps (B, C, H, W), got maps (B, H, W, C) as skips (map 0 of the "
+        "decoder, map 1 of the decoder), which have to be permuted to (B, C, H, W)",
     ),
     "heads": (
         network,

@@ -731,6 +731,17 @@ def test_a_bottleneck_of_one_pixel() -> None:
     assert add_dca(make("padded"), patch=2, example=image(4, 4)).dca.features == [4, 8]
 
 
+class OfOneSize(networks.PaddedUNet):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != 4:
+            raise ValueError("expected a height of four")
+        return super().forward(x)
+
+
+def test_as_many_channels_as_rows_in_images_of_one_size() -> None:
+    assert add_dca(OfOneSize().double(), patch=2, example=image(4, 4)).dca.features == [4, 8]
+
+
 class Normalising(nn.Module):
     """Takes an image's mean off, as BatchNorm sees it: one value a channel and image."""
 
@@ -1003,6 +1014,21 @@ def test_torch_fx_takes_a_network_with_an_added_dca() -> None:
         torch.fx.symbolic_trace(model)(image(32, 64))
 
 
+class ChannelsLast(nn.Module):
+    """Its maps are (B, H, W, C), as those of Swin Transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.down, self.up = nn.Conv2d(3, 44, 4, 4), nn.Linear(4 * 44, 44), nn.Linear(44, 44)
+        self.last = nn.Linear(2 * 44, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1)
+        y = self.down(torch.cat([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], 3))
+        y = self.up(y).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return self.last(torch.cat([x, y], 3)).permute(0, 3, 1, 2)
+
+
 class Merging(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1098,6 +1124,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "wants_gradients": (WantsGradients, ".*TraceError: what it does depends on whether gradients are wanted"),
     "looks_for_a_graph": (LooksForAGraph, ".*TraceError: what it does depends on whether gradients are wanted"),
     "looks_for_a_leaf": (LooksForALeaf, ".*TraceError: what it does depends on whether gradients are wanted"),
+    "channels_last": (ChannelsLast, r".*got maps \(B, H, W, C\) as skips \(permute\), which have to be permuted to"),
     "scripted_level": (with_a_scripted_level, ".*it calls down1, which is of TorchScript: script it afterwards"),
     "scripted_decoder": (DecodesInTorchScript, ".*it calls decoder, which is of TorchScript: script it afterwards"),
     "own_forward": (with_its_own_forward, "PaddedUNet with its class's forward, got one with its own"),
