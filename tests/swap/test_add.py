@@ -214,6 +214,15 @@ def test_an_example_of_another_dtype() -> None:
     assert {p.dtype for p in model.decoder.dca.parameters()} == {torch.float64}
 
 
+class Grey(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None].expand(-1, 3, -1, -1))
+
+
+def test_an_example_without_channels() -> None:
+    assert add_dca(Grey().double(), patch=3, example=ODD_IMAGE[:, 0]).decoder.dca.features == [4, 8]
+
+
 def test_a_first_convolution_of_groups() -> None:
     model = network()
     model.encoder.stages[0] = nn.Conv2d(6, 4, 3, 2, 1, groups=2, dtype=torch.float64)
