@@ -928,6 +928,50 @@ PLUMBING = [
         "biases, weights = (row.split(channels) for row in rows.unbind())",
         (CHANNEL,),
     ),
+    Mutant(
+        "upstream-of-a-negated-view",
+        "triton_backend/passes.py",
+        "if g is None else g.resolve_neg()",
+        "if g is None else g",
+        (BACKWARD + "test_upstream_gradients_that_are_negated_views",),
+    ),
+    Mutant(
+        "tables-of-the-callers-thread",
+        "triton_backend/grid.py",
+        "return pool.submit(_interpolation_tables, sizes, grid, dtype, device).result()",
+        "return _interpolation_tables(sizes, grid, dtype, device)",
+        ("stages/test_upsample_tables.py::test_tables_are_of_a_thread_that_allocates_for_no_graph",),
+    ),
+    Mutant(
+        "compiled-in-the-callers-context",
+        "triton_backend/launch.py",
+        "contextvars.Context().run(_compile_in_threads, launches)",
+        "_compile_in_threads(launches)",
+        (PLAN + "test_an_interrupted_compilation_leaves_nothing",),
+    ),
+    Mutant(
+        "precision-by-the-older-getter",
+        "triton_backend/launch.py",
+        "return torch.backends.cuda.matmul.fp32_precision",
+        "return torch.get_float32_matmul_precision()",
+        (PLAN + "test_either_way_to_set_the_precision_counts",),
+    ),
+    Mutant(
+        "backward-too-wide-for-a-forward",
+        "triton_backend/passes.py",
+        "_check_backward(tokens.launcher, maps, contract)",
+        "",
+        (
+            "tools/test_limits.py::test_what_only_the_backward_cannot_hold_raises_before_anything_changes[features2-patch2-4]",
+        ),
+    ),
+    Mutant(
+        "batch-norm-scale-beyond-the-channels",
+        "triton_backend/batch_norm.py",
+        "return tl.where(mask_c, factor, 0.0)",
+        "return factor",
+        (BACKWARD + "test_numbers_that_differ[any_windows-frozen_without_eps]",),
+    ),
 ]
 
 KERNELS = [*PATCH_EMBED, *TOKENS, *CHANNEL_ATTENTION, *SPATIAL_ATTENTION, *UPSAMPLE, *PLUMBING]

@@ -163,6 +163,27 @@ TORCH = [
         "mean, variance = mean, variance",
         ("module/test_setups.py::test_buffers_may_change_before_the_backward[torch-load_state_dict-float64]",),
     ),
+    Mutant(
+        "rows-centred-on-the-outputs",
+        "torch_backend/spatial_tiles.py",
+        "dweights -= (weights * dweights).sum(-1, keepdim=True)",
+        "dweights -= (upstream[:, rows] * (weights @ by_head)).sum(-1, keepdim=True)",
+        (PRECISION + "test_gradients_of_scores_of_thousands",),
+    ),
+    Mutant(
+        "compiled-maps-as-views",
+        "torch_backend/patch_embed.py",
+        "same = x.clone() if copied else x.view_as(x)",
+        "same = x.view_as(x)",
+        ("module/test_compile.py::test_compiled_training_with_maps_that_are_views[chunk]",),
+    ),
+    Mutant(
+        "exported-windows-by-the-example",
+        "torch_backend/patch_embed.py",
+        "if not torch.compiler.is_exporting():",
+        "if True:",
+        ("module/test_compile.py::test_export_with_dynamic_sizes[divided]",),
+    ),
 ]
 
 MODULE = [
@@ -263,6 +284,27 @@ MODULE = [
         '(("backend", argument), ("use_backend", in_context), ("DCA_BACKEND", in_environment))',
         '(("backend", argument), ("DCA_BACKEND", in_environment), ("use_backend", in_context))',
         ("module/test_backends.py::test_order",),
+    ),
+    Mutant(
+        "backend-of-the-backwards-thread",
+        "backends.py",
+        'if block is _OUTERMOST and torch._C._is_key_in_tls("context"):',
+        "if False:",
+        ("module/test_backends.py::test_a_backward_is_in_the_context_of_its_caller",),
+    ),
+    Mutant(
+        "dtype-by-a-parametrized-weight",
+        "module.py",
+        "bias = cast(Tensor, first.convolution.bias)",
+        "bias = first.convolution.weight",
+        ("module/test_module.py::test_a_parametrization_is_computed_once_a_call[torch]",),
+    ),
+    Mutant(
+        "infinite-variance-by-a-difference",
+        "contract.py",
+        "(1 - momentum) * buffer.to(value.dtype) + momentum * value",
+        "torch.lerp(buffer.to(value.dtype), value, momentum)",
+        (GENERALITY + "test_a_running_variance_that_overflowed_stays_infinite[torch]",),
     ),
 ]
 
