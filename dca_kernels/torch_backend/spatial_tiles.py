@@ -277,14 +277,18 @@ def _rows_backward(
     for rows in _row_spans(key_scores):
         weights = _row_weights(rows, tokens, query_key_weight, key_scores)  # (h, rows, N)
         dvalues += weights.mT @ upstream[:, rows]
-        dweights = upstream[:, rows] @ by_head.mT
-        dweights -= (weights * dweights).sum(-1, keepdim=True)  # of a weight of 1, nothing is left
-        dscores = dweights.mul_(weights).mul_(math.log(2))
+        dscores = _through_softmax(weights, upstream[:, rows] @ by_head.mT).mul_(math.log(2))
         dqueries[:, rows] = dscores @ keys
         dkeys += dscores.mT @ split_heads(tokens[rows] * query_key_weight, heads)
         dkey_scores += dscores.sum(1)
     of_queries, of_keys, of_values = (t.transpose(0, 1).flatten(1) for t in (dqueries, dkeys, dvalues))
     return of_queries * query_key_weight + of_keys, of_values, (of_queries * tokens).sum(0), dkey_scores
+
+
+def _through_softmax(weights: Tensor, dweights: Tensor) -> Tensor:
+    """The gradient of the scores, in the weights' memory: of a weight of 1 it is 0 to the bit, whatever its own was."""
+    dweights -= (weights * dweights).sum(-1, keepdim=True)
+    return weights.mul_(dweights)
 
 
 def _row_spans(key_scores: Tensor) -> list[slice]:

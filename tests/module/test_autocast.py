@@ -154,11 +154,11 @@ def test_backward_under_autocast(train: bool, backend: str) -> None:
 
 
 def _pool(x: Tensor) -> Tensor:
-    return patch_embed._AdaptiveAvgPool.apply(x, (2, 3), True)[0]
+    return patch_embed._AdaptiveAvgPool.apply(x, (2, 3), True, False)[0]
 
 
 def _pool_by_rows(x: Tensor) -> Tensor:
-    return patch_embed._AdaptiveAvgPool.apply(x, (3, 5), True)[0]
+    return patch_embed._AdaptiveAvgPool.apply(x, (3, 5), True, False)[0]
 
 
 def _sum_heads(tokens: Tensor, columns: Tensor) -> Tensor:

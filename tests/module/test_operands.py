@@ -384,7 +384,7 @@ BACKWARDS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         lambda t, v, w, s: spatial_tiles.attend_tiles(12 * t.abs(), v, -w.abs(), s)[0],
         [(2, 9, 6), (2, 9, 4), (6,), (2, 2, 9)],
     ),
-    "pooling": (lambda x: patch_embed._AdaptiveAvgPool.apply(x, (3, 2), False)[0], [(2, 4, 7, 5)]),
+    "pooling": (lambda x: patch_embed._AdaptiveAvgPool.apply(x, (3, 2), False, False)[0], [(2, 4, 7, 5)]),
     "upsampling": (_upsampled, [(2, 4, 7, 5), (2, 4, 3, 2), (4,), (4,)]),
 }
 

@@ -172,7 +172,7 @@ OVER_BUDGET = {("triton", "large_mean"): "running_var"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case != "random"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("random", "saturated")])
 @both_modes
 @each_dtype
 @each_backend

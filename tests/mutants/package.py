@@ -166,8 +166,8 @@ TORCH = [
     Mutant(
         "rows-centred-on-the-outputs",
         "torch_backend/spatial_tiles.py",
-        "dweights -= (weights * dweights).sum(-1, keepdim=True)",
-        "dweights -= (upstream[:, rows] * (weights @ by_head)).sum(-1, keepdim=True)",
+        "_through_softmax(weights, upstream[:, rows] @ by_head.mT)",
+        "weights.mul_(upstream[:, rows] @ by_head.mT - (upstream[:, rows] * (weights @ by_head)).sum(-1)[..., None])",
         (PRECISION + "test_gradients_of_scores_of_thousands",),
     ),
     Mutant(
