@@ -330,12 +330,14 @@ def test_gradients_of_scores_of_thousands() -> None:
     assert_all_within_budget(draws, torch.float32)
 
 
-WIDE = Config((4,), 4, sizes=((64, 64),), batch=1)  # a hot pixel leaves its map's variance as it was, or nearly
+WIDE = Config((8,), 4, sizes=((128, 128),), batch=1)  # smaller ones do not show it
 
 
 @needs_triton
 def test_gradients_of_maps_with_hot_corners() -> None:
-    draws = [runs("triton", torch.bfloat16, True, "hot_corners", seed, backward=True, config=WIDE) for seed in SEEDS]
+    draws = [
+        runs("triton", torch.bfloat16, True, "hot_corners", seed, backward=True, config=WIDE) for seed in SEEDS[:4]
+    ]
     assert_all_within_budget(draws, torch.bfloat16)
 
 
